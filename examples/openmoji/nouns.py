@@ -1,0 +1,31 @@
+"""The vocabulary: everyday nouns from ImageNet-21k's class names."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import wordfreq
+
+MIN_ZIPF = 2.7  # wordfreq's scale, log10 of uses in a billion words: rarer words are mostly Latin names
+LEMMAS_PER_CLASS = 2  # later lemmas are remote synonyms
+
+
+def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
+    """Single lower-case words, in alphabetical order, from the lemmas of ImageNet-21k that timm carries."""
+    table = files("timm.data").joinpath("_info", "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8")
+    words = set()
+    for line in table.splitlines():
+        _synset, lemmas = line.split("\t")
+        words.update(lemmas.split(", ")[:LEMMAS_PER_CLASS])
+    plain = (word for word in words if re.fullmatch(r"[a-z]{3,}", word))
+    return sorted(word for word in plain if wordfreq.zipf_frequency(word, "en") >= min_zipf)
+
+
+def write_nouns(path: Path) -> int:
+    """Write the vocabulary, one word a line; returns the number of words."""
+    words = imagenet_nouns()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    return len(words)
