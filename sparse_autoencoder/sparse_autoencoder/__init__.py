@@ -1,0 +1,25 @@
+"""Sparse autoencoders on feature vectors: exact, fast, resumable."""
+
+from sparse_autoencoder.checkpoint import load_checkpoint, save_checkpoint
+from sparse_autoencoder.data import Features
+from sparse_autoencoder.errors import CheckpointError, NonFiniteError
+from sparse_autoencoder.metrics import evaluate
+from sparse_autoencoder.model import SAEOutput, SparseAutoencoder
+from sparse_autoencoder.sparsity import ReLU, Sparsity
+from sparse_autoencoder.trainer import TrainingResult, TrainingSettings, train
+
+__all__ = [
+    "CheckpointError",
+    "Features",
+    "NonFiniteError",
+    "ReLU",
+    "SAEOutput",
+    "SparseAutoencoder",
+    "Sparsity",
+    "TrainingResult",
+    "TrainingSettings",
+    "evaluate",
+    "load_checkpoint",
+    "save_checkpoint",
+    "train",
+]

@@ -1,0 +1,158 @@
+"""Checkpoints: the model alone, in safetensors, or the authors' published PyTorch format."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparse_autoencoder.errors import CheckpointError
+from sparse_autoencoder.files import written_whole
+from sparse_autoencoder.model import INPUT_TRANSFORMS, SparseAutoencoder
+from sparse_autoencoder.sparsity import ReLU, Sparsity, sparsity_from_json, sparsity_to_json
+
+SCHEMA_VERSION = "1"
+RESERVED = ("format", "schema_version", "sparsity", "input_transform")
+
+PUBLISHED_NAMES = {
+    "tied_bias": "tied_bias",
+    "encoder._weight": "encoder_weight",
+    "encoder._bias": "encoder_bias",
+    "decoder._weight": "decoder_weight",
+}
+PUBLISHED_ALIASES = ("pre_encoder_bias._bias_reference", "post_decoder_bias._bias_reference")
+"""Other names of the tied bias in the published files."""
+
+
+def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes the model to a .safetensors file, whole or not at all.
+
+    Tensors: `tied_bias` (D), `encoder_weight` (F x D), `encoder_bias` (F), `decoder_weight` (D x F), and whatever the
+    sparsity and the input transform add. The header's metadata holds the schema version, the sparsity with its
+    parameters, the input transform, and `metadata`.
+
+    Raises:
+        ValueError: `metadata` uses one of the names that the format reserves.
+    """
+    reserved = sorted(set(metadata or {}) & set(RESERVED))
+    if reserved:
+        raise ValueError(f"metadata may not use the names {', '.join(reserved)}: the checkpoint format does")
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors["decoder_weight"] = tensors["decoder_weight"].t()
+    header = {
+        **(metadata or {}),
+        "format": "sparse_autoencoder",
+        "schema_version": SCHEMA_VERSION,
+        "sparsity": sparsity_to_json(model.sparsity),
+        "input_transform": model.input_transform,
+    }
+    with written_whole(Path(path)) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
+
+
+def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """The model of a checkpoint: a .safetensors file of `save_checkpoint`, or a .pt of DN-CBM's authors.
+
+    The authors' files are state dicts whose tensors have a leading axis of size 1; they are read with
+    `weights_only=True`, which unpickles nothing but tensors, and do not say their L1 coefficient (the default is set).
+
+    Raises:
+        CheckpointError: the file is missing, cut off, of another format or version, or its tensors do not fit together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    sparsity: Sparsity = ReLU()
+    transform = "none"
+    if path.suffix == ".pt":
+        tensors = _read_published(path)
+    else:
+        tensors, header = read_safetensors(path)
+        if header.get("format") != "sparse_autoencoder" or "schema_version" not in header:
+            raise CheckpointError(f"{path}: not a sparse_autoencoder checkpoint (its header has no schema version)")
+        if header["schema_version"] != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path}: schema version {header['schema_version']}, but this version of sparse_autoencoder reads"
+                f" {SCHEMA_VERSION}"
+            )
+        try:
+            sparsity = sparsity_from_json(header.get("sparsity", ""))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        transform = header.get("input_transform", "")
+        if transform not in INPUT_TRANSFORMS:
+            raise CheckpointError(f"{path}: unknown input transform {transform!r}")
+    return _build(path, tensors, sparsity, transform).to(device)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be read as one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)})") from error
+
+
+def _read_published(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
+        raise CheckpointError(f"{path}: not a readable PyTorch state dict ({_one_line(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not a state dict of tensors")
+    expected = [*PUBLISHED_NAMES, *PUBLISHED_ALIASES]
+    missing = [name for name in PUBLISHED_NAMES if name not in state]
+    unknown = sorted(str(name) for name in state if name not in expected)
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path}: not a published DN-CBM checkpoint (missing: {', '.join(missing) or 'nothing'};"
+            f" unknown: {', '.join(unknown) or 'nothing'})"
+        )
+    for name, tensor in state.items():
+        if tensor.ndim < 2 or tensor.shape[0] != 1:
+            raise CheckpointError(f"{path}: {name} has shape {_shape(tensor)}, without the leading 1 of the format")
+    for alias in PUBLISHED_ALIASES:
+        if alias in state and not torch.equal(state[alias], state["tied_bias"]):
+            raise CheckpointError(f"{path}: {alias} differs from tied_bias")
+    return {ours: state[name].squeeze(0) for name, ours in PUBLISHED_NAMES.items()}
+
+
+def _build(path: Path, tensors: dict[str, Tensor], sparsity: Sparsity, transform: str) -> SparseAutoencoder:
+    weight = tensors.get("encoder_weight")
+    if weight is None or weight.ndim != 2 or 0 in weight.shape:
+        shape = "is missing" if weight is None else f"has shape {_shape(weight)}"
+        raise CheckpointError(f"{path}: encoder_weight {shape}; it must be F x D")
+    n_latents, n_inputs = weight.shape
+    try:
+        model = SparseAutoencoder(n_inputs, n_latents, sparsity=sparsity, input_transform=transform)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    state = model.state_dict()
+    missing, unknown = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path}: missing tensors: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
+    for name, own in state.items():
+        tensor = tensors[name]
+        want = own.t() if name == "decoder_weight" else own
+        if tensor.shape != want.shape:
+            raise CheckpointError(f"{path}: {name} has shape {_shape(tensor)}; it must be {_shape(want)}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name} must be finite floating-point numbers")
+        own.copy_(tensor.t() if name == "decoder_weight" else tensor)
+    return model
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "()"
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,80 @@
+"""What is measured of a model over a whole data set."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_autoencoder.data import Features, as_features, in_batches
+from sparse_autoencoder.losses import RunningVariance, explained_variance, item_losses
+from sparse_autoencoder.model import SparseAutoencoder
+
+ALMOST_DEAD = 1e-5
+"""A latent that fires, but for a smaller share of the items than this, is almost dead."""
+
+
+def count_dead(fired: Tensor, n_items: int) -> tuple[int, int]:
+    """How many latents never fired, and how many did but are almost dead, from firing counts (F) over n_items."""
+    dead = fired == 0
+    return int(dead.sum()), int((~dead & (fired < ALMOST_DEAD * n_items)).sum())
+
+
+def evaluate(
+    model: SparseAutoencoder,
+    data: Features | Tensor,
+    *,
+    batch_size: int = 4096,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Metrics of the model over all items of the data (N x D), a batch at a time.
+
+    Returns:
+        loss (= l2_loss + l1_loss), l2_loss (mean over items and inputs of the squared error), l1_loss (mean over items
+        of the sparsity term as the loss has it, coefficient included), l0 (mean active latents an item),
+        explained_variance (1 - sum (x - x_hat)^2 / sum (x - mean)^2) and dead_fraction (share of latents active for no
+        item). Errors are measured in the transformed space.
+
+    Raises:
+        NonFiniteError: the features hold NaN or infinity.
+        ValueError: there are no items, or they are not D wide.
+    """
+    measured = measure(model, as_features(data), batch_size=batch_size, device=device)
+    assert measured is not None
+    return measured[0]
+
+
+@torch.no_grad()
+def measure(
+    model: SparseAutoencoder,
+    features: Features,
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], Tensor] | None:
+    """`evaluate`'s metrics and each latent's firing count (F, int64); None as soon as `stop` says so between
+    batches."""
+    model = model.to(device)
+    l2 = penalty = 0.0
+    fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
+    variance = RunningVariance()
+    for batch in in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"evaluation, batch {i}"):
+        if stop():
+            return None
+        x, _ = model.transform(batch.to(device))
+        losses = item_losses(model, x)
+        l2 += float(losses.l2.sum())
+        penalty += float(losses.penalty.sum())
+        fired += (losses.latents > 0).sum(dim=0)
+        variance.add(x)
+    n = len(features)
+    metrics = {
+        "loss": (l2 + penalty) / n,
+        "l2_loss": l2 / n,
+        "l1_loss": penalty / n,
+        "l0": float(fired.sum()) / n,
+        "explained_variance": explained_variance(l2 * model.n_inputs, variance.total),
+        "dead_fraction": count_dead(fired, n)[0] / model.n_latents,
+    }
+    return metrics, fired.cpu()

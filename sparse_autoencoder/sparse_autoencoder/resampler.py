@@ -1,0 +1,87 @@
+"""Dead latents get a new start, at inputs that the SAE reconstructs badly.
+
+DN-CBM's resampling, after Bricken et al., "Towards Monosemanticity" (2023), appendix "neuron resampling".
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparse_autoencoder.data import Features, in_batches
+from sparse_autoencoder.losses import item_losses
+from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.optimizer import Adam
+
+ENCODER_SCALE = 0.2
+"""The new encoder rows' norm, as a share of the alive latents' mean."""
+
+
+def is_resampling_epoch(epoch: int, resample_freq: int, epochs: int) -> bool:
+    """Whether resampling follows epoch `epoch` (from 0): every resample_freq-th, but for the last resample_freq."""
+    return resample_freq > 0 and (epoch + 1) % resample_freq == 0 and epoch + resample_freq < epochs - 1
+
+
+def sampling_probability(losses: Tensor) -> Tensor:
+    """Each item's chance (N, float64, summing to 1) of starting a dead latent: proportional to its loss (N) squared.
+
+    Uniform if every loss is 0.
+    """
+    squared = losses.double().square()
+    total = squared.sum()
+    return squared / total if total > 0 else torch.full_like(squared, 1 / len(squared))
+
+
+def resampled_encoder_rows(inputs: Tensor, encoder_weight: Tensor, alive: Tensor) -> Tensor:
+    """Encoder rows (n x D) for dead latents given these inputs (n x D).
+
+    The inputs' directions, with ENCODER_SCALE times the mean norm of the rows of `encoder_weight` (F x D) that are
+    `alive` (F, bool) - of all rows where none is.
+    """
+    rows = encoder_weight[alive] if bool(alive.any()) else encoder_weight
+    return normalize(inputs, dim=1) * (ENCODER_SCALE * torch.linalg.vector_norm(rows, dim=1).mean())
+
+
+@torch.no_grad()
+def resample(
+    model: SparseAutoencoder,
+    adam: Adam,
+    features: Features,
+    fired: Tensor,
+    *,
+    dataset_size: int,
+    batch_size: int,
+    generator: np.random.Generator,
+) -> Tensor:
+    """Restarts the latents that `fired` (F) 0 times, in place: parameters and Adam's moments.
+
+    The inputs are drawn without replacement from `dataset_size` random items (from all, where there are fewer) by
+    `sampling_probability`. If there are more dead latents than items to draw, the first dead ones get them.
+
+    Returns:
+        The indices of the latents restarted (int64).
+    """
+    dead = (fired == 0).nonzero().flatten()
+    if len(dead) == 0:
+        return dead
+    subset = generator.choice(len(features), size=min(dataset_size, len(features)), replace=False)
+    device = model.tied_bias.device
+    losses, usable = [], []
+    for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}"):
+        x, _ = model.transform(batch.to(device))
+        result = item_losses(model, x)
+        losses.append((result.l2 + result.penalty).cpu())
+        usable.append((x != 0).any(dim=1).cpu())  # a zero input has no direction
+    loss = torch.cat(losses) * torch.cat(usable)
+    probability = sampling_probability(loss).numpy()
+    n_drawn = min(len(dead), int(np.count_nonzero(probability)))
+    if n_drawn == 0 or not bool(torch.cat(usable).any()):
+        return dead[:0]
+    drawn = subset[generator.choice(len(subset), size=n_drawn, replace=False, p=probability)]
+    inputs, _ = model.transform(features.gather(drawn).to(device))
+    dead = dead[:n_drawn]
+    model.encoder_weight[dead] = resampled_encoder_rows(inputs, model.encoder_weight, fired > 0)
+    model.decoder_weight[dead] = normalize(inputs, dim=1)
+    model.encoder_bias[dead] = 0
+    adam.reset(dead)
+    return dead

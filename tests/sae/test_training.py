@@ -1,0 +1,297 @@
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_autoencoder import (
+    CheckpointError,
+    NonFiniteError,
+    ReLU,
+    SparseAutoencoder,
+    TrainingSettings,
+    evaluate,
+    train,
+)
+from sparse_autoencoder.data import TensorFeatures
+from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.resampler import is_resampling_epoch, resample
+
+SHORT = TrainingSettings(epochs=6, batch_size=128, resample_freq=2, lr=2e-3, log_every=3)
+
+
+def small_model(**options) -> SparseAutoencoder:
+    return SparseAutoencoder(12, 32, sparsity=ReLU(l1_coeff=1e-3), **options)
+
+
+def by_hand(x: Tensor, settings: TrainingSettings, model: SparseAutoencoder) -> dict[str, Tensor]:
+    """The whole run again, written out with torch's own Adam and the unfolded formula; without resampling."""
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    adam = torch.optim.Adam(parameters.values(), lr=settings.lr, eps=settings.adam_epsilon)
+    for epoch in range(settings.epochs):
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(x))
+        for start in range(0, len(x), settings.batch_size):
+            batch = x[order[start : start + settings.batch_size]]
+            b, we, be, wd = (
+                parameters[name] for name in ("tied_bias", "encoder_weight", "encoder_bias", "decoder_weight")
+            )
+            z = torch.relu((batch - b) @ we.T + be)
+            loss = ((z @ wd + b - batch) ** 2).mean() + model.sparsity.l1_coeff * z.sum() / len(batch)
+            adam.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                wd.grad -= (wd.grad * wd).sum(1, keepdim=True) * wd
+                adam.step()
+                wd /= wd.norm(dim=1, keepdim=True)
+    return parameters
+
+
+def test_a_run_against_one_written_out(features: Tensor) -> None:
+    settings = TrainingSettings(epochs=3, batch_size=128, resample_freq=0, lr=2e-3)
+    model = small_model()
+    expected = by_hand(features, settings, model)
+    result = train(model, features, settings, progress=False)
+    assert result.steps == 15
+    assert not result.stopped_early
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_result_and_log(tmp_path: Path, features: Tensor) -> None:
+    rows: list[tuple[int, dict[str, float]]] = []
+    model = small_model()
+    result = train(
+        model,
+        features,
+        SHORT,
+        validation=TensorFeatures(features[:100]),
+        log_path=tmp_path / "training_log.csv",
+        log=lambda row, step: rows.append((step, dict(row))),
+        progress=False,
+    )
+    assert result.metrics == pytest.approx(evaluate(model, features), rel=1e-6)
+    assert result.metrics["explained_variance"] > 0.1
+    with open(tmp_path / "training_log.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in written] == [step for step, _ in rows]
+    assert [step for step, _ in rows] == sorted({*range(3, 31, 3), *range(5, 31, 5)})
+    assert float(written[-1]["loss"]) < float(written[0]["loss"])
+    for (step, row), line in zip(rows, written, strict=True):
+        assert (line["val_loss"] != "") == (step % 5 == 0)
+        assert float(line["loss"]) == pytest.approx(row["loss"], rel=1e-6)
+        assert row["loss"] == pytest.approx(row["l2_loss"] + row["l1_loss"], rel=1e-5)
+    assert float(written[-1]["val_loss"]) == pytest.approx(evaluate(model, features[:100])["loss"], rel=1e-5)
+
+
+def test_two_runs_are_equal(features: Tensor) -> None:
+    models = [small_model(), small_model()]
+    for model in models:
+        train(model, features, SHORT, progress=False)
+    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopsAfter:
+    """Features whose n-th read raises, as a crash would at that moment."""
+
+    def __init__(self, x: Tensor, reads: int) -> None:
+        self.x, self.reads = x, reads
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        self.reads -= 1
+        if self.reads < 0:
+            raise Interrupted
+        return self.x[torch.from_numpy(indices)]
+
+
+@pytest.mark.parametrize("transform", ["none", "centre"])
+def test_resumed_runs_are_bit_equal(tmp_path: Path, features: Tensor, transform: str) -> None:
+    whole = small_model(input_transform=transform)
+    whole_log = tmp_path / "whole.csv"
+    train(whole, features, SHORT, progress=False, log_path=whole_log)
+    state, log = tmp_path / "state.safetensors", tmp_path / "log.csv"
+    for reads in (3, 7, 12, 14, 20, 1000):  # in turn: each run takes over where the one before was cut off
+        model = small_model(seed=1 if state.exists() else 49, input_transform=transform)
+        options = {"state_path": state, "state_every": 0.0, "log_path": log, "progress": False}
+        try:
+            train(model, StopsAfter(features, reads), SHORT, **options)
+        except Interrupted:
+            continue
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+    def lines(path: Path) -> list[list[str]]:
+        with open(path, newline="") as file:
+            return [row[:9] + row[10:] for row in csv.reader(file)]  # without items_per_second
+
+    assert lines(log) == lines(whole_log)
+    again = small_model(seed=5, input_transform=transform)
+    result = train(again, features, SHORT, state_path=state, progress=False)
+    assert result.steps == 30
+    assert torch.equal(again.encoder_weight, whole.encoder_weight)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path, features: Tensor) -> None:
+    state = tmp_path / "state.safetensors"
+    train(small_model(), features, TrainingSettings(epochs=1, batch_size=100), state_path=state, progress=False)
+    settings = TrainingSettings(epochs=1, batch_size=100, lr=0.1)
+    with pytest.raises(CheckpointError, match=r"lr is 0\.1 now, 0\.0005 there"):
+        train(small_model(), features, settings, state_path=state, progress=False)
+    with pytest.raises(CheckpointError, match="n_latents is 16 now, 32 there"):
+        train(SparseAutoencoder(12, 16), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        train(small_model(), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
+
+
+def test_checkpoints_follow_the_items(features: Tensor) -> None:
+    seen: list[int] = []
+    settings = TrainingSettings(epochs=2, batch_size=128, ckpt_freq=300)
+    train(small_model(), features, settings, on_checkpoint=lambda _, items: seen.append(items), progress=False)
+    assert seen == [384, 600, 984, 1200]
+
+
+def test_resampling_epochs() -> None:
+    assert [e for e in range(200) if is_resampling_epoch(e, 10, 200)] == list(range(9, 189, 10))
+    assert [e for e in range(20) if is_resampling_epoch(e, 10, 20)] == []
+    assert [e for e in range(21) if is_resampling_epoch(e, 10, 21)] == [9]
+    assert not any(is_resampling_epoch(e, 0, 50) for e in range(50))
+
+
+def prepared(x: Tensor, n_latents: int = 32) -> tuple[SparseAutoencoder, Adam]:
+    model = SparseAutoencoder(x.shape[1], n_latents)
+    adam = Adam(model)
+    for moment in adam.moments.values():
+        moment.fill_(1)
+    return model, adam
+
+
+def test_resampling_changes_exactly_the_dead(features: Tensor) -> None:
+    model, adam = prepared(features)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fired = torch.ones(32, dtype=torch.int64)
+    fired[[2, 30]] = 0
+    generator = np.random.default_rng(0)
+    dead = resample(model, adam, TensorFeatures(features), fired, dataset_size=400, batch_size=64, generator=generator)
+    assert dead.tolist() == [2, 30]
+    alive = fired > 0
+    for name, parameter in model.named_parameters():
+        kept = slice(None) if name == "tied_bias" else alive
+        assert torch.equal(parameter[kept], before[name][kept])
+        for moment in ("mean", "variance"):
+            values = adam.moments[f"{name}.{moment}"]
+            assert values[kept].eq(1).all()
+            assert name == "tied_bias" or values[~alive].eq(0).all()
+    directions = torch.nn.functional.normalize(features, dim=1)
+    cosine = model.decoder_weight[dead] @ directions.T
+    assert torch.all(cosine.max(dim=1).values > 1 - 1e-6)  # each is an item's direction
+    scale = 0.2 * before["encoder_weight"][alive].norm(dim=1).mean()
+    torch.testing.assert_close(model.encoder_weight[dead], scale * model.decoder_weight[dead])
+    assert model.encoder_bias[dead].eq(0).all()
+
+
+def test_resampling_prefers_badly_reconstructed_items() -> None:
+    """Items differ only in size; the share of draws follows the squared loss, here (size^2)^2."""
+    x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    counts = np.zeros(3)
+    for seed in range(400):
+        model, adam = prepared(x, 4)
+        with torch.no_grad():
+            model.encoder_bias.fill_(-10)  # nothing fires: the loss is |x|^2 / D
+        fired = torch.tensor([0, 1, 1, 1])
+        generator = np.random.default_rng(seed)
+        resample(model, adam, TensorFeatures(x), fired, dataset_size=10, batch_size=2, generator=generator)
+        counts[int(model.decoder_weight[0].argmax())] += 1
+    expected = np.array([1, 16, 81]) / 98
+    assert np.abs(counts / 400 - expected).max() < 4 * math.sqrt(0.25 / 400)
+
+
+def test_resampling_more_dead_than_items_and_all_dead() -> None:
+    x = torch.eye(5)[:3]
+    model, adam = prepared(x, 32)
+    norm = model.encoder_weight.detach().norm(dim=1).mean()
+    fired = torch.zeros(32, dtype=torch.int64)
+    generator = np.random.default_rng(0)
+    dead = resample(model, adam, TensorFeatures(x), fired, dataset_size=819_200, batch_size=2, generator=generator)
+    assert dead.tolist() == [0, 1, 2]
+    assert sorted(model.decoder_weight[:3].argmax(dim=1).tolist()) == [0, 1, 2]  # without replacement
+    torch.testing.assert_close(model.encoder_weight[:3].norm(dim=1), (0.2 * norm).expand(3))
+
+
+def test_resampling_zero_dead_or_zero_inputs(features: Tensor) -> None:
+    for x, fired in [(features, torch.ones(32)), (torch.zeros(4, 12), torch.zeros(32))]:
+        model, adam = prepared(x)
+        before = model.decoder_weight.detach().clone()
+        generator = np.random.default_rng(0)
+        dead = resample(model, adam, TensorFeatures(x), fired, dataset_size=9, batch_size=4, generator=generator)
+        assert len(dead) == 0
+        assert torch.equal(model.decoder_weight, before)
+
+
+class Sharded:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        return self.x[torch.from_numpy(indices)]
+
+    def describe(self, index: int) -> str:
+        return f"shard_{index // 100}.npy"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_features_name_step_and_shard(tmp_path: Path, features: Tensor, value: float) -> None:
+    features[432, 3] = value
+    order = np.random.default_rng([49, 0]).permutation(600)
+    step = int(np.flatnonzero(order == 432)[0]) // 50 + 1
+    with pytest.raises(NonFiniteError, match=rf"step {step}: .*item 432, in shard_4\.npy"):
+        train(small_model(), Sharded(features), TrainingSettings(epochs=1, batch_size=50), progress=False)
+    with pytest.raises(NonFiniteError, match="item 432"):
+        evaluate(small_model(), features)
+
+
+def test_a_loss_that_overflows_stops_with_the_last_good_state_kept(tmp_path: Path, features: Tensor) -> None:
+    state = tmp_path / "state.safetensors"
+    settings = TrainingSettings(epochs=50, batch_size=100, lr=1e25, resample_freq=0)
+    with pytest.raises(NonFiniteError, match=r"step \d+: the loss is (nan|inf)"):
+        train(small_model(), features, settings, state_path=state, state_every=0, progress=False)
+    from safetensors.torch import load_file
+
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(state).values())
+
+
+def test_fewer_items_than_a_batch(features: Tensor) -> None:
+    settings = TrainingSettings(epochs=5, resample_freq=1)
+    result = train(small_model(), features[:1], settings, progress=False)
+    assert result.steps == 5
+    assert math.isnan(result.metrics["explained_variance"])
+
+
+def test_no_items_and_wrong_width(features: Tensor) -> None:
+    with pytest.raises(ValueError, match="0 items"):
+        train(small_model(), features[:0], SHORT, progress=False)
+    with pytest.raises(ValueError, match="N x D"):
+        train(small_model(), features[0], SHORT, progress=False)
+    with pytest.raises(ValueError, match="B x 12, not 128 x 11"):
+        train(small_model(), features[:, :11], SHORT, progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"lr": -1.0}, {"adam_beta_1": 1.0}, {"log_every": 0}]
+)
+def test_settings_are_checked(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingSettings(**wrong)
