@@ -1,0 +1,34 @@
+# make demo: the embedded default, from nothing to explanations.   make test: lint, types, tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+DEMO = DNCBM_CONFIG=examples/openmoji/config.py $(RUN)
+
+.PHONY: demo test install clean
+
+demo: $(VENV)/.installed
+	$(RUN) examples/openmoji/build.py
+	$(DEMO) scripts/run_pipeline.py
+	$(DEMO) scripts/07_train_linear_probe.py --probe_on_features
+	$(DEMO) examples/openmoji/summarise.py
+
+test: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+install: $(VENV)/.installed
+
+# Remade when what is to be installed changes.
+$(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt tests/requirements.txt setup.py sparse_autoencoder/pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
+	$(RUN) -m pip install -r requirements.txt -r examples/openmoji/requirements.txt -r tests/requirements.txt
+	$(RUN) -m pip install -e sparse_autoencoder/
+	$(RUN) -m pip install --no-build-isolation -e .
+	touch $@
+
+# The demo's output and the environment.
+clean:
+	rm -rf $(VENV) examples/openmoji/run

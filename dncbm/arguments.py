@@ -1,0 +1,287 @@
+"""The flags that scripts share, spelled as in the paper's commands, and what they stand for."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+
+from dncbm.artifacts import DEFAULT_SEED, ProbeRun, SAERun
+from dncbm.encoders import HOOKS
+from dncbm.errors import UserError
+from dncbm.features import Extraction, default_workers
+from dncbm.probing import ProbeSchedule
+from dncbm.settings import SPLITS, Settings, load_settings
+from dncbm.tracking import Tracking
+from sparse_autoencoder import CheckpointError, NonFiniteError, ReLU, TrainingSettings
+
+Group = Callable[[argparse.ArgumentParser], None]
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, it is {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, not {value}")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must not be negative, it is {value}")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------- groups of flags
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every stage."""
+    add = parser.add_argument
+    add(
+        "--img_enc_name",
+        default="clip_RN50",
+        help="encoder: a name of config.py, openclip:MODEL/PRETRAINED or local-dir:FOLDER",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--overwrite", action="store_true", help="replace what was made from other inputs or settings")
+
+
+def images(parser: argparse.ArgumentParser) -> None:
+    """Flags of stages that read images."""
+    add = parser.add_argument
+    add("--batch_size", type=_positive_int, default=256, help="images encoded at a time")
+    add("--num_workers", type=_count, default=default_workers(), help="processes that decode images")
+    add("--max_bad_fraction", type=_amount, default=0.05, help="share of unreadable images at which the stage fails")
+
+
+def hook(parser: argparse.ArgumentParser) -> None:
+    """Which point of the encoder is read."""
+    parser.add_argument(
+        "--hook_points", choices=HOOKS, default="out", help="point of the encoder that features come from"
+    )
+
+
+def sae_data(parser: argparse.ArgumentParser) -> None:
+    """Which features an SAE is trained on."""
+    parser.add_argument("--sae_dataset", default="cc3m", help="a name of sae_datasets in config.py")
+    hook(parser)
+
+
+def sae_run(parser: argparse.ArgumentParser) -> None:
+    """What identifies a trained SAE."""
+    add = parser.add_argument
+    add("--lr", type=_positive_float, default=5e-4, help="learning rate of the SAE")
+    add("--l1_coeff", type=_amount, default=3e-5, help="weight of the L1 loss")
+    add("--expansion_factor", type=_positive_int, default=8, help="latents for each input dimension")
+    add("--num_epochs", type=_positive_int, default=200, help="epochs of the SAE")
+    add("--resample_freq", type=_positive_int, default=10, help="epochs between resamplings of dead latents")
+    add("--train_sae_bs", type=_positive_int, default=4096, help="batch size of the SAE")
+    add(
+        "--input_transform",
+        choices=("none", "centre", "unit_norm"),
+        default="none",
+        help="what is done to the SAE's inputs",
+    )
+    add(
+        "--save_suffix", default="", help="appended to the run's name, to keep runs apart that differ in other settings"
+    )
+    add(
+        "--seed",
+        type=_count,
+        default=DEFAULT_SEED,
+        help="seed of the SAE and the probe; part of their names when not 49",
+    )
+
+
+def sae_training(parser: argparse.ArgumentParser) -> None:
+    """How an SAE is trained, beyond what identifies it."""
+    add = parser.add_argument
+    add(
+        "--resample_dataset_size",
+        type=_positive_int,
+        default=819_200,
+        help="items whose loss decides what dead latents become",
+    )
+    add("--adam_beta_1", type=_amount, default=0.9)
+    add("--adam_beta_2", type=_amount, default=0.999)
+    add("--adam_epsilon", type=_positive_float, default=1e-8)
+    add("--adam_weight_decay", type=_amount, default=0.0)
+
+
+def reporting(parser: argparse.ArgumentParser) -> None:
+    """When a training reports and saves."""
+    add = parser.add_argument
+    add("--val_freq", type=_positive_int, default=1, help="epochs between validations of the SAE")
+    add(
+        "--ckpt_freq",
+        type=_count,
+        default=0,
+        help="checkpoints: every so many items (SAE) or epochs (probe); 0: the final one",
+    )
+    add("--use_wandb", action="store_true", help="send metrics to Weights & Biases")
+    add("--wandb_entity", default=None, help="who owns the run there")
+
+
+def probe_data(parser: argparse.ArgumentParser) -> None:
+    """Which images are classified."""
+    parser.add_argument("--probe_dataset", default="places365", help="a name of probe_datasets in config.py")
+
+
+def probe_splits(parser: argparse.ArgumentParser) -> None:
+    """Which splits of them."""
+    parser.add_argument("--probe_split", choices=SPLITS, default=None, help="one split; without it all three")
+
+
+def probe_run(parser: argparse.ArgumentParser) -> None:
+    """What identifies a probe, and how it reports."""
+    add = parser.add_argument
+    add("--probe_lr", type=_positive_float, default=1e-2, help="learning rate of the probe")
+    add("--probe_sparsity_loss_lambda", type=_amount, default=0.1, help="weight of the probe's sparsity loss")
+    add("--probe_classification_loss", choices=("CE",), default="CE", help="cross-entropy")
+    add("--probe_sparsity_loss", choices=("L1",), default="L1", help="mean absolute weight")
+    add("--probe_epochs", type=_positive_int, default=200, help="epochs of the probe")
+    add("--probe_train_bs", type=_positive_int, default=512, help="batch size of the probe")
+    add("--probe_on_features", action="store_true", help="the baseline: probe the features instead of the concepts")
+    add("--probe_val_freq", type=_positive_int, default=1, help="epochs between validations of the probe")
+    add(
+        "--probe_eval_coverage_freq",
+        type=_count,
+        default=50,
+        help="epochs between counts of image-wise coverage; 0: at the end",
+    )
+
+
+GROUPS: tuple[Group, ...] = (
+    common, images, sae_data, sae_run, sae_training, reporting, probe_data, probe_splits, probe_run,
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- from flags
+
+
+def parse(description: str | None, *groups: Group) -> tuple[Settings, argparse.Namespace]:
+    """Read the config and the command line.
+
+    Args:
+        description: the script's docstring.
+        groups: the flags it takes, beside the common ones.
+
+    Raises:
+        UserError: the config is wrong, its `defaults` included.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for group in (common, *groups):
+        group(parser)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parser.parse_args()
+    settings = load_settings()
+    _apply_defaults(settings, parser)
+    return settings, parser.parse_args()
+
+
+def _apply_defaults(settings: Settings, parser: argparse.ArgumentParser) -> None:
+    everything = argparse.ArgumentParser(add_help=False)
+    for group in GROUPS:
+        group(everything)
+    known = {action.dest: action for action in everything._actions}
+    for name, value in settings.defaults.items():
+        if name not in known:
+            raise UserError(f"{settings.path}: `defaults` has {name!r}, which is not a flag of the scripts")
+        try:
+            if isinstance(known[name], argparse._StoreTrueAction):
+                if not isinstance(value, bool):
+                    raise argparse.ArgumentTypeError(f"must be True or False, not {value!r}")
+            else:
+                value = everything._get_value(known[name], str(value))
+                everything._check_value(known[name], value)
+        except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
+            raise UserError(f"{settings.path}: `defaults[{name!r}]`: {error}") from error
+        if any(action.dest == name for action in parser._actions):
+            parser.set_defaults(**{name: value})
+
+
+def extraction(args: argparse.Namespace) -> Extraction:
+    """From the flags `common` and `images`."""
+    return Extraction(args.device, args.batch_size, args.num_workers, args.max_bad_fraction, args.overwrite)
+
+
+def sae_from(args: argparse.Namespace) -> SAERun:
+    """From the flags `sae_data` and `sae_run`, and those of training where the script has them."""
+    beyond = {
+        "resample_dataset_size", "adam_beta_1", "adam_beta_2", "adam_epsilon", "adam_weight_decay", "val_freq", "ckpt_freq",
+    }  # fmt: skip
+    return SAERun(
+        dataset=args.sae_dataset,
+        encoder=args.img_enc_name,
+        hook=args.hook_points,
+        sparsity=ReLU(l1_coeff=args.l1_coeff),
+        expansion_factor=args.expansion_factor,
+        input_transform=args.input_transform,
+        suffix=args.save_suffix,
+        training=TrainingSettings(
+            epochs=args.num_epochs,
+            batch_size=args.train_sae_bs,
+            lr=args.lr,
+            resample_freq=args.resample_freq,
+            seed=args.seed,
+            **{name: value for name, value in vars(args).items() if name in beyond},
+        ),
+    )
+
+
+def probe_from(args: argparse.Namespace) -> ProbeRun:
+    """From the flags `probe_data`, `probe_run` and `--seed`."""
+    return ProbeRun(
+        dataset=args.probe_dataset,
+        lr=args.probe_lr,
+        batch_size=args.probe_train_bs,
+        epochs=args.probe_epochs,
+        sparsity_lambda=args.probe_sparsity_loss_lambda,
+        on_features=args.probe_on_features,
+        seed=args.seed,
+    )
+
+
+def schedule_from(args: argparse.Namespace) -> ProbeSchedule:
+    """When a probe reports and saves."""
+    return ProbeSchedule(args.probe_val_freq, args.probe_eval_coverage_freq, args.ckpt_freq)
+
+
+def splits_from(args: argparse.Namespace) -> tuple[str, ...]:
+    """The split `--probe_split` names, or all three."""
+    return (args.probe_split,) if args.probe_split else SPLITS
+
+
+def tracking_from(args: argparse.Namespace) -> Tracking:
+    """From the flags `reporting`."""
+    return Tracking(args.use_wandb, args.wandb_entity)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a script: what the user can put right becomes one line and exit code 1."""
+    try:
+        main()
+    except (UserError, CheckpointError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(
+            f"error: no space left on the disk of {error.filename or 'the output'}: what was finished is kept; make room"
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from what is finished")

@@ -1,0 +1,196 @@
+"""Where every artifact lies. No other module joins a path of the layout.
+
+The layout is the one of the paper's code, so that its published files can be put in place and found.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dncbm.settings import LOCAL_DIR, OPEN_CLIP, Settings
+from sparse_autoencoder import ReLU, TrainingSettings
+
+DEFAULT_SEED = 49
+
+
+def encoder_folder(encoder: str) -> str:
+    """An encoder's name as a file name: `clip_ViT-B/16` -> `clip_ViT-B16`, as in the paper's files.
+
+    `openclip:` and `local-dir:` names keep their parts apart; a `local-dir:` also gets a hash of its whole path, since
+    two folders may share a last name.
+    """
+    if encoder.startswith(LOCAL_DIR):
+        folder = Path(encoder.removeprefix(LOCAL_DIR)).absolute()
+        return f"local-dir_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    if encoder.startswith(OPEN_CLIP):
+        return re.sub(r"[^\w.-]+", "_", encoder)
+    return encoder.replace("/", "")
+
+
+@dataclass(frozen=True)
+class SAERun:
+    """What identifies a trained SAE: what it is trained on, its shape, and how it is trained."""
+
+    dataset: str = "cc3m"
+    encoder: str = "clip_RN50"
+    hook: str = "out"
+    sparsity: ReLU = field(default_factory=lambda: ReLU(l1_coeff=3e-5))
+    expansion_factor: int = 8
+    input_transform: str = "none"
+    suffix: str = ""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    @property
+    def config_name(self) -> str:
+        """Folder name of the run, as in the paper's code. What differs from the paper's setting is appended."""
+        t = self.training
+        name = (
+            f"lr{t.lr}_l1coeff{self.sparsity.l1_coeff}_ef{self.expansion_factor}_rf{t.resample_freq}"
+            f"_hook{self.hook}_bs{t.batch_size}_epo{t.epochs}"
+        )
+        if self.input_transform != "none":
+            name += f"_input{self.input_transform}"
+        return name + _seed_suffix(t.seed) + self.suffix
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """What identifies a linear probe, given the SAE run."""
+
+    dataset: str
+    lr: float = 1e-2
+    batch_size: int = 512
+    epochs: int = 200
+    sparsity_lambda: float = 0.1
+    on_features: bool = False
+    seed: int = DEFAULT_SEED
+
+    @property
+    def config_name(self) -> str:
+        """Folder name of the probe, as in the paper's code."""
+        return (
+            f"lr{self.lr}_bs{self.batch_size}_epo{self.epochs}_nobias_clCE_spL1_spl{self.sparsity_lambda}"
+            f"{_seed_suffix(self.seed)}"
+        )
+
+    @property
+    def inputs(self) -> str:
+        """`concepts`, or `features` for the linear-probe baseline."""
+        return "features" if self.on_features else "concepts"
+
+
+def _seed_suffix(seed: int) -> str:
+    return "" if seed == DEFAULT_SEED else f"_seed{seed}"
+
+
+class Artifacts:
+    """The path of every artifact under the roots of a config."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    # Features, labels and splits
+
+    def features(self, dataset: str, encoder: str, hook: str, split: str) -> Path:
+        """Folder of a FeatureStore."""
+        return self._dataset(dataset) / encoder_folder(encoder) / hook / split
+
+    def probe_split(self, dataset: str) -> Path:
+        """Class names and sizes of a probe dataset; its manifest covers the labels and the split too."""
+        return self._dataset(dataset) / "split.json"
+
+    def labels(self, dataset: str, dataset_split: str) -> Path:
+        """int64 labels of a whole split of the dataset itself (`train` or `val`)."""
+        return self._dataset(dataset) / f"all_labels_{dataset_split}.npy"
+
+    def split_indices(self, dataset: str, split: str) -> Path:
+        """Indices into the dataset's own train split that make our `train` or `train_val`."""
+        return self._dataset(dataset) / f"{split}_idxs.npy"
+
+    def _dataset(self, dataset: str) -> Path:
+        return self.settings.data_dir / "activations_img" / dataset
+
+    # Vocabulary
+
+    def words(self) -> Path:
+        return self.settings.vocab_dir / f"{self.settings.vocabulary}.txt"
+
+    def embeddings(self, encoder: str) -> Path:
+        return self.settings.vocab_dir / f"embeddings_{encoder_folder(encoder)}_{self.settings.vocabulary}.npy"
+
+    def published_embeddings(self, encoder: str) -> Path:
+        """Where the embeddings that the paper's authors publish are looked for."""
+        return self.embeddings(encoder).with_name(self.embeddings(encoder).stem + ".pth")
+
+    def embeddings_in_use(self, encoder: str) -> Path:
+        """The published embeddings where they were put, else ours."""
+        published = self.published_embeddings(encoder)
+        return published if published.is_file() else self.embeddings(encoder)
+
+    # SAE
+
+    def sae(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "sparse_autoencoder_final.safetensors"
+
+    def published_sae(self, run: SAERun) -> Path:
+        """Where a checkpoint that the paper's authors publish is looked for."""
+        return self.sae(run).with_suffix(".pt")
+
+    def sae_in_use(self, run: SAERun) -> Path:
+        """The SAE trained here where there is one, else a published one."""
+        published = self.published_sae(run)
+        return published if published.is_file() and not self.sae(run).is_file() else self.sae(run)
+
+    def sae_intermediate(self, run: SAERun, items_seen: int) -> Path:
+        return self._sae_checkpoints(run) / f"sparse_autoencoder_{items_seen}.safetensors"
+
+    def sae_state(self, run: SAERun) -> Path:
+        """State of an unfinished training, to go on from."""
+        return self._sae_checkpoints(run) / "training_state.safetensors"
+
+    def sae_log(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "training_log.csv"
+
+    def concept_names(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "concept_names.csv"
+
+    def _sae_checkpoints(self, run: SAERun) -> Path:
+        return self.settings.sae_dir / "SAEImg" / self._run(run) / "sae_checkpoints"
+
+    # Concept strengths and probes
+
+    def strengths(self, run: SAERun, probe_dataset: str, split: str) -> Path:
+        """Folder of CSR parts."""
+        return self._probed(run, probe_dataset) / split / "all_concepts"
+
+    def probe(self, run: SAERun, probe: ProbeRun) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_final_{probe.config_name}.safetensors"
+
+    def probe_intermediate(self, run: SAERun, probe: ProbeRun, epoch: int) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_epoch{epoch}_{probe.config_name}.safetensors"
+
+    def probe_state(self, run: SAERun, probe: ProbeRun) -> Path:
+        """State of an unfinished training, to go on from."""
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_state.safetensors"
+
+    def probe_log(self, run: SAERun, probe: ProbeRun) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_log.csv"
+
+    def probe_results(self) -> Path:
+        return self.settings.probe_dir / "probe_results.csv"
+
+    def _probe_folder(self, run: SAERun, probe: ProbeRun) -> Path:
+        return self._probed(run, probe.dataset) / probe.config_name / f"on_{probe.inputs}_ckpts"
+
+    def _probed(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.settings.probe_dir / self._run(run) / probe_dataset
+
+    @staticmethod
+    def _run(run: SAERun) -> Path:
+        return Path(run.dataset, encoder_folder(run.encoder), run.hook, run.config_name)
+
+    # Figures and summaries
+
+    def summary(self) -> Path:
+        return self.settings.analysis_dir / "summary.json"

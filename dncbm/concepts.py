@@ -1,0 +1,146 @@
+"""Concept strengths: the SAE's latents for every image of a probe dataset, sparse on disk and in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dncbm.artifacts import Artifacts, SAERun
+from dncbm.devices import resolve_device
+from dncbm.errors import UserError
+from dncbm.features import FeatureStore, open_features
+from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, manifest_path, whole_file
+from dncbm.sae import load_sae, sae_path
+from dncbm.settings import Settings
+from sparse_autoencoder import SparseAutoencoder
+
+
+@dataclass(frozen=True)
+class ConceptStrengths:
+    """Concept strengths of a split."""
+
+    matrix: scipy.sparse.csr_matrix
+    """Images x F, float32, non-negative."""
+    keys: NDArray[np.int64]
+    """Index of each image in the dataset's own split."""
+
+
+def save_concept_strengths(
+    settings: Settings,
+    run: SAERun,
+    dataset: str,
+    splits: tuple[str, ...],
+    *,
+    device: str = "auto",
+    batch_size: int = 4096,
+    overwrite: bool = False,
+) -> Outcome:
+    """Stage 6: concept strengths (METHOD section 4) of some splits of a probe dataset, one CSR part per feature shard.
+
+    Parts are scipy's .npz format with the images' keys added. An interrupted run goes on at the next part.
+
+    Raises:
+        UserError: no SAE or features, or they are of different widths.
+        StaleArtifact: there are strengths from another SAE or other features.
+    """
+    outcome = Outcome.ALREADY_DONE
+    sae: SparseAutoencoder | None = None
+    for split in splits:
+        store = open_features(settings, dataset, run.encoder, run.hook, split)
+        folder = Artifacts(settings).strengths(run, dataset, split)
+        inputs = {"SAE": fingerprint(sae_path(settings, run)), f"{split} features": fingerprint(store.folder)}
+        recipe = Recipe("strengths", {}, inputs)
+        if begin(folder, recipe, overwrite=overwrite) is Outcome.ALREADY_DONE:
+            continue
+        outcome = Outcome.RAN
+        sae = sae or load_sae(settings, run, resolve_device(device))
+        if sae.n_inputs != store.width:
+            raise UserError(
+                f"the SAE takes {sae.n_inputs} features and {store.folder} has {store.width}: they are of two encoders"
+            )
+        details = encode_store(sae, store, folder, batch_size, f"{dataset} {split}")
+        finish(folder, recipe, folder.glob("*.npz"), details)
+        print(f"concept strengths of {details['images']} images, L0 {details['l0']:.2f}: {folder}")
+    return outcome
+
+
+@torch.inference_mode()
+def encode_store(
+    sae: SparseAutoencoder, store: FeatureStore, folder: Path, batch_size: int, title: str
+) -> dict[str, Any]:
+    """Encode a feature store into CSR parts in `folder`. Memory is a dense batch and a sparse shard.
+
+    Returns:
+        `images` and `l0`, the mean number of active latents.
+    """
+    device = sae.encoder_weight.device
+    with tqdm(desc=title, total=len(store), unit="image") as bar:
+        for shard, path in enumerate(store.paths):
+            part = folder / f"{path.stem}.npz"
+            n_rows = len(np.load(path, mmap_mode="r"))
+            if not part.is_file():
+                batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
+                _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(path.with_suffix(".keys.npy")))
+            bar.update(n_rows)
+    n_active = sum(len(_read_part(part)["indices"]) for part in folder.glob("*.npz"))
+    return {"images": len(store), "l0": n_active / len(store)}
+
+
+def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
+    rows, columns = latents.nonzero(as_tuple=True)  # in row order; on the device, so that only active entries leave it
+    indptr = np.zeros(len(latents) + 1, dtype=np.int32)
+    np.cumsum(torch.bincount(rows, minlength=len(latents)).cpu().numpy(), out=indptr[1:])
+    values = latents[rows, columns].float().cpu().numpy()
+    return scipy.sparse.csr_matrix((values, columns.int().cpu().numpy(), indptr), shape=tuple(latents.shape))
+
+
+def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
+    with whole_file(path) as temporary:
+        np.savez(
+            temporary,
+            format=np.array(b"csr"),
+            shape=np.array(matrix.shape),
+            data=matrix.data,
+            indices=matrix.indices,
+            indptr=matrix.indptr,
+            keys=keys,
+        )
+
+
+def _read_part(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path) as part:
+            return dict(part)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; remove its folder and run scripts/06_save_concept_strengths.py"
+        ) from error
+
+
+def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
+    """The concept strengths of a split.
+
+    Raises:
+        UserError: they are not there or not finished.
+    """
+    folder = Artifacts(settings).strengths(run, dataset, split)
+    if not manifest_path(folder).is_file():
+        state = "are not finished" if folder.is_dir() else "are not there"
+        raise UserError(
+            f"the concept strengths {folder} {state}: make them with `python scripts/06_save_concept_strengths.py "
+            f"--probe_dataset {dataset} --probe_split {split}` and the SAE's flags"
+        )
+    parts = [_read_part(path) for path in sorted(folder.glob("*.npz"))]
+    matrices = [
+        scipy.sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=tuple(part["shape"]))
+        for part in parts
+    ]
+    return ConceptStrengths(
+        scipy.sparse.vstack(matrices, format="csr"), np.concatenate([part["keys"] for part in parts])
+    )

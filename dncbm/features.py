@@ -1,0 +1,349 @@
+"""Image features: extracting them, and FeatureStore, the memory-mapped folder of .npy shards that holds them."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from dncbm.artifacts import DEFAULT_SEED, Artifacts
+from dncbm.datasets import ImageShards
+from dncbm.datasets.cc3m import sae_images
+from dncbm.datasets.probe import DATASET_SPLITS, ProbeShards, probe_images, split_train
+from dncbm.devices import resolve_device
+from dncbm.encoders import Encoder, describe_encoder, load_encoder
+from dncbm.errors import UserError
+from dncbm.manifests import Outcome, Recipe, begin, finish, read_manifest, whole_file, write_json
+from dncbm.settings import SPLITS, Settings
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are extracted; none of it changes what they are."""
+
+    device: str = "auto"
+    batch_size: int = 256
+    num_workers: int = 1
+    max_bad_fraction: float = 0.05
+    """Share of the images that may be unreadable before the stage fails."""
+    overwrite: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------- store
+
+
+class FeatureStore:
+    """Features on disk: a folder of `NNNNN.npy` (rows x D, float16 or float32) with `NNNNN.keys.npy` beside each.
+
+    Nothing is read until rows are asked for; shards are memory maps.
+    """
+
+    def __init__(self, folder: Path, made_by: str) -> None:
+        """Open a finished store.
+
+        Args:
+            folder: the folder.
+            made_by: the command that makes it, for the error.
+
+        Raises:
+            UserError: it is not there or not finished.
+        """
+        if not (folder / "manifest.json").is_file():
+            state = "is not finished" if folder.is_dir() else "is not there"
+            raise UserError(f"the features {folder} {state}: make it with `{made_by}`")
+        self.folder = folder
+        paths = sorted(path for path in folder.glob("*.npy") if not path.name.endswith(".keys.npy"))
+        maps = [np.load(path, mmap_mode="r") for path in paths]
+        self.paths = [path for path, shard in zip(paths, maps, strict=True) if len(shard)]
+        self._shards = [shard for shard in maps if len(shard)]
+        if not self.paths:
+            raise UserError(f"the features {folder} hold no row: remove the folder and run `{made_by}`")
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def width(self) -> int:
+        """D, the number of features of an item."""
+        return int(self._shards[0].shape[1])
+
+    @cached_property
+    def keys(self) -> NDArray[Any]:
+        """Key of every row: the sample's key (webdataset) or the index in the dataset's own split (probe datasets)."""
+        return np.concatenate([np.load(path.with_suffix(".keys.npy")) for path in self.paths])
+
+    def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Rows in the order asked for, n x D float32. Shards are visited once each, in order."""
+        out = np.empty((len(indices), self.width), dtype=np.float32)
+        order = np.argsort(indices, kind="stable")
+        edges = np.searchsorted(indices[order], self._starts)
+        for shard, start, first, last in zip(self._shards, self._starts, edges, edges[1:], strict=False):
+            rows = order[first:last]
+            if len(rows):
+                out[rows] = shard[indices[rows] - start]
+        return torch.from_numpy(out)
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """All rows in order, as float32 batches that never cross a shard."""
+        for shard in range(len(self.paths)):
+            yield from self.shard_batches(shard, batch_size)
+
+    def shard_batches(self, shard: int, batch_size: int) -> Iterator[torch.Tensor]:
+        """The rows of one shard in order, as float32 batches."""
+        rows = self._shards[shard]
+        for start in range(0, len(rows), batch_size):
+            yield torch.from_numpy(rows[start : start + batch_size].astype(np.float32))
+
+    def describe(self, index: int) -> str:
+        """Where a row lies, for messages."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"row {index - int(self._starts[shard])} of {self.paths[shard]}"
+
+
+# ----------------------------------------------------------------------------------------------------------- extraction
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A batch of preprocessed images of one shard, on its way from a worker to the encoder."""
+
+    shard: int
+    images: torch.Tensor
+    keys: list[Any]
+    bad: Counter[str]
+    last: bool
+
+
+class _Reader(IterableDataset[_Piece]):
+    """Decodes and preprocesses the images of some shards. A worker process reads every n-th of them."""
+
+    def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int) -> None:
+        self.shards, self.pending, self.batch_size = shards, pending, batch_size
+        self.preprocess = encoder.preprocess
+
+    def __iter__(self) -> Iterator[_Piece]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for shard in self.pending[first::step]:
+            yield from self._read(shard)
+
+    def _read(self, shard: int) -> Iterator[_Piece]:
+        images: list[torch.Tensor] = []
+        keys: list[Any] = []
+        bad: Counter[str] = Counter()
+        for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
+            try:
+                images.append(self.preprocess(decode()))
+            except Exception as error:  # whatever a broken file makes a decoder raise
+                bad[type(error).__name__] += 1
+                continue
+            keys.append(key)
+            if len(images) == self.batch_size:
+                yield _Piece(shard, torch.stack(images), keys, Counter(), last=False)
+                images, keys = [], []
+        yield _Piece(shard, torch.stack(images) if images else torch.empty(0), keys, bad, last=True)
+
+
+@dataclass
+class _Growing:
+    """The features of a shard that is being encoded."""
+
+    features: list[torch.Tensor] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+
+
+def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Extraction, title: str) -> dict[str, Any]:
+    """Encode every image into `folder`, one .npy for each shard. Shards that are already there are not read again.
+
+    A batch never crosses a shard, so an interrupted extraction continues to the same bits.
+
+    Returns:
+        Counts for the manifest: `images`, and `bad`, reason -> number.
+
+    Raises:
+        UserError: an encoder gives NaN or infinity, or too many images are bad.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = [shard for shard in range(len(shards)) if not (folder / f"{shard:05d}.npy").is_file()]
+    counts = [shards.count(shard) for shard in range(len(shards))]
+    n_done = sum(_shard_record(folder, shard)["images"] for shard in range(len(shards)) if shard not in set(pending))
+    loader = DataLoader(
+        _Reader(shards, pending, encoder, extraction.batch_size),
+        batch_size=None,
+        num_workers=min(extraction.num_workers, len(pending)),
+        pin_memory=encoder.device.type == "cuda",
+    )
+    growing: dict[int, _Growing] = {}
+    total = None if None in counts else sum(count or 0 for count in counts)
+    with tqdm(desc=title, total=total, initial=n_done, unit="image", smoothing=0.05) as bar:
+        for piece in loader:
+            grown = growing.setdefault(piece.shard, _Growing())
+            if piece.keys:
+                grown.features.append(encoder.encode_images(piece.images))
+                grown.keys += piece.keys
+                bar.update(len(piece.keys))
+            if piece.last:
+                _write_shard(folder, piece.shard, shards.name(piece.shard), growing.pop(piece.shard), piece.bad)
+
+    records = [_shard_record(folder, shard) for shard in range(len(shards))]
+    bad = sum((Counter(record["bad"]) for record in records), Counter[str]())
+    images, n_bad = sum(record["images"] for record in records), bad.total()
+    if images == 0:
+        raise UserError(
+            f"no image could be read from {shards.name(0)}{' and the other shards' if len(shards) > 1 else ''}"
+        )
+    if n_bad > extraction.max_bad_fraction * (images + n_bad):
+        raise UserError(
+            f"{n_bad} of {images + n_bad} images are unreadable ({_counts(bad)}), more than --max_bad_fraction "
+            f"{extraction.max_bad_fraction}: mend the data, or run again with a larger fraction (what is extracted is kept)"
+        )
+    if n_bad:
+        print(f"skipped {n_bad} unreadable images: {_counts(bad)}")
+    return {"images": images, "bad": dict(bad)}
+
+
+def _counts(bad: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+
+
+def _shard_record(folder: Path, shard: int) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / f"{shard:05d}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _write_shard(folder: Path, shard: int, name: str, grown: _Growing, bad: Counter[str]) -> None:
+    features = torch.cat(grown.features).numpy() if grown.features else np.empty((0, 0), dtype=np.float32)
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise UserError(f"the encoder gave NaN or infinity for {grown.keys[row]} in {name}: the shard was not written")
+    stem = folder / f"{shard:05d}"
+    write_json(stem.with_suffix(".json"), {"source": name, "images": len(grown.keys), "bad": dict(bad)})
+    for path, array in (
+        (stem.with_suffix(".keys.npy"), np.asarray(grown.keys)),
+        (stem.with_suffix(".npy"), features),  # last: with it, the shard is there
+    ):
+        with whole_file(path) as temporary:
+            np.save(temporary, array)
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def save_sae_features(settings: Settings, dataset: str, encoder: str, hook: str, extraction: Extraction) -> Outcome:
+    """Stage 1: features of the images that the SAE is trained on, every split (METHOD section 1).
+
+    Raises:
+        UserError: no such dataset, shards or encoder; too many bad images; NaN features.
+        StaleArtifact: there are features from other images or another encoder.
+    """
+    sources: dict[str, ImageShards] = {split: sae_images(settings, dataset, split) for split in SPLITS}
+    return _save_features(settings, "sae_features", dataset, encoder, hook, sources, extraction)
+
+
+def save_probe_features(
+    settings: Settings, dataset: str, encoder: str, hook: str, splits: tuple[str, ...], extraction: Extraction
+) -> Outcome:
+    """Stage 5: labels, split and features of a probe dataset.
+
+    Raises:
+        UserError: no such dataset or encoder; too many bad images; NaN features.
+        StaleArtifact: there are labels or features from other images or another encoder.
+    """
+    images = {split: probe_images(settings, dataset, split) for split in DATASET_SPLITS}
+    artifacts = Artifacts(settings)
+    indices = split_train(len(images["train"].labels), DEFAULT_SEED) | {"val": np.arange(len(images["val"].labels))}
+
+    # The split does not follow --seed: runs of several seeds are compared on the same images.
+    split_file = artifacts.probe_split(dataset)
+    recipe = Recipe(
+        "probe_split",
+        {"seed": DEFAULT_SEED},
+        {f"{split} images of {dataset}": images[split].content_hash for split in DATASET_SPLITS},
+    )
+    if begin(split_file, recipe, overwrite=extraction.overwrite) is Outcome.RAN:
+        arrays = {artifacts.labels(dataset, split): images[split].labels for split in DATASET_SPLITS}
+        arrays |= {artifacts.split_indices(dataset, split): indices[split] for split in ("train", "train_val")}
+        for path, array in arrays.items():
+            with whole_file(path) as temporary:
+                np.save(temporary, array)
+        sizes = {split: len(indices[split]) for split in SPLITS}
+        write_json(split_file, {"class_names": images["train"].class_names, "sizes": sizes})
+        finish(split_file, recipe, [split_file, *arrays])
+
+    sources: dict[str, ImageShards] = {
+        split: ProbeShards(images["val" if split == "val" else "train"], indices[split]) for split in splits
+    }
+    return _save_features(settings, "probe_features", dataset, encoder, hook, sources, extraction)
+
+
+def _save_features(
+    settings: Settings,
+    stage: str,
+    dataset: str,
+    encoder_name: str,
+    hook: str,
+    sources: dict[str, ImageShards],
+    extraction: Extraction,
+) -> Outcome:
+    description = describe_encoder(settings, encoder_name)
+    outcome = Outcome.ALREADY_DONE
+    encoder = None
+    for split, shards in sources.items():
+        folder = Artifacts(settings).features(dataset, encoder_name, hook, split)
+        recipe = Recipe(stage, description | {"hook": hook}, {f"{split} images of {dataset}": shards.fingerprint()})
+        if begin(folder, recipe, overwrite=extraction.overwrite) is Outcome.ALREADY_DONE:
+            continue
+        outcome = Outcome.RAN
+        encoder = encoder or load_encoder(settings, encoder_name, resolve_device(extraction.device))
+        details = extract(shards, encoder, folder, extraction, f"{dataset} {split}")
+        details |= {"device": str(encoder.device), "batch_size": extraction.batch_size}
+        finish(folder, recipe, folder.glob("*.npy"), details)
+        print(f"{details['images']} images of {dataset} {split}: {folder}")
+    return outcome
+
+
+def open_features(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> FeatureStore:
+    """The finished features of a split. Raises UserError, naming the command that makes them, if there are none."""
+    if dataset in settings.sae_datasets:
+        command = f"python scripts/01_save_cc3m_features.py --img_enc_name {encoder} --sae_dataset {dataset}"
+    else:
+        command = f"python scripts/05_save_probe_features.py --img_enc_name {encoder} --probe_dataset {dataset}"
+    return FeatureStore(Artifacts(settings).features(dataset, encoder, hook, split), command)
+
+
+def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels of the rows with these keys (indices in the dataset's own split), int64.
+
+    Raises:
+        UserError: the labels are not there.
+    """
+    path = Artifacts(settings).labels(dataset, "val" if split == "val" else "train")
+    if not path.is_file():
+        raise UserError(
+            f"no labels {path}: make them with `python scripts/05_save_probe_features.py --probe_dataset {dataset}`"
+        )
+    labels: NDArray[np.int64] = np.load(path)[keys]
+    return labels
+
+
+def probe_class_names(settings: Settings, dataset: str) -> list[str]:
+    """Class names of a probe dataset, in label order. Raises UserError if its split was not made."""
+    path = Artifacts(settings).probe_split(dataset)
+    read_manifest(path)
+    names: list[str] = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+    return names
+
+
+def default_workers() -> int:
+    """Worker processes that leave the encoder a core: half the cores, at most 16."""
+    return max(1, min(16, (os.cpu_count() or 2) // 2))

@@ -1,0 +1,36 @@
+"""The embedded default: emoji, and a small CLIP made for them. `build.py` makes what is named here.
+
+Every key is explained in config.py at the top of the repository.
+"""
+
+data_dir = "run/data"
+sae_dir = "run/SAE"
+probe_dir = "run/probe"
+vocab_dir = "run/vocab"
+analysis_dir = "run/analysis"
+
+vocabulary = "openmoji_nouns"
+
+sae_datasets = {
+    "openmoji": {
+        "train": "run/webdataset/training/{00000..00004}.tar",
+        "train_val": "run/webdataset/training/00005.tar",
+        "val": "run/webdataset/validation/00000.tar",
+    },
+}
+
+probe_datasets = {
+    "openmoji_categories": "run/categories",
+}
+
+encoders = {
+    "openmoji_clip": "local-dir:run/clip",
+}
+
+# Sizes that suit 1400 images instead of three million.
+defaults = {
+    "img_enc_name": "openmoji_clip",
+    "sae_dataset": "openmoji",
+    "probe_dataset": "openmoji_categories",
+    "input_transform": "unit_norm",
+}

@@ -1,0 +1,1 @@
+04_assign_names.py

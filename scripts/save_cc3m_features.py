@@ -1,0 +1,1 @@
+01_save_cc3m_features.py

@@ -1,0 +1,1 @@
+06_save_concept_strengths.py

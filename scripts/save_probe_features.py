@@ -1,0 +1,1 @@
+05_save_probe_features.py

@@ -1,0 +1,1 @@
+03_save_vocab_embeddings.py

@@ -1,0 +1,1 @@
+07_train_linear_probe.py

@@ -1,0 +1,1 @@
+02_train_sae_img.py
