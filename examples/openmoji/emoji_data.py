@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,9 @@ class Emoji:
 
 
 def slug(text: str) -> str:
-    """Lower snake case of a name; letters of other alphabets stay."""
-    return re.sub(r"\W+", "_", text.lower().replace("&", " and "), flags=re.UNICODE).strip("_")
+    """Lower snake case of a name, in ASCII: Animals & Nature -> animals_and_nature."""
+    plain = unicodedata.normalize("NFKD", text.lower().replace("&", " and ")).encode("ascii", "ignore").decode()
+    return re.sub(r"\W+", "_", plain).strip("_")
 
 
 def plain_code(code: str) -> str:
@@ -80,13 +82,14 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text))
 
 
-def family_keys(code: str, name: str) -> list[str]:
+def family_keys(code: str, name: str, drawing: bytes) -> list[str]:
     """Keys of one emoji; two emoji that share any key are variants of one another."""
     parts = [part for part in code.split("-") if part not in SKIN_TONES | SIGNS]
     while parts and parts[-1] == JOINER:
         parts.pop()
     rest = [part for part in parts if part != JOINER]
-    keys = ["code " + "-".join(rest)]
+    # Some flags are one drawing under two names, such as Chad's and Romania's.
+    keys = ["code " + "-".join(rest), "drawing " + hashlib.sha256(drawing).hexdigest()]
     if len(rest) > 1 and rest[0] in PEOPLE:
         others = [part for part in rest[1:] if part not in PEOPLE | COMPANIONS]
         keys.append("role " + "-".join(others) if others else "series family or couple")
@@ -97,8 +100,8 @@ def family_keys(code: str, name: str) -> list[str]:
     return [*keys, "name " + (_words(VARIANT_WORDS.sub(" ", GENDER_WORDS.sub(" ", name))) or name)]
 
 
-def group_families(records: Sequence[tuple[str, str]]) -> list[str]:
-    """Family of each (code, name): the connected components of shared keys, named by their first member."""
+def group_families(records: Sequence[tuple[str, str, bytes]]) -> list[str]:
+    """Family of each (code, name, drawing): the connected components of shared keys, named by their first member."""
     parent = list(range(len(records)))
 
     def root(index: int) -> int:
@@ -108,8 +111,8 @@ def group_families(records: Sequence[tuple[str, str]]) -> list[str]:
         return index
 
     first_with: dict[str, int] = {}
-    for index, (code, name) in enumerate(records):
-        for key in family_keys(code, name):
+    for index, record in enumerate(records):
+        for key in family_keys(*record):
             other = root(first_with.setdefault(key, index))
             mine = root(index)
             parent[max(other, mine)] = min(other, mine)
@@ -147,7 +150,7 @@ def load_emoji() -> list[Emoji]:
         if entry.category == "Component" or code not in drawings:
             continue
         found.append((code, *_texts(entry.char, entry), slug(entry.category)))
-    families = group_families([(code, name) for code, name, _, _ in found])
+    families = group_families([(code, name, drawings[code].read_bytes()) for code, name, _, _ in found])
     return [
         Emoji(code, name, aliases, category, drawings[code], family, split_of(family))
         for (code, name, aliases, category), family in zip(found, families, strict=True)

@@ -10,6 +10,10 @@ import wordfreq
 
 MIN_ZIPF = 2.7  # wordfreq's scale, log10 of uses in a billion words: rarer words are mostly Latin names
 LEMMAS_PER_CLASS = 2  # later lemmas are remote synonyms
+# Slurs and vulgar words among the lemmas: no picture should be named by one.
+LEFT_OUT = re.compile(
+    "ass|bastard|bitch|cock|cuckold|dildo|faggot|fucker|homo|hooker|jezebel|pervert|pimp|redneck|shit|slut|tit"
+)
 
 
 def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
@@ -19,7 +23,7 @@ def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
     for line in table.splitlines():
         _synset, lemmas = line.split("\t")
         words.update(lemmas.split(", ")[:LEMMAS_PER_CLASS])
-    plain = (word for word in words if re.fullmatch(r"[a-z]{3,}", word))
+    plain = (word for word in words if re.fullmatch(r"[a-z]{3,}", word) and not LEFT_OUT.fullmatch(word))
     return sorted(word for word in plain if wordfreq.zipf_frequency(word, "en") >= min_zipf)
 
 

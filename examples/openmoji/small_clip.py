@@ -36,7 +36,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spec
 FEATURE_BATCH = 16  # images; small batches stay in the cache
 ZOOM = 0.75  # of the second view of a training image
 
-EPOCHS = 40
+STEPS = 280  # 40 passes over two views of every training emoji
 FIT_BATCH = 512
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
@@ -209,30 +209,31 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
         ],
         lr=LEARNING_RATE,
     )
-    count = len(features)
-    steps = EPOCHS * -(-count // FIT_BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     sizes = torch.tensor([len(rows) for rows in choices])
-    table = torch.zeros(count, int(sizes.max()), dtype=torch.long)
+    table = torch.zeros(len(features), int(sizes.max()), dtype=torch.long)
     for index, rows in enumerate(choices):
         table[index, : len(rows)] = torch.tensor(rows)
 
-    for _ in tqdm(range(EPOCHS), desc="fitting", unit="epoch"):
-        for rows in torch.randperm(count, generator=generator).split(FIT_BATCH):
-            drawn = (torch.rand(len(rows), generator=generator) * sizes[rows]).long()
-            target = texts[table[rows, drawn]]
-            image = F.normalize(layer(F.dropout(standardised[rows], DROPOUT)), dim=-1)
-            logits = log_scale.exp() * image @ target.T
-            # Two views of an image share a caption: both are right, and share the probability.
-            matches = (target @ target.T > SAME_TEXT).float()
-            matches = matches / matches.sum(1, keepdim=True)
-            loss = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                log_scale.clamp_(max=4.6)  # CLIP's bound, a scale of 100
+    order: list[Tensor] = []
+    for _ in tqdm(range(STEPS), desc="fitting", unit="step"):
+        if not order:  # a new pass, in a new order
+            order = list(torch.randperm(len(features), generator=generator).split(FIT_BATCH))
+        rows = order.pop()
+        drawn = (torch.rand(len(rows), generator=generator) * sizes[rows]).long()
+        target = texts[table[rows, drawn]]
+        image = F.normalize(layer(F.dropout(standardised[rows], DROPOUT)), dim=-1)
+        logits = log_scale.exp() * image @ target.T
+        # Two views of an image share a caption: both are right, and share the probability.
+        matches = (target @ target.T > SAME_TEXT).float()
+        matches = matches / matches.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            log_scale.clamp_(max=4.6)  # CLIP's bound, a scale of 100
 
     with torch.no_grad():  # fold the standardisation into the layer
         layer.weight.div_(deviation)
