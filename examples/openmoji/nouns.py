@@ -18,7 +18,7 @@ LEFT_OUT = re.compile(
 
 def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
     """Single lower-case words, in alphabetical order, from the lemmas of ImageNet-21k that timm carries."""
-    table = files("timm.data").joinpath("_info", "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8")
+    table = (files("timm.data") / "_info" / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8")
     words = set()
     for line in table.splitlines():
         _synset, lemmas = line.split("\t")

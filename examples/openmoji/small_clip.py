@@ -130,7 +130,9 @@ def save_clip(model: nn.Module, folder: Path) -> None:
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-def load_clip(folder: Path) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[..., Tensor]]:
+def load_clip(
+    folder: Path,
+) -> tuple[open_clip.CustomTextCLIP, Callable[[Image.Image], Tensor], Callable[..., Tensor]]:
     """Model, image preprocessing and tokenizer of a saved checkpoint, by open_clip's ordinary calls."""
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -166,13 +168,15 @@ def encode_images(
 
 
 @torch.inference_mode()
-def encode_texts(model: nn.Module, tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
+def encode_texts(model: open_clip.CustomTextCLIP, tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
     """Normalised text embeddings (N x D)."""
     parts = [model.encode_text(tokenizer(list(texts[i : i + 64])), normalize=True) for i in range(0, len(texts), 64)]
     return torch.cat(parts)
 
 
-def training_features(model: nn.Module, preprocess: Callable[[Image.Image], Tensor], paths: Sequence[Path]) -> Tensor:
+def training_features(
+    model: open_clip.CustomTextCLIP, preprocess: Callable[[Image.Image], Tensor], paths: Sequence[Path]
+) -> Tensor:
     """Trunk features (2N x 1280) of two views of each image: first all plain ones, then all zoomed-out ones."""
     trunk = model.visual.trunk.to(memory_format=torch.channels_last)
 
@@ -212,8 +216,8 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     sizes = torch.tensor([len(rows) for rows in choices])
     table = torch.zeros(len(features), int(sizes.max()), dtype=torch.long)
-    for index, rows in enumerate(choices):
-        table[index, : len(rows)] = torch.tensor(rows)
+    for index, suitable in enumerate(choices):
+        table[index, : len(suitable)] = torch.tensor(suitable)
 
     order: list[Tensor] = []
     for _ in tqdm(range(STEPS), desc="fitting", unit="step"):
@@ -241,9 +245,7 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
     return layer, log_scale.item()
 
 
-def build_clip(
-    folder: Path, paths: Sequence[Path], names: Sequence[str], aliases: Sequence[Sequence[str]]
-) -> dict[str, float]:
+def build_clip(folder: Path, paths: Sequence[Path], names: Sequence[str], aliases: Sequence[Sequence[str]]) -> None:
     """Assemble the checkpoint in `folder`, fitted on the images at `paths` with their `names` and `aliases`."""
     model = create_clip(folder)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
