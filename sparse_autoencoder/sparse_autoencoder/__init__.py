@@ -5,17 +5,21 @@ from sparse_autoencoder.data import Features
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.metrics import evaluate
 from sparse_autoencoder.model import SAEOutput, SparseAutoencoder
-from sparse_autoencoder.sparsity import ReLU, Sparsity
+from sparse_autoencoder.sparsity import BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK
 from sparse_autoencoder.trainer import TrainingResult, TrainingSettings, train
 
 __all__ = [
+    "BatchTopK",
     "CheckpointError",
     "Features",
+    "JumpReLU",
+    "Matryoshka",
     "NonFiniteError",
     "ReLU",
     "SAEOutput",
     "SparseAutoencoder",
     "Sparsity",
+    "TopK",
     "TrainingResult",
     "TrainingSettings",
     "evaluate",

@@ -1,10 +1,13 @@
 """The loss of an item, its parts, and how much of the data a reconstruction explains."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.sparsity import BatchTopK, TopK, code_of, n_auxiliary, prefix_ends
 
 
 def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -13,20 +16,45 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
 
 class ItemLosses(NamedTuple):
-    """The loss of each item of a batch in its two parts, and the latents that it came from."""
+    """The loss of each item of a batch in its parts, and the latents that it came from."""
 
+    objective: Tensor
+    """What training minimises the mean of (B): l2 + penalty; with Matryoshka's prefixes and AuxK's term where they are."""
     l2: Tensor
-    """Mean squared error over the D inputs (B)."""
+    """Mean squared error over the D inputs of the whole reconstruction (B)."""
     penalty: Tensor
-    """The sparsity term, coefficient included (B): the loss is l2 + penalty."""
+    """The sparsity term, coefficient included (B)."""
     latents: Tensor
     """B x F."""
 
 
-def item_losses(model: SparseAutoencoder, x: Tensor) -> ItemLosses:
-    """The losses (DN-CBM, section 3.1) of transformed inputs x (B x D)."""
-    latents = model.encode_transformed(x)
-    return ItemLosses(squared_error(model.decode_transformed(latents), x), model.sparsity.penalty(latents), latents)
+def item_losses(
+    model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None
+) -> ItemLosses:
+    """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; for other variants see `sparsity`).
+
+    `training`: the code may depend on the batch (BatchTopK), and the indices `dead` of latents (int64) get AuxK's loss.
+    """
+    code = code_of(model.sparsity)
+    pre, threshold = model.pre_activations(x), model.thresholds()
+    latents = code.activate(pre, threshold, training)
+    penalty = code.penalty(pre, latents, threshold)
+    ends = prefix_ends(model.sparsity, model.n_latents)
+    reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0]])
+    l2 = squared_error(reconstruction, x)
+    objective = l2 + penalty
+    for start, end in pairwise(ends):
+        reconstruction = torch.addmm(reconstruction, latents[:, start:end], model.decoder_weight[start:end])
+        l2 = squared_error(reconstruction, x)
+        objective = objective + l2
+    n_aux = n_auxiliary(model.sparsity, model.n_inputs, len(dead)) if training and dead is not None else 0
+    if n_aux:
+        assert isinstance(code, TopK | BatchTopK)
+        largest, place = pre[:, dead].topk(n_aux, dim=1, sorted=False)
+        revived = torch.zeros_like(pre[:, dead]).scatter(1, place, torch.relu(largest))
+        left_over = (x - reconstruction).detach()
+        objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight[dead], left_over)
+    return ItemLosses(objective, l2, penalty, latents)
 
 
 class RunningVariance:

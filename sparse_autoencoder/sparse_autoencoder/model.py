@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from sparse_autoencoder.sparsity import ReLU, Sparsity
+from sparse_autoencoder.sparsity import BatchTopK, JumpReLU, ReLU, Sparsity, code_of
 
 INPUT_TRANSFORMS = ("none", "centre", "unit_norm")
 
@@ -21,21 +21,14 @@ class SAEOutput(NamedTuple):
     """B x D, in the space of the inputs."""
 
 
-def pre_activations(x: Tensor, encoder_weight: Tensor, encoder_bias: Tensor, tied_bias: Tensor) -> Tensor:
-    """(x - b) W_e^T + b_e (B x F) for transformed inputs x (B x D) (DN-CBM, section 3.1).
-
-    The tied bias is folded into the encoder's, c = b_e - W_e b: the same sum without a copy of x.
-    """
-    return linear(x, encoder_weight, encoder_bias - encoder_weight @ tied_bias)
-
-
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder of D-dimensional inputs with F latents.
 
     z = activate((x - b) W_e^T + b_e) and x_hat = z W_d + b, where x is the input after `input_transform`.
 
     Parameters: `tied_bias` b (D), `encoder_weight` W_e (F x D), `encoder_bias` b_e (F) and `decoder_weight` W_d (F x
-    D: a latent's direction is a row, of unit norm, contiguous in memory).
+    D: a latent's direction is a row, of unit norm, contiguous in memory). JumpReLU adds
+    `log_threshold` (F), BatchTopK the buffer `threshold` (a scalar).
 
     Args:
         n_inputs: D.
@@ -47,10 +40,11 @@ class SparseAutoencoder(nn.Module):
         seed: of the initial weights.
 
     Raises:
-        ValueError: a size below 1, an unknown transform, or a `sparsity` that does not fit `n_latents`.
+        ValueError: a size below 1, or an unknown transform.
     """
 
     input_centre: Tensor
+    threshold: Tensor
 
     def __init__(
         self,
@@ -76,11 +70,16 @@ class SparseAutoencoder(nn.Module):
         self.decoder_weight = nn.Parameter(torch.empty(n_latents, n_inputs))
         if input_transform == "centre":
             self.register_buffer("input_centre", torch.zeros(n_inputs))
+        code = code_of(sparsity)
+        if isinstance(code, JumpReLU):
+            self.log_threshold = nn.Parameter(torch.full((n_latents,), math.log(code.initial_threshold)))
+        if isinstance(code, BatchTopK):
+            self.register_buffer("threshold", torch.zeros(()))
         self._initialise(seed)
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """The start of DN-CBM's authors (section 3.1 and their code).
+        """The start of DN-CBM's authors (section 3.1 and their code), or for other variants their papers': W_e = W_d.
 
         Their tensors have a leading axis of size 1, so that PyTorch counts F * D inputs to a latent, not D: the
         encoder's bound is sqrt(6 / (F D)) and its bias's 1 / sqrt(F).
@@ -91,8 +90,12 @@ class SparseAutoencoder(nn.Module):
         self.tied_bias.zero_()
         self.decoder_weight.normal_(generator=generator)
         self.decoder_weight.copy_(normalize(self.decoder_weight, dim=1))
-        self.encoder_weight.uniform_(-weight_bound, weight_bound, generator=generator)
-        self.encoder_bias.uniform_(-bias_bound, bias_bound, generator=generator)
+        if isinstance(self.sparsity, ReLU):
+            self.encoder_weight.uniform_(-weight_bound, weight_bound, generator=generator)
+            self.encoder_bias.uniform_(-bias_bound, bias_bound, generator=generator)
+        else:
+            self.encoder_weight.copy_(self.decoder_weight)
+            self.encoder_bias.zero_()
 
     @property
     def dictionary(self) -> Tensor:
@@ -115,25 +118,33 @@ class SparseAutoencoder(nn.Module):
             return x / norm, norm
         return x, None
 
-    def encode_transformed(self, x: Tensor) -> Tensor:
-        """Latents (B x F) of inputs (B x D) that `transform` has been applied to."""
-        pre = pre_activations(x, self.encoder_weight, self.encoder_bias, self.tied_bias)
-        return self.sparsity.activate(pre)
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(x - b) W_e^T + b_e (B x F) for inputs x (B x D) that `transform` has been applied to.
 
-    def decode_transformed(self, latents: Tensor) -> Tensor:
-        """Reconstruction (B x D) in the transformed space of latents (B x F)."""
-        return torch.addmm(self.tied_bias, latents, self.decoder_weight)
+        The tied bias is folded into the encoder's, c = b_e - W_e b: the same sum without a copy of x.
+        """
+        return linear(x, self.encoder_weight, self.encoder_bias - self.encoder_weight @ self.tied_bias)
+
+    def thresholds(self) -> Tensor | None:
+        """JumpReLU's thresholds (F), BatchTopK's (a scalar), else None."""
+        code = code_of(self.sparsity)
+        if isinstance(code, JumpReLU):
+            return self.log_threshold.exp()
+        return self.threshold if isinstance(code, BatchTopK) else None
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (B x F) of inputs (B x D)."""
-        return self.encode_transformed(self.transform(x)[0])
+        """Latents (B x F) of inputs (B x D), each item's independent of the rest of the batch."""
+        return self._encode_transformed(self.transform(x)[0])
+
+    def _encode_transformed(self, x: Tensor) -> Tensor:
+        return code_of(self.sparsity).activate(self.pre_activations(x), self.thresholds())
 
     def decode(self, latents: Tensor, scale: Tensor | None = None) -> Tensor:
         """Reconstruction (B x D) of latents (B x F), in the space of the inputs.
 
         `scale` (B x 1) are the inputs' norms under "unit_norm"; without it the result stays in the unit-norm space.
         """
-        reconstruction = self.decode_transformed(latents)
+        reconstruction = torch.addmm(self.tied_bias, latents, self.decoder_weight)
         if self.input_transform == "centre":
             return reconstruction + self.input_centre
         return reconstruction if scale is None else reconstruction * scale
@@ -141,5 +152,5 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> SAEOutput:
         """Latents and reconstruction of inputs (B x D)."""
         transformed, scale = self.transform(x)
-        latents = self.encode_transformed(transformed)
+        latents = self._encode_transformed(transformed)
         return SAEOutput(latents, self.decode(latents, scale))

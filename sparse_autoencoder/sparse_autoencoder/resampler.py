@@ -70,7 +70,7 @@ def resample(
     for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}"):
         x, _ = model.transform(batch.to(device))
         result = item_losses(model, x)
-        losses.append((result.l2 + result.penalty).cpu())
+        losses.append(result.objective.cpu())
         usable.append((x != 0).any(dim=1).cpu())  # a zero input has no direction
     loss = torch.cat(losses) * torch.cat(usable)
     probability = sampling_probability(loss).numpy()

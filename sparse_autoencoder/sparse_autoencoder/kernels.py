@@ -1,0 +1,384 @@
+"""Compiled loops over the active entries of a code: everything of a training step but the encoder's product.
+
+They run without Python's lock, each call on one thread, and sum in a fixed order. Sums may be reordered by the compiler
+(once, when it compiles) and products fused, but NaN and infinity keep their meaning.
+"""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numba import njit
+
+Array: TypeAlias = np.ndarray
+Rates: TypeAlias = tuple[np.float32, ...]
+
+
+class ItemMajor(NamedTuple):
+    """The active entries of n items, in the order of the items and of the latents within one."""
+
+    row_start: Array
+    """Where each item's entries start (n + 1, int64)."""
+    latent: Array
+    """Which latent (int32)."""
+    z: Array
+    """Its value (float32)."""
+    slope: Array
+    """The derivative of the loss by it (float32), once `decode` has filled it in."""
+
+
+class LatentMajor(NamedTuple):
+    """The same in the order of the latents and of the items within one."""
+
+    start: Array
+    """Where each latent's entries start (F + 1, int64)."""
+    item: Array
+    """Which item (int32)."""
+    z: Array
+    slope: Array
+
+
+class Trained(NamedTuple):
+    """A parameter and Adam's two moments of it."""
+
+    value: Array
+    mean: Array
+    variance: Array
+
+
+FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+BLOCK = 32
+"""Pre-activations tested at once: most blocks hold no active latent and cost a few vector instructions."""
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def _scan(pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array) -> int:
+    """Collects, in rising order, the latents f of one row with pre[f] + offset[f] > level, and pre[f] + bias[f] as their
+    value. NaN is collected too, so that it reaches the loss. Returns how many there are."""
+    n = pre.shape[0]
+    count = 0
+    for start in range(0, n, BLOCK):
+        # Slices, whose indices start at 0: numba cannot vectorise a loop from `start`, which might be negative.
+        pre_block, offset_block = pre[start : start + BLOCK], offset[start : start + BLOCK]
+        hits = np.int32(0)
+        for f in range(pre_block.shape[0]):
+            hits += np.int32(not (pre_block[f] + offset_block[f] <= level))
+        if hits > 0:
+            for f in range(pre_block.shape[0]):
+                if not (pre_block[f] + offset_block[f] <= level):
+                    latent[count] = start + f
+                    value[count] = pre_block[f] + bias[start + f]
+                    count += 1
+    return count
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def _add_rows(total: Array, table: Array, index: Array, weight: Array, start: int, stop: int) -> None:
+    """total (D) += sum over entries p of weight[p] * table[index[p]]."""
+    width = total.shape[0]
+    p = start
+    while p + 4 <= stop:  # four at a time: `total` is read and written a quarter as often
+        a, b, c, e = table[index[p]], table[index[p + 1]], table[index[p + 2]], table[index[p + 3]]
+        wa, wb, wc, we = weight[p], weight[p + 1], weight[p + 2], weight[p + 3]
+        for d in range(width):
+            total[d] += (wa * a[d] + wb * b[d]) + (wc * c[d] + we * e[d])
+        p += 4
+    while p < stop:
+        a, wa = table[index[p]], weight[p]
+        for d in range(width):
+            total[d] += wa * a[d]
+        p += 1
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def _dot(a: Array, b: Array) -> np.float32:
+    """The scalar product of two rows."""
+    total = np.float32(0)
+    for d in range(a.shape[0]):
+        total += a[d] * b[d]
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def select_above(
+    pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array, row_start: Array
+) -> None:
+    """`_scan` of each row of pre (n x F) into the rows of latent and value (n x F); row_start (n + 1) sums the counts."""
+    row_start[0] = 0
+    for i in range(pre.shape[0]):
+        row_start[i + 1] = row_start[i] + _scan(pre[i], bias, offset, level, latent[i], value[i])
+
+
+@njit(inline="always")
+def _kth_largest(values: Array, n: int, k: int) -> np.float32:
+    """The k-th largest of the first n values, none of them NaN, by quickselect; reorders them."""
+    low, high, want = 0, n - 1, k - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if want <= j:
+            high = j
+        elif want >= i:
+            low = i
+        else:
+            break
+    return values[want]
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array, row_start: Array) -> None:
+    """As `select_above`, the k largest positive values of each row; of equal ones at the edge, those that come first.
+
+    The latents are dealt into at least 4 k classes. k classes have a member that reaches the k-th largest of the classes'
+    maxima, so that it bounds the k-th largest value from below, closely: little more than k values are left to sort out.
+    """
+    n, width = pre.shape
+    n_classes = min(width, max(4 * k, 128))
+    maxima = np.empty(n_classes, np.float32)
+    candidates = np.empty(width, np.float32)
+    row_start[0] = 0
+    for i in range(n):
+        row = pre[i]
+        level = np.float32(0)
+        if k < n_classes:
+            maxima[:] = 0
+            for start in range(0, width, n_classes):
+                row_block, bias_block = row[start : start + n_classes], bias[start : start + n_classes]
+                for j in range(row_block.shape[0]):
+                    v = row_block[j] + bias_block[j]
+                    maxima[j] = v if v > maxima[j] else maxima[j]
+            bound = _kth_largest(maxima, n_classes, k)
+            level = np.float32(bound * np.float32(0.999999))  # `_scan` takes what is above, and equals are wanted
+            if level >= bound:
+                level = np.float32(0)
+        count = _scan(row, bias, bias, level, latent[i], value[i])
+        if count > k:
+            for j in range(count):
+                v = value[i, j]
+                candidates[j] = v if v == v else np.inf
+            edge = _kth_largest(candidates, count, k)
+            equals = k
+            for j in range(count):
+                equals -= not (value[i, j] <= edge)
+            kept = 0
+            for j in range(count):
+                v = value[i, j]
+                if not (v <= edge) or (v == edge and equals > 0):
+                    equals -= v == edge
+                    latent[i, kept] = latent[i, j]
+                    value[i, kept] = v
+                    kept += 1
+            count = kept
+        row_start[i + 1] = row_start[i] + count
+
+
+@njit(nogil=True, cache=True)
+def pack(latent: Array, value: Array, row_start: Array, packed_latent: Array, packed_value: Array) -> None:
+    """Copies the first entries of each row to its place, from row_start (n + 1), in the packed arrays."""
+    for i in range(row_start.shape[0] - 1):
+        start = row_start[i]
+        for j in range(row_start[i + 1] - start):
+            packed_latent[start + j] = latent[i, j]
+            packed_value[start + j] = value[i, j]
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def decode(
+    x: Array, tied_bias: Array, decoder: Array, entries: ItemMajor, ends: Array, scale: float, residual: Array
+) -> tuple[float, float]:
+    """The residuals of n items, and from them the slopes, while the decoder's rows are in cache.
+
+    `ends` (G) are the prefixes of the latents that must reconstruct alone; with one, F, this is the plain SAE.
+    residual (G x n x D) becomes, for each prefix, the sum over it and all longer ones of x_hat - x, times `scale`: what
+    the latents that the prefix adds have as the gradient of their reconstruction.
+    Returns the squared errors summed over items and prefixes, and those of the whole reconstruction.
+    """
+    n, width = x.shape
+    n_prefixes = ends.shape[0]
+    total = np.empty(width, np.float32)
+    objective = error = 0.0
+    for i in range(n):
+        for d in range(width):
+            total[d] = tied_bias[d] - x[i, d]
+        p = entries.row_start[i]
+        for g in range(n_prefixes):
+            start = p
+            while p < entries.row_start[i + 1] and entries.latent[p] < ends[g]:
+                p += 1
+            _add_rows(total, decoder, entries.latent, entries.z, start, p)
+            error_here = np.float64(_dot(total, total))
+            objective += error_here
+            if g == n_prefixes - 1:
+                error += error_here
+            r = residual[g, i]
+            for d in range(width):
+                r[d] = scale * total[d]
+        for g in range(n_prefixes - 2, -1, -1):
+            r, longer = residual[g, i], residual[g + 1, i]
+            for d in range(width):
+                r[d] += longer[d]
+        g = 0
+        for p in range(entries.row_start[i], entries.row_start[i + 1]):
+            while entries.latent[p] >= ends[g]:
+                g += 1
+            entries.slope[p] = _dot(residual[g, i], decoder[entries.latent[p]])
+    return objective, error
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def decode_left_over(
+    decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array
+) -> float:
+    """AuxK: dead latents' entries reconstruct x - x_hat, which is -residual / scale (n x D), kept fixed.
+
+    `left` (n x D) becomes the gradient of their reconstruction: coeff * scale times its error. Fills in the slopes and
+    returns the squared errors summed.
+    """
+    n, width = residual.shape
+    error = 0.0
+    inverse = np.float32(1 / scale)
+    for i in range(n):
+        r = left[i]
+        for d in range(width):
+            r[d] = residual[i, d] * inverse
+        _add_rows(r, decoder, entries.latent, entries.z, entries.row_start[i], entries.row_start[i + 1])
+        error += _dot(r, r)
+        for d in range(width):
+            r[d] *= coeff * scale
+        for p in range(entries.row_start[i], entries.row_start[i + 1]):
+            entries.slope[p] = _dot(r, decoder[entries.latent[p]])
+    return error
+
+
+@njit(nogil=True, cache=True)
+def histogram(latent: Array, count: Array) -> None:
+    """count[f] (F) = how many entries are latent f's."""
+    count[:] = 0
+    for p in range(latent.shape[0]):
+        count[latent[p]] += 1
+
+
+@njit(nogil=True, cache=True)
+def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: LatentMajor) -> None:
+    """Copies entries to their latent-major places; place (F) is where each latent's next one goes."""
+    for i in range(entries.row_start.shape[0] - 1):
+        for p in range(entries.row_start[i], entries.row_start[i + 1]):
+            q = place[entries.latent[p]]
+            place[entries.latent[p]] = q + 1
+            sorted_entries.item[q] = first_item + i
+            sorted_entries.z[q] = entries.z[p]
+            sorted_entries.slope[q] = entries.slope[p]
+
+
+@njit(nogil=True, cache=True)
+def learn_thresholds(
+    entries: LatentMajor, threshold: Array, bandwidth: float, l0_slope: float, gradient: Array, active: Array
+) -> None:
+    """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives.
+
+    Entries that lie in the window below the threshold have z = 0: they count here, and are then switched off (slope 0).
+    `active` (F) becomes the number of entries above.
+    """
+    for f in range(threshold.shape[0]):
+        total = 0.0
+        above = 0
+        for p in range(entries.start[f], entries.start[f + 1]):
+            if entries.z[p] == 0 or abs(entries.z[p] - threshold[f]) < bandwidth / 2:
+                total += threshold[f] * entries.slope[p] + l0_slope
+            if entries.z[p] == 0:
+                entries.slope[p] = 0
+            else:
+                above += 1
+        gradient[f] = -total / bandwidth * threshold[f]
+        active[f] = above
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def _adam(p: Array, g: Array, mean: Array, variance: Array, rates: Rates) -> None:
+    """Adam (Kingma & Ba 2015), as torch computes it, on rows p, g, mean and variance in place."""
+    lr, beta_1, rest_1, beta_2, rest_2, inverse_root, epsilon, decay = rates
+    for d in range(p.shape[0]):
+        gradient = g[d] + decay * p[d]
+        m = beta_1 * mean[d] + rest_1 * gradient
+        v = beta_2 * variance[d] + rest_2 * gradient * gradient
+        mean[d] = m
+        variance[d] = v
+        p[d] -= lr * m / (math.sqrt(v) * inverse_root + epsilon)
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def update_vector(vector: Trained, gradient: Array, rates: Rates) -> None:
+    """One step of Adam on a vector."""
+    _adam(vector.value, gradient, vector.mean, vector.variance, rates)
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def _add_entries(
+    entries: LatentMajor, f: int, x: Array, residual: Array, by_encoder: Array, by_decoder: Array
+) -> np.float32:
+    """Adds the gradients (D) that latent f's entries give its encoder and decoder rows; returns the sum of the slopes."""
+    start, stop = entries.start[f], entries.start[f + 1]
+    slope_sum = np.float32(0)
+    for p in range(start, stop):
+        slope_sum += entries.slope[p]
+    _add_rows(by_encoder, x, entries.item, entries.slope, start, stop)
+    _add_rows(by_decoder, residual, entries.item, entries.z, start, stop)
+    return slope_sum
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def update_latents(
+    first: int,
+    last: int,
+    entries: LatentMajor,
+    revived: LatentMajor,
+    x: Array,
+    tied_bias: Array,
+    ends: Array,
+    residual: Array,
+    left: Array,
+    encoder: Trained,
+    decoder: Trained,
+    rates: Rates,
+    bias_gradient: Array,
+    back: Array,
+) -> None:
+    """For each latent of first..last - 1: the gradients of its encoder and decoder rows from the code's entries and from
+    AuxK's (`revived`), the decoder's projection, Adam and unit norm. The gradients live in two rows of scratch memory and
+    are gone with the latent.
+
+    Writes the encoder bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row.
+    """
+    width = x.shape[1]
+    by_encoder = np.empty(width, np.float32)
+    by_decoder = np.empty(width, np.float32)
+    back[:] = 0
+    g = 0
+    for f in range(first, last):
+        while f >= ends[g]:
+            g += 1
+        by_encoder[:] = 0
+        by_decoder[:] = 0
+        slope_sum = _add_entries(entries, f, x, residual[g], by_encoder, by_decoder)
+        slope_sum += _add_entries(revived, f, x, left, by_encoder, by_decoder)
+        bias_gradient[f] = slope_sum
+        encoder_row, decoder_row = encoder.value[f], decoder.value[f]
+        along = _dot(by_decoder, decoder_row)
+        for d in range(width):
+            by_encoder[d] -= slope_sum * tied_bias[d]
+            back[d] += slope_sum * encoder_row[d]
+            by_decoder[d] -= along * decoder_row[d]
+        _adam(encoder_row, by_encoder, encoder.mean[f], encoder.variance[f], rates)
+        _adam(decoder_row, by_decoder, decoder.mean[f], decoder.variance[f], rates)
+        inverse = np.float32(1) / max(np.float32(math.sqrt(_dot(decoder_row, decoder_row))), np.float32(1e-12))
+        for d in range(width):
+            decoder_row[d] *= inverse

@@ -1,0 +1,209 @@
+"""The sparse step against autograd on the dense code, over shapes, densities and variants."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, Sparsity, TopK, kernels
+from sparse_autoencoder import sparse_step as module
+from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.sparse_step import SparseStep
+from sparse_autoencoder.sparsity import code_of
+from sparse_autoencoder.steps import StepResult, dense_step
+
+MARGIN = 2e-6
+"""How far a pre-activation must be from where it would switch: rounding differs between the two ways."""
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so small that a batch has several, the last one short."""
+    monkeypatch.setattr(module, "ITEMS", 7)
+    monkeypatch.setattr(module, "LATENTS", 5)
+
+
+def gap(values: Tensor, k: int) -> float:
+    """How far the k-th largest positive value of a row is from the next."""
+    ranked = torch.relu(values).sort(dim=-1, descending=True).values
+    if k >= ranked.shape[-1]:
+        return 1.0
+    edge = ranked[..., k - 1] - ranked[..., k]
+    return float(torch.where(ranked[..., k] > 0, edge, 1.0).min())
+
+
+def is_clear(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> bool:
+    """No pre-activation lies within MARGIN of a switch."""
+    code = code_of(model.sparsity)
+    with torch.no_grad():
+        pre = model.pre_activations(x)
+        scale = MARGIN * max(1.0, float(pre.abs().max()))
+        switches = [pre.abs().min()]
+        if isinstance(code, TopK):
+            switches.append(torch.tensor(gap(pre, code.k)))
+        if isinstance(code, BatchTopK):
+            switches.append(torch.tensor(gap(pre.flatten(), code.k * len(x))))
+        if isinstance(code, TopK | BatchTopK) and len(dead):
+            switches.append(torch.tensor(gap(pre[:, dead], code.aux_k or model.n_inputs // 2 or 1)))
+        if isinstance(code, JumpReLU):
+            distance = (pre - model.log_threshold.exp()).abs()
+            switches += [distance.min(), (distance - code.bandwidth / 2).abs().min()]
+    return min(float(s) for s in switches) > scale
+
+
+def one_step(
+    model: SparseAutoencoder, x: Tensor, dead: Tensor, *, sparse: bool
+) -> tuple[dict[str, Tensor], StepResult]:
+    """The model and Adam's moments after a step of a copy. From zero, the first moment is a tenth of the gradient."""
+    own = copy.deepcopy(model)
+    # A large epsilon keeps the update a smooth function of the gradient, so that parameters can be compared too.
+    adam = Adam(own, lr=1e-2, epsilon=1e-2, weight_decay=0.01)
+    if sparse:
+        step = SparseStep(own, adam)
+        result = step(x, dead)
+        step.close()
+    else:
+        result = dense_step(own, adam, x, dead)
+    assert adam.steps == 1
+    return {**own.state_dict(), **adam.moments}, result
+
+
+def assert_equal_steps(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> None:
+    """Within 1e-5 of autograd in float64; where terms cancel so far that autograd in float32 is not, as near as it is."""
+    got, result = one_step(model, x, dead, sparse=True)
+    float32, _ = one_step(model, x, dead, sparse=False)
+    float64, want = one_step(copy.deepcopy(model).double(), x.double(), dead, sparse=False)
+    assert torch.equal(result.fired, want.fired)
+    for name in ("loss", "l2", "penalty"):
+        assert float(getattr(result, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5, abs=1e-9)
+    # A small sum of large terms (the tied bias's gradient, with few inputs) cannot be exact to its own size in float32.
+    floor = 0.05 * max(float(float64[name].abs().max()) for name in float64 if name.endswith(".mean"))
+    for name, tensor in float64.items():
+        if name.endswith(".variance"):
+            continue  # the squared gradient, seen through the parameter
+        scale = max(float(tensor.abs().max()), floor if name.endswith(".mean") else 0.0, 1e-30)
+        error, dense_error = (float((way[name] - tensor).abs().max()) / scale for way in (got, float32))
+        assert error < max(1e-5, 3 * dense_error), name
+
+
+codes = st.one_of(
+    st.builds(ReLU, l1_coeff=st.sampled_from([0.0, 1e-3, 0.3])),
+    st.builds(TopK, k=st.integers(1, 40), aux_k=st.sampled_from([None, 1, 3])),
+    st.builds(BatchTopK, k=st.integers(1, 40), aux_k=st.sampled_from([None, 1, 3])),
+    st.builds(JumpReLU, l0_coeff=st.sampled_from([0.0, 1e-2]), bandwidth=st.sampled_from([0.01, 0.5])),
+)
+nested = st.builds(
+    Matryoshka,
+    code=st.one_of(st.builds(TopK, k=st.integers(1, 20)), st.builds(BatchTopK, k=st.integers(1, 20))),
+    fractions=st.sampled_from([(1.0,), (0.5, 1.0), (0.01, 0.02, 0.3, 1.0)]),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sparsity=codes | nested,
+    n_inputs=st.integers(1, 40),
+    n_latents=st.integers(1, 150),
+    n_items=st.integers(1, 40),
+    shift=st.sampled_from([-50.0, -3.0, -2.0, -1.0, 0.0, 1.0, 9.0]),
+    n_dead=st.integers(0, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_equal_to_autograd(
+    sparsity: Sparsity, n_inputs: int, n_latents: int, n_items: int, shift: float, n_dead: int, seed: int
+) -> None:
+    """From no active latent at all (shift -50) to all of them (9)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_items, n_inputs, generator=generator)
+    model = SparseAutoencoder(n_inputs, n_latents, sparsity=sparsity)
+    with torch.no_grad():
+        model.encoder_weight.normal_(generator=generator).div_(n_inputs**0.5)
+        model.encoder_bias.normal_(mean=shift, std=0.1, generator=generator)
+        model.tied_bias.normal_(std=0.1, generator=generator)
+        if isinstance(sparsity, JumpReLU):
+            model.log_threshold.normal_(mean=-1, generator=generator)
+    dead = torch.randperm(n_latents, generator=generator)[: min(n_dead, n_latents)].sort().values
+    assume(is_clear(model, x, dead))
+    assert_equal_steps(model, x, dead)
+
+
+def test_items_without_any_active_latent(features: Tensor) -> None:
+    model = SparseAutoencoder(12, 30, sparsity=ReLU(0.01))
+    with torch.no_grad():
+        model.encoder_bias.fill_(-0.3)
+        model.encoder_weight.mul_(10)
+    x = features[:50].clone()
+    x[::2] = 0
+    latents = model.encode(x)
+    assert (latents == 0).all(dim=1).any()
+    assert (latents > 0).any()
+    assert_equal_steps(model, x, torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "sparsity", [ReLU(1e-3), TopK(4), BatchTopK(4), JumpReLU(1e-3, bandwidth=0.3), Matryoshka(BatchTopK(4))]
+)
+def test_same_bits_whatever_the_number_of_threads(features: Tensor, sparsity: Sparsity, n_threads: int) -> None:
+    def trained() -> dict[str, Tensor]:
+        model = SparseAutoencoder(12, 60, sparsity=sparsity)
+        adam = Adam(model, lr=1e-2)
+        step = SparseStep(model, adam)
+        for start in range(0, 600, 100):
+            step(features[start : start + 100], torch.arange(3))
+        step.close()
+        return model.state_dict() | adam.moments
+
+    before = torch.get_num_threads()
+    expected = trained()
+    try:
+        torch.set_num_threads(n_threads)
+        got = trained()
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_batchtopk_when_the_threshold_is_far_too_high(features: Tensor) -> None:
+    """The level that skips hopeless entries is a guess; a wrong one must not change the result."""
+    model = SparseAutoencoder(12, 60, sparsity=BatchTopK(5))
+    model.threshold.fill_(1e6)
+    x = features[:40]
+    assert is_clear(model, x, torch.empty(0, dtype=torch.int64))
+    assert_equal_steps(model, x, torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("sparsity", [ReLU(), TopK(3), BatchTopK(3), JumpReLU()])
+def test_nan_reaches_the_loss(features: Tensor, sparsity: Sparsity) -> None:
+    model = SparseAutoencoder(12, 30, sparsity=sparsity)
+    with torch.no_grad():
+        model.encoder_weight[11, 3] = float("nan")
+    step = SparseStep(model, Adam(model))
+    result = step(features[:20])
+    step.close()
+    assert torch.isnan(result.loss)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.lists(st.integers(-3, 9), min_size=1, max_size=300), min_size=1, max_size=4),
+    k=st.integers(1, 60),
+)
+def test_largest_with_ties(values: list[list[int]], k: int) -> None:
+    """Exactly the k largest positive values; of equal ones at the edge, the first."""
+    width = min(map(len, values))
+    pre = np.array([row[:width] for row in values], np.float32)
+    latent, value = np.empty(pre.shape, np.int32), np.empty(pre.shape, np.float32)
+    row_start = np.empty(len(pre) + 1, np.int64)
+    kernels.select_largest(pre, np.zeros(width, np.float32), k, latent, value, row_start)
+    for i, row in enumerate(pre):
+        order = [f for f in sorted(range(width), key=lambda f: (-row[f], f)) if row[f] > 0][:k]
+        count = row_start[i + 1] - row_start[i]
+        assert latent[i, :count].tolist() == sorted(order)
+        assert value[i, :count].tolist() == [row[f] for f in sorted(order)]
