@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_autoencoder.errors import CheckpointError
-from sparse_autoencoder.files import written_whole
+from sparse_autoencoder.files import write_safetensors
 from sparse_autoencoder.model import INPUT_TRANSFORMS, SparseAutoencoder
 from sparse_autoencoder.sparsity import ReLU, Sparsity, sparsity_from_json, sparsity_to_json
 
@@ -38,8 +37,7 @@ def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, st
     reserved = sorted(set(metadata or {}) & set(RESERVED))
     if reserved:
         raise ValueError(f"metadata may not use the names {', '.join(reserved)}: the checkpoint format does")
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors["decoder_weight"] = tensors["decoder_weight"].t()
+    tensors = {**model.state_dict(), "decoder_weight": model.decoder_weight.t()}
     header = {
         **(metadata or {}),
         "format": "sparse_autoencoder",
@@ -47,8 +45,7 @@ def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, st
         "sparsity": sparsity_to_json(model.sparsity),
         "input_transform": model.input_transform,
     }
-    with written_whole(Path(path)) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
+    write_safetensors(tensors, Path(path), header)
 
 
 def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:

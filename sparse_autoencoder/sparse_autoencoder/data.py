@@ -1,6 +1,8 @@
 """Batches of features, in an order that a seed fixes."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.errors import NonFiniteError
+from sparse_autoencoder.workers import Workers
+
+READ_AHEAD = 2
+"""Batches that are gathered ahead of the one in use."""
 
 
 @runtime_checkable
@@ -20,17 +26,18 @@ class Features(Protocol):
         ...
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """The items (n x D, float32, on the CPU) of int64 indices (n), in that order."""
+        """The items (n x D, float32) of int64 indices (n), in that order."""
         ...
 
 
 class TensorFeatures:
-    """A tensor (N x D) as Features."""
+    """A tensor (N x D) as Features; `checked`: it is known to be finite."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, *, checked: bool = False) -> None:
         if x.ndim != 2:
             raise ValueError(f"features must be N x D, not {' x '.join(map(str, x.shape)) or 'a number'}")
         self.x = x
+        self.checked = checked
 
     def __len__(self) -> int:
         return len(self.x)
@@ -53,6 +60,8 @@ def as_features(data: Features | Tensor) -> Features:
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
     """Raises NonFiniteError, naming `when` and the first bad item's shard, if x (n x D) holds NaN or infinity."""
+    if getattr(features, "checked", False):
+        return
     if torch.isfinite(x.sum()):  # one number can only be finite if all are; the reverse is settled below
         return
     bad = (~torch.isfinite(x)).any(dim=1).nonzero()
@@ -70,20 +79,58 @@ def epoch_order(n_items: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def in_batches(
-    features: Features, order: np.ndarray, batch_size: int, *, first: int = 0, name: Callable[[int], str] | None = None
+    features: Features,
+    order: np.ndarray,
+    batch_size: int,
+    *,
+    first: int = 0,
+    name: Callable[[int], str] | None = None,
+    reader: Workers | None = None,
 ) -> Iterator[Tensor]:
-    """The items of `order` in batches (n x D, float32, CPU), from batch `first` on; the last batch may be short.
+    """The items of `order` in batches (n x D, float32), from batch `first` on; the last batch may be short.
 
-    `name` says what an error calls a batch; "batch 3" without it.
+    `name` says what an error calls a batch; "batch 3" without it. With a `reader`, the next batches are gathered in its
+    thread while the caller works on this one.
 
     Raises:
         NonFiniteError: a batch holds NaN or infinity.
     """
-    for batch in range(first, -(-len(order) // batch_size)):
+
+    def gather(batch: int) -> Tensor:
         indices = order[batch * batch_size : (batch + 1) * batch_size]
         x = features.gather(indices)
         check_finite(x, features, indices, name(batch) if name is not None else f"batch {batch}")
-        yield x
+        return x
+
+    batches = range(first, -(-len(order) // batch_size))
+    if reader is None:
+        yield from map(gather, batches)
+        return
+    ahead: deque[Future[Tensor]] = deque()
+    for batch in batches:
+        ahead.append(reader.submit(lambda batch=batch: gather(batch)))  # type: ignore[misc]
+        if len(ahead) > READ_AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def resident(features: Features, device: torch.device, batch_size: int) -> Features:
+    """The features on a CUDA device, where they take at most half of its free memory; else as they are.
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
+    """
+    if device.type != "cuda":
+        return features
+    width = features.gather(np.zeros(1, np.int64)).shape[1]
+    if 4 * width * len(features) > torch.cuda.mem_get_info(device)[0] / 2:
+        return features
+    batches = in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"loading, batch {i}")
+    x = torch.empty(len(features), width, device=device)
+    for i, batch in enumerate(batches):
+        x[i * batch_size : i * batch_size + len(batch)] = batch
+    return TensorFeatures(x, checked=True)
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:

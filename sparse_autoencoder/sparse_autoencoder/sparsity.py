@@ -98,6 +98,7 @@ class BatchTopK(_LargestK):
     @torch.no_grad()
     def update_threshold(self, threshold: Tensor, smallest: Tensor) -> None:
         """Takes a batch's smallest active value (a scalar, infinite if none is) into the running mean, in place."""
+        smallest = smallest.to(threshold.dtype)
         mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
         threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
 

@@ -25,9 +25,15 @@ class StepResult:
     """For how many items of the batch each latent was active (F, int64)."""
 
 
-def dense_step(model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None = None) -> StepResult:
-    """A step on transformed inputs x (B x D) by autograd, on any device; `dead` (int64) are the latents for AuxK."""
-    losses = item_losses(model, x, training=True, dead=dead)
+def dense_step(
+    model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None = None, *, bf16: bool = False
+) -> StepResult:
+    """A step on transformed inputs x (B x D) by autograd, on any device; `dead` (int64) are the latents for AuxK.
+
+    `bf16`: products in bfloat16 (autocast); parameters, losses and Adam stay in float32.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        losses = item_losses(model, x, training=True, dead=dead)
     loss = losses.objective.mean()
     loss.backward()
     adam.step()

@@ -3,32 +3,36 @@
 import csv
 import io
 import json
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sparse_autoencoder.checkpoint import read_safetensors
-from sparse_autoencoder.data import Features, as_features, epoch_order, geometric_median, in_batches
+from sparse_autoencoder.data import Features, as_features, epoch_order, geometric_median, in_batches, resident
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
-from sparse_autoencoder.files import written_whole
+from sparse_autoencoder.files import write_safetensors, written_whole
 from sparse_autoencoder.losses import RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
-from sparse_autoencoder.sparsity import sparsity_to_json
-from sparse_autoencoder.steps import StepResult, dense_step
+from sparse_autoencoder.sparsity import BatchTopK, ReLU, TopK, code_of, sparsity_to_json
+from sparse_autoencoder.stepper import Stepper
+from sparse_autoencoder.steps import StepResult
+from sparse_autoencoder.workers import Workers
+
+messages = logging.getLogger(__name__)
 
 CENTRE_SAMPLE = 100_000
 """The geometric median is taken of at most this many random items."""
@@ -57,6 +61,12 @@ class TrainingSettings:
     """Of the order of the items and of resampling."""
     log_every: int = 100
     """Steps between rows of the log and updates of the progress bar."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0, linearly."""
+    lr_decay_steps: int = 0
+    """Steps at the end over which it falls to 0, linearly."""
+    bf16: bool = False
+    """Matrix products in bfloat16 (autocast), for GPUs; on a CPU it rules out the sparse step."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "resample_dataset_size", "log_every"):
@@ -65,9 +75,19 @@ class TrainingSettings:
         for name in ("resample_freq", "val_freq", "ckpt_freq", "seed", "lr", "adam_epsilon", "adam_weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("lr_warmup_steps", "lr_decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("adam_beta_1", "adam_beta_2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+
+
+def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:
+    """The learning rate of step `step` (from 0) of total_steps: `lr`, but for the warm-up and the decay if there are."""
+    warmup = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
+    decay = min(1.0, (total_steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
+    return settings.lr * warmup * decay
 
 
 NOT_IN_THE_RESULT = ("val_freq", "ckpt_freq", "log_every")
@@ -89,36 +109,58 @@ class TrainingResult:
 class _State:
     """Everything that the next step depends on, beside settings and data."""
 
-    def __init__(self, model: SparseAutoencoder, adam: Adam) -> None:
+    def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
         self.model = model
         self.adam = adam
+        self.stepper = stepper
         self.items_seen = 0
         self.window_items = 0
         device = model.tied_bias.device
         self.fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
-        """How often each latent was active since the last resampling."""
+        """How often each latent was active since the last resampling, over window_items items."""
+        self.unfired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
+        """How many items ago each latent was last active, in whole batches."""
 
     def count(self, result: StepResult, n_items: int) -> None:
         self.items_seen += n_items
         self.window_items += n_items
         self.fired += result.fired
+        self.unfired = torch.where(result.fired > 0, 0, self.unfired + n_items)
 
     def start_window(self) -> None:
         self.window_items = 0
         self.fired.zero_()
+
+    def dead(self) -> Tensor | None:
+        """The latents (int64) that AuxK is to revive; None for a variant without."""
+        code = code_of(self.model.sparsity)
+        return (self.unfired >= code.dead_after).nonzero().flatten() if isinstance(code, TopK | BatchTopK) else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {
             **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
             **{f"adam.{name}": tensor for name, tensor in self.adam.moments.items()},
             "fired": self.fired,
+            "unfired": self.unfired,
         }
 
     def save(self, path: Path, run: dict[str, object]) -> None:
-        counters = {"steps": self.adam.steps, "items_seen": self.items_seen, "window_items": self.window_items}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        with written_whole(path) as partial:
-            save_file(tensors, partial, {"run": json.dumps(run), "counters": json.dumps(counters)})
+        """Writes the state, whole or not at all.
+
+        Raises:
+            NonFiniteError: a parameter or moment is NaN or infinite; what was saved before stays.
+        """
+        tensors = self.tensors()
+        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise NonFiniteError(f"step {self.adam.steps}: {', '.join(bad)} hold NaN or infinity")
+        counters = {
+            "steps": self.adam.steps,
+            "items_seen": self.items_seen,
+            "window_items": self.window_items,
+            "density": self.stepper.density,
+        }
+        write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
 
     def load(self, path: Path, run: dict[str, object]) -> None:
         """Takes the place that a saved state holds.
@@ -130,6 +172,7 @@ class _State:
         try:
             saved_run, counters = json.loads(header["run"]), json.loads(header["counters"])
             steps, items_seen, window = (int(counters[name]) for name in ("steps", "items_seen", "window_items"))
+            density = float(counters["density"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a training state ({error})") from error
         differences = [
@@ -153,6 +196,7 @@ class _State:
         self.adam.steps = steps
         self.items_seen = items_seen
         self.window_items = window
+        self.stepper.density = density
 
 
 LOG_COLUMNS = (
@@ -166,6 +210,8 @@ LOG_COLUMNS = (
     "dead",
     "almost_dead",
     "items_per_second",
+    "learning_rate",
+    "sparse_step",
     "val_loss",
     "val_l2_loss",
     "val_l1_loss",
@@ -178,21 +224,47 @@ class _Log:
     """The CSV file, the caller's function and the progress bar: one row for all three."""
 
     def __init__(
-        self, path: Path | None, function: Callable[[dict[str, float], int], None] | None, bar: "tqdm[None]", steps: int
+        self,
+        path: Path | None,
+        function: Callable[[dict[str, float], int], None] | None,
+        bar: "tqdm[None]",
+        state: _State,
     ) -> None:
         self.path = path
         self.function = function
         self.bar = bar
         self.last: dict[str, float] = {}
+        self.time = time.monotonic()
+        self.items = state.items_seen
         if path is not None:
-            rows = _rows_until(path, steps) if steps else []
+            rows = _rows_until(path, state.adam.steps) if state.adam.steps else []
             with written_whole(path) as partial, open(partial, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(LOG_COLUMNS)
                 writer.writerows(rows)
 
-    def write(self, row: dict[str, float], step: int) -> None:
-        self.last = row
+    def training_row(self, state: _State, result: StepResult, x: Tensor, epoch: int) -> dict[str, float]:
+        """A row of the log, from a step on transformed inputs x (B x D)."""
+        variance = RunningVariance()
+        variance.add(x)
+        l2 = float(result.l2)
+        dead, almost_dead = count_dead(state.fired, state.window_items)
+        return {
+            "epoch": epoch,
+            "loss": float(result.loss),
+            "l2_loss": l2,
+            "l1_loss": float(result.penalty),
+            "l0": float(result.fired.sum()) / len(x),
+            "explained_variance": explained_variance(l2 * x.numel(), variance.total),
+            "dead": dead,
+            "almost_dead": almost_dead,
+            "items_per_second": (state.items_seen - self.items) / max(time.monotonic() - self.time, 1e-9),
+            "learning_rate": state.adam.lr,
+            "sparse_step": float(bool(state.stepper.was_sparse)),
+        }
+
+    def write(self, row: dict[str, float], step: int, items_seen: int) -> None:
+        self.last, self.time, self.items = row, time.monotonic(), items_seen
         if self.path is not None:
             line = io.StringIO()
             csv.writer(line).writerow([step, *(_shown(row.get(name)) for name in LOG_COLUMNS[1:])])
@@ -282,9 +354,9 @@ def train(
         CheckpointError: the state at `state_path` is damaged or of another run.
         ValueError: there are no items, or they are not D wide.
     """
+    device = torch.device(device)
     features = as_features(data)
     held_out = as_features(validation) if validation is not None else None
-    device = torch.device(device)
     model.to(device)
     adam = Adam(
         model,
@@ -293,7 +365,6 @@ def train(
         epsilon=settings.adam_epsilon,
         weight_decay=settings.adam_weight_decay,
     )
-    state = _State(model, adam)
     run: dict[str, object] = {
         "n_items": len(features),
         "n_inputs": model.n_inputs,
@@ -302,54 +373,61 @@ def train(
         "input_transform": model.input_transform,
         **{name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_RESULT},
     }
-    if state_path is not None and state_path.exists():
-        state.load(state_path, run)
-    elif model.input_transform == "centre":
-        _fit_centre(model, features, settings)
-
-    n = len(features)
-    steps_per_epoch = -(-n // settings.batch_size)
-    total_steps = settings.epochs * steps_per_epoch
-    bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
-    with _sigterm() as stop, bar:
-        logger = _Log(log_path, log, bar, adam.steps)
+    with ExitStack() as stack:
+        stepper = Stepper(model, adam, bf16=settings.bf16)
+        stack.callback(stepper.close)
+        state = _State(model, adam, stepper)
+        if state_path is not None and state_path.exists():
+            state.load(state_path, run)
+        elif model.input_transform == "centre":
+            _fit_centre(model, features, settings)
+        features = resident(features, device, settings.batch_size)
+        reader = Workers(1)
+        stack.callback(reader.close)
+        steps_per_epoch = -(-len(features) // settings.batch_size)
+        total_steps = settings.epochs * steps_per_epoch
+        stop = stack.enter_context(_sigterm())
+        bar = stack.enter_context(
+            tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
+        )
+        logger = _Log(log_path, log, bar, state)
+        losses = _LossCheck(adam, device)
+        last_save = time.monotonic()
 
         def save() -> None:
+            losses.check()
             if state_path is not None:
                 state.save(state_path, run)
 
-        last_save = last_log = time.monotonic()
-        items_at_log = state.items_seen
         while adam.steps < total_steps and not stop.is_set():
             epoch, first = divmod(adam.steps, steps_per_epoch)
-            epoch_start = epoch * steps_per_epoch
             batches = in_batches(
                 features,
-                epoch_order(n, settings.seed, epoch),
+                epoch_order(len(features), settings.seed, epoch),
                 settings.batch_size,
                 first=first,
-                name=lambda batch, start=epoch_start: f"step {start + batch + 1}",  # type: ignore[misc]
+                name=lambda batch, before=epoch * steps_per_epoch: f"step {before + batch + 1}",  # type: ignore[misc]
+                reader=reader,
             )
             for batch in batches:
-                x, _ = model.transform(batch.to(device))
-                result = dense_step(model, adam, x)
-                step = adam.steps
-                if not torch.isfinite(result.loss):
-                    raise NonFiniteError(f"step {step}: the loss is {float(result.loss)}")
-                before = state.items_seen
+                x, _ = model.transform(batch.to(device, non_blocking=True))
+                adam.lr = learning_rate(settings, adam.steps, total_steps)
+                result = stepper(x, state.dead())
+                losses.add(result.loss)
                 state.count(result, len(x))
                 bar.update()
 
+                step = adam.steps
                 end_of_epoch = step % steps_per_epoch == 0
-                validate = end_of_epoch and settings.val_freq > 0 and (epoch + 1) % settings.val_freq == 0
-                validate = validate and held_out is not None
+                validate = held_out is not None and end_of_epoch and settings.val_freq > 0
+                validate = validate and (epoch + 1) % settings.val_freq == 0
                 row = None
                 if step % settings.log_every == 0 or validate or step == total_steps:
-                    now = time.monotonic()
-                    row = _training_row(state, result, x, epoch)
-                    row["items_per_second"] = (state.items_seen - items_at_log) / max(now - last_log, 1e-9)
-                if end_of_epoch and is_resampling_epoch(epoch, settings.resample_freq, settings.epochs):
-                    resample(
+                    losses.check()
+                    row = logger.training_row(state, result, x, epoch)
+                resamples = isinstance(model.sparsity, ReLU) and end_of_epoch
+                if resamples and is_resampling_epoch(epoch, settings.resample_freq, settings.epochs):
+                    restarted = resample(
                         model,
                         adam,
                         features,
@@ -358,6 +436,7 @@ def train(
                         batch_size=settings.batch_size,
                         generator=np.random.default_rng([settings.seed, epoch, 1]),
                     )
+                    messages.info("step %d: restarted %d dead latents", step, len(restarted))
                     state.start_window()
                 if row is not None:
                     if validate:
@@ -366,42 +445,55 @@ def train(
                             model, held_out, batch_size=settings.batch_size, device=device, stop=stop.is_set
                         )
                         row.update({f"val_{name}": value for name, value in (measured[0] if measured else {}).items()})
-                    logger.write(row, step)
-                    last_log, items_at_log = time.monotonic(), state.items_seen
-                freq = settings.ckpt_freq
-                if on_checkpoint is not None and freq and before // freq != state.items_seen // freq:
-                    on_checkpoint(model, state.items_seen)
+                    logger.write(row, step, state.items_seen)
+                if on_checkpoint is not None and settings.ckpt_freq > 0:
+                    before = (state.items_seen - len(x)) // settings.ckpt_freq
+                    if before != state.items_seen // settings.ckpt_freq:
+                        losses.check()
+                        on_checkpoint(model, state.items_seen)
                 if stop.is_set():
                     break
                 if time.monotonic() - last_save >= state_every:
                     save()
                     last_save = time.monotonic()
         save()
-        finished = adam.steps == total_steps
         measured = None
-        if finished:
+        if adam.steps == total_steps:
             measured = measure(model, features, batch_size=settings.batch_size, device=device, stop=stop.is_set)
-    if measured is None:
-        return TrainingResult(adam.steps, True, logger.last)
-    return TrainingResult(adam.steps, False, measured[0])
+        if measured is None:
+            saved = f"its state is in {state_path}" if state_path is not None else "without a state to continue from"
+            messages.warning("SIGTERM: training stopped after step %d of %d, %s", adam.steps, total_steps, saved)
+            return TrainingResult(adam.steps, True, logger.last)
+        return TrainingResult(adam.steps, False, measured[0])
 
 
-def _training_row(state: _State, result: StepResult, x: Tensor, epoch: int) -> dict[str, float]:
-    """A row of the log, from a step on transformed inputs x (B x D)."""
-    variance = RunningVariance()
-    variance.add(x)
-    l2 = float(result.l2)
-    dead, almost_dead = count_dead(state.fired, state.window_items)
-    return {
-        "epoch": epoch,
-        "loss": float(result.loss),
-        "l2_loss": l2,
-        "l1_loss": float(result.penalty),
-        "l0": float(result.fired.sum()) / len(x),
-        "explained_variance": explained_variance(l2 * x.numel(), variance.total),
-        "dead": dead,
-        "almost_dead": almost_dead,
-    }
+class _LossCheck:
+    """Stops at the first step whose loss is not finite.
+
+    On the CPU at once; elsewhere when `check` is called, before anything is logged or saved, so that the device need not
+    be waited for at every step.
+    """
+
+    def __init__(self, adam: Adam, device: torch.device) -> None:
+        self.adam = adam
+        self.at_once = device.type == "cpu"
+        self.pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        self.pending.append(loss)
+        if self.at_once:
+            self.check()
+
+    def check(self) -> None:
+        if not self.pending:
+            return
+        losses = torch.stack(self.pending).cpu()
+        first = self.adam.steps - len(losses) + 1
+        self.pending.clear()
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise NonFiniteError(f"step {first + i}: the loss is {float(losses[i])}")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -31,6 +31,10 @@ class Workers:
             self._pool.submit(start)
         ready.wait()
         torch.set_num_threads(own)  # ... it is set back once all are up
+
+    def submit(self, function: Callable[[], R]) -> "Future[R]":
+        """Starts a piece of work."""
+        return self._pool.submit(function)
 
     def map(self, function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
         """The results in the order of the pieces; the first error is raised once the pieces before it are done."""

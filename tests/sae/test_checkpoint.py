@@ -30,6 +30,15 @@ def test_round_trip(tmp_path: Path, transform: str, features: Tensor) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sae.safetensors"]
 
 
+def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
+    metadata = {name: f'é\n{name}"' for name in "abcdefgh"}
+    for name in "12345":
+        save_checkpoint(SparseAutoencoder(3, 5), tmp_path / name, metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "1", "pt") as file:
+        assert {name: file.metadata()[name] for name in metadata} == metadata
+
+
 def test_reserved_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         save_checkpoint(SparseAutoencoder(2, 4), tmp_path / "sae.safetensors", {"sparsity": "x"})
@@ -45,7 +54,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("sparse_autoencoder.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("sparse_autoencoder.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(SparseAutoencoder(2, 4, seed=1), path)
     assert path.read_bytes() == before

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,10 +9,15 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder import (
+    BatchTopK,
     CheckpointError,
+    JumpReLU,
+    Matryoshka,
     NonFiniteError,
     ReLU,
     SparseAutoencoder,
+    Sparsity,
+    TopK,
     TrainingSettings,
     evaluate,
     train,
@@ -19,6 +25,7 @@ from sparse_autoencoder import (
 from sparse_autoencoder.data import TensorFeatures
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
+from sparse_autoencoder.trainer import learning_rate
 
 SHORT = TrainingSettings(epochs=6, batch_size=128, resample_freq=2, lr=2e-3, log_every=3)
 
@@ -114,29 +121,48 @@ class StopsAfter:
         return self.x[torch.from_numpy(indices)]
 
 
-@pytest.mark.parametrize("transform", ["none", "centre"])
-def test_resumed_runs_are_bit_equal(tmp_path: Path, features: Tensor, transform: str) -> None:
-    whole = small_model(input_transform=transform)
+def settles(sparsity: Sparsity, transform: str = "none", seed: int = 49) -> SparseAutoencoder:
+    return SparseAutoencoder(12, 40, sparsity=sparsity, input_transform=transform, seed=seed)
+
+
+def lines(path: Path) -> list[list[str]]:
+    """A log without its items per second."""
+    with open(path, newline="") as file:
+        return [row[:9] + row[10:] for row in csv.reader(file)]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "transform"),
+    [
+        (ReLU(1e-3), "none"),
+        (ReLU(0.3), "centre"),
+        (TopK(3, dead_after=500), "unit_norm"),
+        (BatchTopK(3, dead_after=500), "centre"),
+        (JumpReLU(1e-2, bandwidth=0.1, initial_threshold=0.3), "none"),
+        (Matryoshka(BatchTopK(3)), "none"),
+    ],
+    ids=str,
+)
+def test_resumed_runs_are_bit_equal(tmp_path: Path, features: Tensor, sparsity: Sparsity, transform: str) -> None:
+    settings = dataclasses.replace(SHORT, lr=5e-3, lr_warmup_steps=10, lr_decay_steps=10)
+    whole = settles(sparsity, transform)
     whole_log = tmp_path / "whole.csv"
-    train(whole, features, SHORT, progress=False, log_path=whole_log)
+    train(whole, features, settings, progress=False, log_path=whole_log)
+    if not isinstance(sparsity, ReLU) or sparsity.l1_coeff > 0.01:
+        assert lines(whole_log)[-1][10] == "1"  # it ends with sparse steps
     state, log = tmp_path / "state.safetensors", tmp_path / "log.csv"
-    for reads in (3, 7, 12, 14, 20, 1000):  # in turn: each run takes over where the one before was cut off
-        model = small_model(seed=1 if state.exists() else 49, input_transform=transform)
+    for reads in (3, 9, 12, 14, 20, 1000):  # in turn: each run takes over where the one before was cut off
+        model = settles(sparsity, transform, seed=1 if state.exists() else 49)
         options = {"state_path": state, "state_every": 0.0, "log_path": log, "progress": False}
         try:
-            train(model, StopsAfter(features, reads), SHORT, **options)
+            train(model, StopsAfter(features, reads), settings, **options)
         except Interrupted:
             continue
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-
-    def lines(path: Path) -> list[list[str]]:
-        with open(path, newline="") as file:
-            return [row[:9] + row[10:] for row in csv.reader(file)]  # without items_per_second
-
     assert lines(log) == lines(whole_log)
-    again = small_model(seed=5, input_transform=transform)
-    result = train(again, features, SHORT, state_path=state, progress=False)
+    again = settles(sparsity, transform, seed=5)
+    result = train(again, features, settings, state_path=state, progress=False)
     assert result.steps == 30
     assert torch.equal(again.encoder_weight, whole.encoder_weight)
 
@@ -295,3 +321,44 @@ def test_no_items_and_wrong_width(features: Tensor) -> None:
 def test_settings_are_checked(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainingSettings(**wrong)
+
+
+def test_learning_rate_schedule() -> None:
+    settings = TrainingSettings(lr=1.0, lr_warmup_steps=4, lr_decay_steps=5)
+    rates = [learning_rate(settings, step, 20) for step in range(20)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 13 + [0.8, 0.6, 0.4, 0.2])
+    assert {learning_rate(TrainingSettings(lr=0.5), step, 20) for step in range(20)} == {0.5}
+
+
+def test_sparse_and_dense_training_agree(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed trained with the sparse step and without ends at the same metrics."""
+    settings = TrainingSettings(epochs=12, batch_size=100, lr=3e-3, resample_freq=4)
+    results = []
+    for below in (1.0, 0.0):
+        monkeypatch.setattr("sparse_autoencoder.stepper.SPARSE_BELOW", below)
+        results.append(train(settles(ReLU(0.02)), features, settings, progress=False).metrics)
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    assert results[0]["l0"] > 0
+
+
+@pytest.mark.parametrize("code", [TopK, BatchTopK])
+def test_auxiliary_loss_revives_the_dead(features: Tensor, code: type[TopK] | type[BatchTopK]) -> None:
+    """Latents that start far out of reach come back with AuxK's loss, and stay dead without."""
+    fractions = []
+    for coeff in (1.0, 0.0):
+        model = settles(code(3, aux_coeff=coeff, aux_k=6, dead_after=1200))
+        with torch.no_grad():
+            model.encoder_bias[:20] = -0.5
+        settings = TrainingSettings(epochs=60, batch_size=100, lr=3e-3)
+        fractions.append(train(model, features, settings, progress=False).metrics["dead_fraction"])
+    assert fractions[0] < 0.6 * fractions[1], fractions
+
+
+def test_bf16_trains_too(features: Tensor) -> None:
+    settings = TrainingSettings(epochs=12, batch_size=100, lr=3e-3)
+    exact, rounded = (
+        train(settles(ReLU(0.02)), features, dataclasses.replace(settings, bf16=bf16), progress=False).metrics
+        for bf16 in (False, True)
+    )
+    assert rounded["l2_loss"] == pytest.approx(exact["l2_loss"], rel=0.1)
+    assert rounded["l0"] == pytest.approx(exact["l0"], rel=0.2)
