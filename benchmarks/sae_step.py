@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first set alone")
     quick = parser.parse_args().quick
-    result: dict[str, object] = {"threads": torch.get_num_threads(), **measure(1024, 4 if quick else 9)}
+    result: dict[str, object] = {"threads": torch.get_num_threads(), **measure(1024, 3 if quick else 9)}
     if not quick:
         result["d512"] = measure(512, 9)
         result["switches_at_density"] = SPARSE_BELOW

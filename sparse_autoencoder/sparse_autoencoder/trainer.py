@@ -26,6 +26,7 @@ from sparse_autoencoder.losses import RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
 from sparse_autoencoder.sparsity import BatchTopK, ReLU, TopK, code_of, sparsity_to_json
 from sparse_autoencoder.stepper import Stepper
@@ -234,10 +235,14 @@ class _Log:
         self.function = function
         self.bar = bar
         self.last: dict[str, float] = {}
+        self.rows: list[dict[str, float]] = []
         self.time = time.monotonic()
         self.items = state.items_seen
         if path is not None:
             rows = _rows_until(path, state.adam.steps) if state.adam.steps else []
+            self.rows = [
+                {name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows
+            ]
             with written_whole(path) as partial, open(partial, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(LOG_COLUMNS)
@@ -265,6 +270,7 @@ class _Log:
 
     def write(self, row: dict[str, float], step: int, items_seen: int) -> None:
         self.last, self.time, self.items = row, time.monotonic(), items_seen
+        self.rows.append({"step": step, **row})
         if self.path is not None:
             line = io.StringIO()
             csv.writer(line).writerow([step, *(_shown(row.get(name)) for name in LOG_COLUMNS[1:])])
@@ -326,6 +332,7 @@ def train(
     on_checkpoint: Callable[[SparseAutoencoder, int], None] | None = None,
     log: Callable[[dict[str, float], int], None] | None = None,
     log_path: Path | None = None,
+    figure_path: Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> TrainingResult:
@@ -346,6 +353,8 @@ def train(
         log: called with a row of the log and its step, every `log_every` steps and at the end of an epoch with
         validation.
         log_path: a CSV file of the same rows (training_log.csv).
+        figure_path: where to draw the curves and the feature-density histogram at the end (.png, .pdf or .svg), if
+            matplotlib is installed.
         device: where to train; the model is moved there.
         progress: whether to show a bar.
 
@@ -464,7 +473,13 @@ def train(
             saved = f"its state is in {state_path}" if state_path is not None else "without a state to continue from"
             messages.warning("SIGTERM: training stopped after step %d of %d, %s", adam.steps, total_steps, saved)
             return TrainingResult(adam.steps, True, logger.last)
-        return TrainingResult(adam.steps, False, measured[0])
+        metrics, fired = measured
+        if figure_path is not None:
+            try:
+                draw_training(logger.rows, fired.numpy() / len(features), figure_path)
+            except ImportError:
+                messages.warning("no %s: matplotlib is not installed", figure_path)
+        return TrainingResult(adam.steps, False, metrics)
 
 
 class _LossCheck:

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sparse_autoencoder import (
 )
 from sparse_autoencoder.data import TensorFeatures
 from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
 from sparse_autoencoder.trainer import learning_rate
 
@@ -362,3 +364,38 @@ def test_bf16_trains_too(features: Tensor) -> None:
     )
     assert rounded["l2_loss"] == pytest.approx(exact["l2_loss"], rel=0.1)
     assert rounded["l0"] == pytest.approx(exact["l0"], rel=0.2)
+
+
+def test_figure_of_a_resumed_run(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves reach back before the interruption, and the histogram holds every latent that is not dead."""
+    drawn: list[tuple[list[dict[str, float]], np.ndarray]] = []
+    monkeypatch.setattr(
+        "sparse_autoencoder.trainer.draw_training", lambda rows, density, _: drawn.append((rows, density))
+    )
+    files = {"state_path": tmp_path / "state", "log_path": tmp_path / "log.csv", "figure_path": tmp_path / "figure.png"}
+    with pytest.raises(Interrupted):
+        train(small_model(), StopsAfter(features, 14), SHORT, state_every=0, progress=False, **files)
+    model = small_model()
+    train(model, features, SHORT, progress=False, **files)
+    rows, density = drawn[0]
+    assert [row["step"] for row in rows] == list(range(3, 31, 3))
+    with torch.no_grad():
+        np.testing.assert_allclose(density, (model.encode(features) > 0).float().mean(dim=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_figure_is_written(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"training.{suffix}"
+    rows = [{"step": 1.0, "loss": 0.0, "l2_loss": 0.1, "l1_loss": 0.0, "l0": 3, "dead": 1, "almost_dead": 0}]
+    draw_training(rows, np.array([0, 0.5, 1e-7, 1]), path)
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert path.read_bytes().startswith(start)
+    draw_training(rows * 2, np.zeros(3), path)  # all dead
+
+
+def test_without_matplotlib(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    settings = TrainingSettings(epochs=1, batch_size=300)
+    result = train(small_model(), features, settings, progress=False, figure_path=tmp_path / "figure.png")
+    assert result.steps == 2
+    assert not (tmp_path / "figure.png").exists()
