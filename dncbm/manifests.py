@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,7 +112,10 @@ def unfinished_path(artifact: Path) -> Path:
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The manifest of an artifact. Raises UserError if it is missing or unreadable."""
-    path = manifest_path(artifact)
+    return _read(manifest_path(artifact))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return loaded
@@ -146,12 +150,15 @@ def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[
     finished, unfinished = manifest_path(artifact), unfinished_path(artifact)
     found = finished if finished.is_file() else unfinished if unfinished.is_file() else None
     if found is not None:
-        made = json.loads(found.read_text(encoding="utf-8"))
+        made = _read(found)
         differences = recipe_differences(made, recipe.as_json())
         if not differences:
-            if found == finished and _outputs_are_there(artifact, made["outputs"]):
+            changed = _changed_outputs(artifact, made["outputs"]) if found == finished else []
+            if found == finished and not changed:
                 print(f"already done: {artifact}")
                 return Outcome.ALREADY_DONE
+            for path in changed:  # or a stage would take them for finished parts
+                path.unlink(missing_ok=True)
         elif not overwrite:
             raise StaleArtifact(
                 f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "
@@ -175,15 +182,16 @@ def finish(artifact: Path, recipe: Recipe, outputs: Iterable[Path], details: Map
         artifact: file or folder.
         recipe: what it was made from.
         outputs: the files it consists of.
-        details: what else to tell a reader (counts, metrics, seed, device).
+        details: what else to tell a reader (counts, metrics, device); the seconds since `begin` are added.
     """
     folder = manifest_path(artifact).parent
+    began = unfinished_path(artifact).stat().st_mtime
     manifest = recipe.as_json() | {
         "outputs": {
             os.path.relpath(path, folder): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
             for path in sorted(outputs)
         },
-        "details": dict(details or {}),
+        "details": {**(details or {}), "seconds": round(time.time() - began, 1)},
         "versions": package_versions(),
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -216,12 +224,13 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def _outputs_are_there(artifact: Path, outputs: Mapping[str, Any]) -> bool:
+def _changed_outputs(artifact: Path, outputs: Mapping[str, Any]) -> list[Path]:
     folder = manifest_path(artifact).parent
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == output["bytes"]
+    return [
+        folder / name
         for name, output in outputs.items()
-    )
+        if not (folder / name).is_file() or (folder / name).stat().st_size != output["bytes"]
+    ]
 
 
 def _remove(artifact: Path) -> None:

@@ -105,12 +105,13 @@ def load_settings(path: Path | None = None) -> Settings:
     Raises:
         UserError: the file is missing, does not run, or a key is missing, misspelt or of the wrong kind.
     """
-    path = path or config_path()
+    path = (path or config_path()).absolute()
     try:
         names = runpy.run_path(str(path)).items()
         found = {k: v for k, v in names if not k.startswith("_") and not isinstance(v, ModuleType)}
     except Exception as error:
-        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} does not run: {type(error).__name__}: {reason}") from error
     return _checked(path, found)
 
 
@@ -136,8 +137,22 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
                 f"no folder {root.parent}: `{key}` in {path} is {str(found[key])!r}; make it or correct the key"
             )
     for name, splits in found["sae_datasets"].items():
-        if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        if (
+            not isinstance(splits, dict)
+            or set(splits) != set(SPLITS)
+            or not all(isinstance(p, str) for p in splits.values())
+        ):
             raise UserError(f"{path}: sae_datasets[{name!r}] needs the keys {', '.join(SPLITS)}, each a shard pattern")
+        if name in found["probe_datasets"]:
+            raise UserError(f"{path}: {name!r} is in sae_datasets and probe_datasets, whose files would mix: rename one")
+    for name, folder in found["probe_datasets"].items():
+        if not isinstance(folder, str | Path):
+            raise UserError(f"{path}: probe_datasets[{name!r}] must be a folder, not {folder!r}")
+    by_folder: dict[str, str] = {}
+    for name in found["encoders"]:
+        other = by_folder.setdefault(name.replace("/", ""), name)
+        if other != name:
+            raise UserError(f"{path}: the files of the encoders {other!r} and {name!r} would have one name: rename one")
     return Settings(
         path=path,
         **roots,

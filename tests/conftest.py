@@ -1,0 +1,149 @@
+"""What several test files share: a config of one's own, errors of one line, small images, an encoder without weights."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dncbm.encoders import Encoder
+from dncbm.errors import UserError
+from dncbm.features import FeatureStore
+from dncbm.manifests import Recipe, begin, finish
+from dncbm.settings import Settings, load_settings
+
+# The examples are the same on every machine, and a slow machine fails nothing.
+hypothesis.settings.register_profile("dncbm", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("dncbm")
+
+ROOTS = {name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")}
+COMPLETE = ROOTS | {
+    "vocabulary": "words",
+    "sae_datasets": {},
+    "probe_datasets": {},
+    "encoders": {},
+    "defaults": {},
+}
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes config.py into a folder of its own; keywords replace keys, and None leaves one out."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "config.py"
+        values = COMPLETE | changes
+        path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items() if value is not None))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_settings(write_config: Callable[..., Path]) -> Callable[..., Settings]:
+    """The settings of such a config."""
+    return lambda **changes: load_settings(write_config(**changes))
+
+
+@pytest.fixture
+def refusal() -> Callable[..., AbstractContextManager[None]]:
+    """`with refusal("a", "b")`: the block must raise one line for the user that holds a and b."""
+
+    @contextmanager
+    def expect(*parts: object) -> Iterator[None]:
+        with pytest.raises(UserError) as caught:
+            yield
+        message = str(caught.value)
+        assert "\n" not in message
+        for part in parts:
+            assert str(part) in message, message
+
+    return expect
+
+
+@pytest.fixture
+def random_image() -> Callable[..., Image.Image]:
+    """seed -> an image of noise."""
+
+    def image(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        return Image.fromarray(pixels).convert(mode)
+
+    return image
+
+
+@pytest.fixture
+def encoded() -> Callable[..., bytes]:
+    """An image as the bytes of a file."""
+
+    def encode(image: Image.Image, format: str = "png") -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def write_tar() -> Callable[..., Path]:
+    """Writes a webdataset shard: sample key -> suffix -> bytes."""
+
+    def write(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for key, members in samples.items():
+                for suffix, content in members.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        return path
+
+    return write
+
+
+class ChannelMeans(torch.nn.Module):
+    """An image tower whose features are the means of red, green and blue."""
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+@pytest.fixture
+def make_encoder() -> Callable[..., Encoder]:
+    """An encoder around an image tower; by default the one that averages channels."""
+
+    def make(model: torch.nn.Module | None = None) -> Encoder:
+        no_tokens = torch.nn.Identity()
+        return Encoder("channel means", model or ChannelMeans(), to_tensor, no_tokens, torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def make_store() -> Callable[..., FeatureStore]:
+    """Writes shards of features as the extraction leaves them, and opens them."""
+
+    def make(folder: Path, shards: list[np.ndarray], keys: list[np.ndarray] | None = None) -> FeatureStore:
+        recipe = Recipe("features by hand")
+        begin(folder, recipe, overwrite=True)
+        first = 0
+        for number, shard in enumerate(shards):
+            np.save(folder / f"{number:05d}.npy", shard)
+            shard_keys = np.arange(first, first + len(shard)) if keys is None else keys[number]
+            np.save(folder / f"{number:05d}.keys.npy", shard_keys)
+            first += len(shard)
+        finish(folder, recipe, folder.glob("*.npy"))
+        return FeatureStore(folder, "a command")
+
+    return make
