@@ -57,6 +57,22 @@ def item_losses(
     return ItemLosses(objective, l2, penalty, latents)
 
 
+class BatchSums(NamedTuple):
+    """The losses of a batch, summed over its items."""
+
+    l2: float
+    penalty: float
+    fired: Tensor
+    """For how many items each latent was active (F, int64)."""
+
+
+@torch.no_grad()
+def batch_sums(model: SparseAutoencoder, x: Tensor) -> BatchSums:
+    """The summed losses of transformed inputs x (B x D)."""
+    losses = item_losses(model, x)
+    return BatchSums(float(losses.l2.sum()), float(losses.penalty.sum()), (losses.latents > 0).sum(dim=0))
+
+
 class RunningVariance:
     """Sum of squared deviations from the mean over batches of a stream (merged in float64: Chan et al. 1979)."""
 

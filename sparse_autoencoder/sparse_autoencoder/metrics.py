@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.data import Features, as_features, in_batches
-from sparse_autoencoder.losses import RunningVariance, explained_variance, item_losses
+from sparse_autoencoder.losses import BatchSums, RunningVariance, batch_sums, explained_variance
 from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.workers import Workers
 
 ALMOST_DEAD = 1e-5
 """A latent that fires, but for a smaller share of the items than this, is almost dead."""
@@ -51,6 +52,8 @@ def measure(
     *,
     batch_size: int,
     device: str | torch.device,
+    sums: Callable[[Tensor], BatchSums] | None = None,
+    reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor] | None:
     """`evaluate`'s metrics and each latent's firing count (F, int64); None as soon as `stop` says so between
@@ -59,14 +62,16 @@ def measure(
     l2 = penalty = 0.0
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     variance = RunningVariance()
-    for batch in in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"evaluation, batch {i}"):
+    for batch in in_batches(
+        features, np.arange(len(features)), batch_size, name=lambda i: f"evaluation, batch {i}", reader=reader
+    ):
         if stop():
             return None
         x, _ = model.transform(batch.to(device))
-        losses = item_losses(model, x)
-        l2 += float(losses.l2.sum())
-        penalty += float(losses.penalty.sum())
-        fired += (losses.latents > 0).sum(dim=0)
+        batch_l2, batch_penalty, batch_fired = batch_sums(model, x) if sums is None else sums(x)
+        l2 += batch_l2
+        penalty += batch_penalty
+        fired += batch_fired
         variance.add(x)
     n = len(features)
     metrics = {

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sparse_autoencoder import kernels
 from sparse_autoencoder.kernels import ItemMajor, LatentMajor, Trained
+from sparse_autoencoder.losses import BatchSums
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
-from sparse_autoencoder.sparsity import BatchTopK, JumpReLU, ReLU, TopK, code_of, n_auxiliary, prefix_ends
+from sparse_autoencoder.sparsity import BatchTopK, Code, JumpReLU, ReLU, TopK, code_of, n_auxiliary, prefix_ends
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
@@ -174,13 +175,32 @@ class SparseStep:
         adam.steps += 1
 
         l2 = sum(piece.error for piece in pieces) / x.numel()
-        penalty = 0.0
-        if isinstance(code, ReLU):
-            penalty = code.l1_coeff * sum(float(piece.entries.z.sum()) for piece in pieces) / n
-        elif isinstance(code, JumpReLU):
-            penalty = code.l0_coeff * float(fired.sum()) / n
+        penalty = _penalty_sum(code, pieces, fired) / n
         loss = sum(piece.objective for piece in pieces) / x.numel() + penalty
         return StepResult(torch.tensor(loss), torch.tensor(l2), torch.tensor(penalty), torch.from_numpy(fired))
+
+    @torch.no_grad()
+    def sums(self, x: Tensor) -> BatchSums:
+        """What `batch_sums` computes of transformed inputs x (B x D, float32)."""
+        code = code_of(self.model.sparsity)
+        x = x.contiguous()
+        tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        encode = self._encoder(x, tensors, None, 0)
+        level = float(self.model.threshold) if isinstance(code, BatchTopK) else 0.0
+        tied_bias, decoder = tensors["tied_bias"].numpy(), tensors["decoder_weight"].numpy()
+
+        def decode(first: int) -> _Piece:
+            piece = encode(first, level)
+            part = x[first : first + ITEMS].numpy()
+            residual = np.empty((len(self.ends), *part.shape), np.float32)
+            _, piece.error = kernels.decode(part, tied_bias, decoder, piece.entries, self.ends, np.float32(1), residual)
+            return piece
+
+        pieces = self.workers.map(decode, range(0, len(x), ITEMS))
+        latents = np.concatenate([piece.entries.latent[~(piece.entries.z <= 0)] for piece in pieces])
+        fired = np.bincount(latents, minlength=self.model.n_latents)
+        error = sum(piece.error for piece in pieces)
+        return BatchSums(error / x.shape[1], _penalty_sum(code, pieces, fired), torch.from_numpy(fired))
 
     def _encoder(
         self, x: Tensor, tensors: dict[str, Tensor], dead: Tensor | None, n_aux: int
@@ -269,6 +289,13 @@ class SparseStep:
         out = LatentMajor(start, np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.float32))
         self.workers.map(lambda i: kernels.scatter(pieces[i], i * ITEMS, places[i], out), range(len(pieces)))
         return out
+
+
+def _penalty_sum(code: Code, pieces: list[_Piece], fired: np.ndarray) -> float:
+    """The sparsity terms of a batch's items summed, from its entries and each latent's number of active ones (F)."""
+    if isinstance(code, ReLU):
+        return code.l1_coeff * sum(float(piece.entries.z.sum(dtype=np.float64)) for piece in pieces)
+    return code.l0_coeff * float(fired.sum()) if isinstance(code, JumpReLU) else 0.0
 
 
 def _packed(latent: np.ndarray, value: np.ndarray, row_start: np.ndarray) -> ItemMajor:

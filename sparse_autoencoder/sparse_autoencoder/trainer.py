@@ -408,6 +408,17 @@ def train(
             if state_path is not None:
                 state.save(state_path, run)
 
+        def measure_all(features: Features) -> tuple[dict[str, float], Tensor] | None:
+            return measure(
+                model,
+                features,
+                batch_size=settings.batch_size,
+                device=device,
+                sums=stepper.sums,
+                reader=reader,
+                stop=stop.is_set,
+            )
+
         while adam.steps < total_steps and not stop.is_set():
             epoch, first = divmod(adam.steps, steps_per_epoch)
             batches = in_batches(
@@ -450,9 +461,7 @@ def train(
                 if row is not None:
                     if validate:
                         assert held_out is not None
-                        measured = measure(
-                            model, held_out, batch_size=settings.batch_size, device=device, stop=stop.is_set
-                        )
+                        measured = measure_all(held_out)
                         row.update({f"val_{name}": value for name, value in (measured[0] if measured else {}).items()})
                     logger.write(row, step, state.items_seen)
                 if on_checkpoint is not None and settings.ckpt_freq > 0:
@@ -468,7 +477,7 @@ def train(
         save()
         measured = None
         if adam.steps == total_steps:
-            measured = measure(model, features, batch_size=settings.batch_size, device=device, stop=stop.is_set)
+            measured = measure_all(features)
         if measured is None:
             saved = f"its state is in {state_path}" if state_path is not None else "without a state to continue from"
             messages.warning("SIGTERM: training stopped after step %d of %d, %s", adam.steps, total_steps, saved)

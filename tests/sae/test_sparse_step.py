@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, SparseAutoencoder, Sparsity, TopK, kernels
 from sparse_autoencoder import sparse_step as module
+from sparse_autoencoder.losses import batch_sums
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.sparse_step import SparseStep
 from sparse_autoencoder.sparsity import code_of
@@ -129,6 +130,31 @@ def test_equal_to_autograd(
     dead = torch.randperm(n_latents, generator=generator)[: min(n_dead, n_latents)].sort().values
     assume(is_clear(model, x, dead))
     assert_equal_steps(model, x, dead)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sparsity=codes | nested,
+    n_items=st.integers(1, 40),
+    shift=st.sampled_from([-50.0, -2.0, 0.0, 2.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_without_a_step(sparsity: Sparsity, n_items: int, shift: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_items, 10, generator=generator)
+    model = SparseAutoencoder(10, 50, sparsity=sparsity)
+    with torch.no_grad():
+        model.encoder_bias.normal_(mean=shift, std=0.1, generator=generator)
+        model.tied_bias.normal_(std=0.1, generator=generator)
+    if isinstance(code_of(sparsity), BatchTopK):
+        model.threshold.fill_(0.4)
+        assume((model.pre_activations(x) - 0.4).abs().min() > MARGIN * 60)
+    assume(is_clear(model, x, torch.empty(0, dtype=torch.int64)))
+    step = SparseStep(model, Adam(model))
+    got, want = step.sums(x), batch_sums(model, x)
+    step.close()
+    assert torch.equal(got.fired, want.fired)
+    assert got[:2] == pytest.approx(want[:2], rel=1e-5)
 
 
 def test_items_without_any_active_latent(features: Tensor) -> None:
