@@ -183,7 +183,9 @@ def parse(description: str | None, *groups: Group) -> tuple[Settings, argparse.N
     Raises:
         UserError: the config is wrong, its `defaults` included.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for group in (common, *groups):
         group(parser)
     if {"-h", "--help"} & set(sys.argv[1:]):

@@ -194,3 +194,7 @@ class Artifacts:
 
     def summary(self) -> Path:
         return self.settings.analysis_dir / "summary.json"
+
+    def concept_sheet(self) -> Path:
+        """The best-named latents and their images."""
+        return self.settings.analysis_dir / "concept_sheet.png"

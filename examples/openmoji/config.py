@@ -27,10 +27,15 @@ encoders = {
     "openmoji_clip": "local-dir:run/clip",
 }
 
-# Sizes that suit 1400 images instead of three million.
+# Sizes that suit 1,500 images instead of three million.
 defaults = {
     "img_enc_name": "openmoji_clip",
     "sae_dataset": "openmoji",
     "probe_dataset": "openmoji_categories",
     "input_transform": "unit_norm",
+    "expansion_factor": 1,
+    "lr": 1e-3,
+    "l1_coeff": 5e-4,
+    "num_epochs": 300,
+    "train_sae_bs": 64,
 }

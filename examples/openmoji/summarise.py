@@ -1,6 +1,8 @@
 """What the demo found: a short table, summary.json and a sheet of the best-named latents."""
 
+import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,10 +54,9 @@ def best_names(settings: Settings, run: SAERun, dataset: str) -> list[dict[str, 
     ]
 
 
-def probe_accuracies(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[str, float]:
+def probe_accuracies(settings: Settings, run: SAERun, probe: ProbeRun, on_features: ProbeRun) -> dict[str, float]:
     """Top-1 accuracy on the held-out images of both probes, of class descriptions, and of the majority class."""
     artifacts = Artifacts(settings)
-    on_features = ProbeRun(**{**vars(probe), "on_features": True})
     concepts, features = (load_probe_data(settings, run, p, "val") for p in (probe, on_features))
     class_names = [display_name(name) for name in probe_class_names(settings, probe.dataset)]
     zero_shot = zero_shot_weight(load_encoder(settings, run.encoder, torch.device("cpu")), class_names, TEMPLATES)
@@ -90,11 +91,16 @@ def stage_seconds(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[str,
     }
 
 
+def baseline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--features_probe_lr", type=float, default=1e-3, help="learning rate of the probe on features")
+
+
 def main() -> None:
     settings, args = arguments.parse(
-        __doc__, arguments.sae_data, arguments.sae_run, arguments.probe_data, arguments.probe_run
+        __doc__, baseline, arguments.sae_data, arguments.sae_run, arguments.probe_data, arguments.probe_run
     )
     run, probe = arguments.sae_from(args), arguments.probe_from(args)
+    on_features = replace(probe, on_features=True, lr=args.features_probe_lr)
     artifacts = Artifacts(settings)
     images = probe_images(settings, probe.dataset, "train")
 
@@ -106,7 +112,7 @@ def main() -> None:
     summary = {
         "sae": {key: sae[key] for key in ("l0", "explained_variance", "dead_fraction")},
         "names": names,
-        "probe": probe_accuracies(settings, run, probe),
+        "probe": probe_accuracies(settings, run, probe, on_features),
         "encoder": {
             key: value
             for key, value in json.loads((settings.path.parent / "run/encoder_report.json").read_text()).items()
@@ -115,7 +121,8 @@ def main() -> None:
         "seconds": stage_seconds(settings, run, probe),
     }
     write_json(artifacts.summary(), summary)
-    concept_sheet([str(name["name"]) for name in names], pictures, artifacts.concept_sheet())
+    titles = [f"{name['name']}  {name['similarity']:.2f}" for name in names]
+    concept_sheet(titles, pictures, artifacts.concept_sheet())
     print_summary(summary)
     for what, path in (
         ("summary", artifacts.summary()),

@@ -1,0 +1,286 @@
+"""The whole pipeline as a user runs it: the scripts, on a small build of the embedded default."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "openmoji"
+SMALL = ["--num_epochs", "30", "--probe_epochs", "20", "--num_workers", "1", "--batch_size", "32"]
+
+
+def run(
+    script: str, *flags: str, config: Path, ok: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository with a config."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags],
+        env=os.environ | {"DNCBM_CONFIG": str(config)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small build of the embedded default; its config.py is returned."""
+    folder = tmp_path_factory.mktemp("openmoji")
+    subprocess.run(
+        [sys.executable, str(EXAMPLE / "build.py"), "--limit", "60", "--output", str(folder / "run")],
+        check=True,
+        capture_output=True,
+        timeout=600,
+    )
+    shutil.copy(EXAMPLE / "config.py", folder)
+    return folder / "config.py"
+
+
+@pytest.fixture(scope="module")
+def finished(built: Path) -> Iterator[Path]:
+    """The pipeline has run to its end."""
+    run("scripts/run_pipeline.py", *SMALL, config=built)
+    return built
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents of what the stages wrote, without the manifests (they hold times) and the results file."""
+    found = {}
+    for root in ("data", "SAE", "probe"):
+        for path in sorted((folder / "run" / root).rglob("*")):
+            if path.suffix in (".npy", ".npz", ".safetensors") or path.name == "concept_names.csv":
+                found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def contents(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, since the bytes of an .npz hold the time it was written."""
+    if path.suffix == ".safetensors":
+        return {key: tensor.numpy() for key, tensor in load_file(path).items()}
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def test_pipeline_writes_the_documented_layout(finished: Path) -> None:
+    run_folder = finished.parent / "run"
+    name = "lr0.001_l1coeff0.0005_ef1_rf10_hookout_bs64_epo30_inputunit_norm"
+    sae = run_folder / "SAE/SAEImg/openmoji/openmoji_clip/out" / name / "sae_checkpoints"
+    probed = run_folder / "probe/openmoji/openmoji_clip/out" / name / "openmoji_categories"
+    probe = "lr0.01_bs512_epo20_nobias_clCE_spL1_spl0.1"
+    features = run_folder / "data/activations_img"
+    for path in (
+        features / "openmoji/openmoji_clip/out/train/00000.npy",
+        features / "openmoji/openmoji_clip/out/train_val/manifest.json",
+        features / "openmoji_categories/train_val_idxs.npy",
+        features / "openmoji_categories/all_labels_val.npy",
+        run_folder / "vocab/embeddings_openmoji_clip_openmoji_nouns.npy",
+        sae / "sparse_autoencoder_final.safetensors",
+        sae / "sparse_autoencoder_final.safetensors.manifest.json",
+        sae / "concept_names.csv",
+        probed / "val/all_concepts/00000.npz",
+        probed / probe / "on_concepts_ckpts" / f"on_concepts_final_{probe}.safetensors",
+        run_folder / "probe/probe_results.csv",
+    ):
+        assert path.is_file(), path
+    assert not list(run_folder.rglob("*.unfinished")), "every artifact is finished"
+    assert not list(run_folder.rglob("*state.safetensors")), "no training state is left behind"
+
+
+def test_features_are_the_encoders_own(finished: Path) -> None:
+    """A stored feature equals open_clip's output for that image, read from the tar by hand."""
+    import io
+    import tarfile
+
+    import open_clip
+    import torch
+    from PIL import Image
+
+    run_folder = finished.parent / "run"
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{run_folder / 'clip'}")
+    stored = run_folder / "data/activations_img/openmoji/openmoji_clip/out/val"
+    key = str(np.load(stored / "00000.keys.npy")[3])
+    with tarfile.open(run_folder / "webdataset/validation/00000.tar") as tar:
+        image = Image.open(io.BytesIO(tar.extractfile(f"{key}.jpg").read()))  # type: ignore[union-attr]
+        with torch.inference_mode():
+            expected = model.eval().encode_image(preprocess(image)[None])[0].numpy()
+    np.testing.assert_allclose(
+        np.load(stored / "00000.npy")[3], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
+    )
+
+
+def test_names_are_words_of_the_vocabulary(finished: Path) -> None:
+    run_folder = finished.parent / "run"
+    words = set((run_folder / "vocab/openmoji_nouns.txt").read_text().split())
+    with next((run_folder / "SAE").rglob("concept_names.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(384))
+    assert {row["name"] for row in rows} <= words
+    assert all(-1 <= float(row["similarity"]) <= 1 for row in rows)
+
+
+def test_second_run_does_nothing(finished: Path) -> None:
+    before = files(finished.parent)
+    done = run("scripts/run_pipeline.py", *SMALL, config=finished)
+    assert done.stdout.count("already done\n") == 7
+    assert files(finished.parent) == before
+
+
+def test_changed_setting_is_refused_and_named(finished: Path) -> None:
+    done = run("scripts/02_train_sae_img.py", "--num_epochs", "30", "--adam_beta_1", "0.8", config=finished, ok=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "adam_beta_1 was 0.9, now 0.8" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pipeline_names_the_stale_stage(finished: Path, tmp_path: Path) -> None:
+    """After new words, the names are stale: the pipeline says so, and --overwrite makes them again."""
+    folder = copy_of(finished, tmp_path)
+    words = folder / "run/vocab/openmoji_nouns.txt"
+    words.write_text("\n".join(words.read_text().split()[:100]) + "\n")
+    stale = run("scripts/run_pipeline.py", *SMALL, config=folder / "config.py", ok=False)
+    assert "vocabulary      stale" in stale.stdout
+    assert "words has changed" in stale.stderr
+    redone = run("scripts/run_pipeline.py", *SMALL, "--overwrite", config=folder / "config.py")
+    outcomes = dict(
+        line.rsplit(maxsplit=1) for line in redone.stdout.splitlines() if line.startswith(("vocab", "names"))
+    )
+    assert outcomes == {"vocabulary": "ran", "names": "ran"}
+    assert "sae             already done" in redone.stdout
+
+
+def test_another_seed_is_another_artifact(finished: Path) -> None:
+    before = files(finished.parent)
+    run("scripts/02_train_sae_img.py", "--num_epochs", "2", "--seed", "7", config=finished)
+    after = files(finished.parent)
+    assert before.items() <= after.items()
+    assert [name for name in after if name not in before and "_seed7/" in name]
+
+
+def test_probe_on_features_and_its_results_row(finished: Path) -> None:
+    run("scripts/07_train_linear_probe.py", *SMALL[:4], "--probe_on_features", config=finished)
+    with (finished.parent / "run/probe/probe_results.csv").open() as file:
+        rows = {row["on"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"concepts", "features"}
+    assert 0 <= float(rows["features"]["val_top1"]) <= float(rows["features"]["val_top5"]) <= 1
+
+
+def test_summary_holds_what_it_promises(finished: Path) -> None:
+    flags = ["--num_epochs", "30", "--probe_epochs", "20"]
+    run("scripts/07_train_linear_probe.py", *flags, "--probe_on_features", "--probe_lr", "1e-3", config=finished)
+    done = run("examples/openmoji/summarise.py", *flags, config=finished)
+    summary = json.loads((finished.parent / "run/analysis/summary.json").read_text())
+    assert set(summary["sae"]) == {"l0", "explained_variance", "dead_fraction"}
+    assert set(summary["probe"]) == {"concepts_top1", "features_top1", "zero_shot_top1", "majority_top1"}
+    assert set(summary["encoder"]) == {"retrieval_r1", "retrieval_r5", "retrieval_r10"}
+    assert len(summary["names"]) <= 20
+    assert all(set(name) == {"index", "name", "similarity", "top_images"} for name in summary["names"])
+    assert set(summary["seconds"]) == {
+        "sae_features", "sae", "vocabulary", "names", "probe_features", "strengths", "probe",
+    }  # fmt: skip
+    assert "on concepts" in done.stdout
+    assert (finished.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
+
+
+def test_wandb_works_offline_and_is_not_needed(finished: Path, tmp_path: Path) -> None:
+    flags = ["--num_epochs", "3", "--save_suffix", "_wandb", "--use_wandb"]
+    run("scripts/02_train_sae_img.py", *flags, config=finished, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    assert list((tmp_path / "wandb").glob("offline-run-*")), "the run is on disk"
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "wandb.py").write_text("raise ImportError('wandb must not be imported')\n")
+    run(
+        "scripts/02_train_sae_img.py",
+        "--num_epochs",
+        "3",
+        "--save_suffix",
+        "_off",
+        config=finished,
+        PYTHONPATH=str(blocked),
+    )
+
+
+@pytest.mark.parametrize("until", ["images of openmoji train:", "== sae\n", "== probe_features\n", "== probe\n"])
+def test_killed_and_run_again_ends_the_same(finished: Path, tmp_path: Path, until: str) -> None:
+    """SIGKILL when a stage has begun; the same command then ends with what an uninterrupted run made."""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    shutil.copy(finished, folder)
+    (folder / "run").mkdir()
+    for name in ("webdataset", "categories", "vocab"):
+        (folder / "run" / name).symlink_to(finished.parent / "run" / name)
+    # The encoder's folder names itself, so the copy has to be the same folder.
+    (folder / "run/clip").symlink_to(finished.parent / "run/clip")
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "scripts/run_pipeline.py"), *SMALL],
+        env=os.environ | {"DNCBM_CONFIG": str(folder / "config.py")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until in line:
+            break
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed in the middle"
+    run("scripts/run_pipeline.py", *SMALL, config=folder / "config.py")
+    expected = {name: data for name, data in files(finished.parent).items() if "_epo30_" in name or "/data/" in name}
+    expected = {name: data for name, data in expected.items() if "seed7" not in name and "on_features" not in name}
+    found = files(folder)
+    assert set(found) == set(expected)
+    for name, data in expected.items():
+        if name.endswith((".npz", ".safetensors")):
+            ours, theirs = contents(folder / name), contents(finished.parent / name)
+            assert all(np.array_equal(ours[key], theirs[key]) for key in theirs), name
+        else:
+            assert found[name] == data, name
+
+
+def test_published_checkpoint_is_read_as_it_is(finished: Path, tmp_path: Path) -> None:
+    """The authors' .pt at the SAE's place: training leaves it alone, and the stages after it use it."""
+    import torch
+
+    folder = copy_of(finished, tmp_path)
+    checkpoints = next((folder / "run/SAE").rglob("*_epo30_*/sae_checkpoints"))
+    trained = load_file(checkpoints / "sparse_autoencoder_final.safetensors")
+    shutil.rmtree(checkpoints)
+    checkpoints.mkdir()
+    published = {
+        "tied_bias": trained["tied_bias"],
+        "pre_encoder_bias._bias_reference": trained["tied_bias"],
+        "post_decoder_bias._bias_reference": trained["tied_bias"],
+        "encoder._weight": trained["encoder_weight"],
+        "encoder._bias": trained["encoder_bias"],
+        "decoder._weight": trained["decoder_weight"],
+    }
+    torch.save({key: value[None] for key, value in published.items()}, checkpoints / "sparse_autoencoder_final.pt")
+    done = run("scripts/run_pipeline.py", *SMALL, "--overwrite", config=folder / "config.py")
+    assert "sae             provided" in done.stdout
+    assert "names           ran" in done.stdout
+    assert not (checkpoints / "sparse_autoencoder_final.safetensors").exists()
+
+
+def copy_of(finished: Path, tmp_path: Path) -> Path:
+    """A copy of everything, to change; the encoder's folder names itself, so it stays one."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.parent, folder, ignore=shutil.ignore_patterns("clip", "webdataset", "categories"))
+    for name in ("clip", "webdataset", "categories"):
+        (folder / "run" / name).symlink_to(finished.parent / "run" / name)
+    return folder
