@@ -12,9 +12,20 @@ from dncbm.features import Extraction, default_workers
 from dncbm.probing import ProbeSchedule
 from dncbm.settings import SPLITS, Settings, load_settings
 from dncbm.tracking import Tracking
-from sparse_autoencoder import CheckpointError, NonFiniteError, ReLU, TrainingSettings
+from sparse_autoencoder import (
+    BatchTopK,
+    CheckpointError,
+    JumpReLU,
+    Matryoshka,
+    NonFiniteError,
+    ReLU,
+    Sparsity,
+    TopK,
+    TrainingSettings,
+)
 
 Group = Callable[[argparse.ArgumentParser], None]
+SAE_TYPES = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka")
 
 
 def _positive_int(text: str) -> int:
@@ -85,7 +96,10 @@ def sae_run(parser: argparse.ArgumentParser) -> None:
     """What identifies a trained SAE."""
     add = parser.add_argument
     add("--lr", type=_positive_float, default=5e-4, help="learning rate of the SAE")
-    add("--l1_coeff", type=_amount, default=3e-5, help="weight of the L1 loss")
+    add("--sae_type", choices=SAE_TYPES, default="relu", help="how the code is kept sparse")
+    add("--l1_coeff", type=_amount, default=3e-5, help="weight of the L1 loss (relu)")
+    add("--k", type=_positive_int, default=32, help="active latents of an item (topk, batchtopk, matryoshka)")
+    add("--l0_coeff", type=_amount, default=1e-5, help="weight of the L0 loss (jumprelu)")
     add("--expansion_factor", type=_positive_int, default=8, help="latents for each input dimension")
     add("--num_epochs", type=_positive_int, default=200, help="epochs of the SAE")
     add("--resample_freq", type=_positive_int, default=10, help="epochs between resamplings of dead latents")
@@ -120,6 +134,9 @@ def sae_training(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta_2", type=_amount, default=0.999)
     add("--adam_epsilon", type=_positive_float, default=1e-8)
     add("--adam_weight_decay", type=_amount, default=0.0)
+    add("--lr_warmup_steps", type=_count, default=0, help="steps over which the learning rate rises")
+    add("--lr_decay_steps", type=_count, default=0, help="steps at the end over which it falls to 0")
+    add("--bf16", action="store_true", help="matrix products in bfloat16, for GPUs")
 
 
 def reporting(parser: argparse.ArgumentParser) -> None:
@@ -224,13 +241,14 @@ def extraction(args: argparse.Namespace) -> Extraction:
 def sae_from(args: argparse.Namespace) -> SAERun:
     """From the flags `sae_data` and `sae_run`, and those of training where the script has them."""
     beyond = {
-        "resample_dataset_size", "adam_beta_1", "adam_beta_2", "adam_epsilon", "adam_weight_decay", "val_freq", "ckpt_freq",
+        "resample_dataset_size", "adam_beta_1", "adam_beta_2", "adam_epsilon", "adam_weight_decay", "lr_warmup_steps",
+        "lr_decay_steps", "bf16", "val_freq", "ckpt_freq",
     }  # fmt: skip
     return SAERun(
         dataset=args.sae_dataset,
         encoder=args.img_enc_name,
         hook=args.hook_points,
-        sparsity=ReLU(l1_coeff=args.l1_coeff),
+        sparsity=sparsity_from(args),
         expansion_factor=args.expansion_factor,
         input_transform=args.input_transform,
         suffix=args.save_suffix,
@@ -243,6 +261,18 @@ def sae_from(args: argparse.Namespace) -> SAERun:
             **{name: value for name, value in vars(args).items() if name in beyond},
         ),
     )
+
+
+def sparsity_from(args: argparse.Namespace) -> Sparsity:
+    """The variant `--sae_type` names, with its own parameter."""
+    variants: dict[str, Callable[[], Sparsity]] = {
+        "relu": lambda: ReLU(l1_coeff=args.l1_coeff),
+        "topk": lambda: TopK(args.k),
+        "batchtopk": lambda: BatchTopK(args.k),
+        "jumprelu": lambda: JumpReLU(l0_coeff=args.l0_coeff),
+        "matryoshka": lambda: Matryoshka(BatchTopK(args.k)),
+    }
+    return variants[args.sae_type]()
 
 
 def probe_from(args: argparse.Namespace) -> ProbeRun:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dncbm.settings import LOCAL_DIR, OPEN_CLIP, Settings
-from sparse_autoencoder import ReLU, TrainingSettings
+from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK, TrainingSettings
 
 DEFAULT_SEED = 49
 
@@ -35,7 +35,7 @@ class SAERun:
     dataset: str = "cc3m"
     encoder: str = "clip_RN50"
     hook: str = "out"
-    sparsity: ReLU = field(default_factory=lambda: ReLU(l1_coeff=3e-5))
+    sparsity: Sparsity = field(default_factory=lambda: ReLU(l1_coeff=3e-5))
     expansion_factor: int = 8
     input_transform: str = "none"
     suffix: str = ""
@@ -46,7 +46,7 @@ class SAERun:
         """Folder name of the run, as in the paper's code. What differs from the paper's setting is appended."""
         t = self.training
         name = (
-            f"lr{t.lr}_l1coeff{self.sparsity.l1_coeff}_ef{self.expansion_factor}_rf{t.resample_freq}"
+            f"lr{t.lr}_{_sparsity_name(self.sparsity)}_ef{self.expansion_factor}_rf{t.resample_freq}"
             f"_hook{self.hook}_bs{t.batch_size}_epo{t.epochs}"
         )
         if self.input_transform != "none":
@@ -78,6 +78,21 @@ class ProbeRun:
     def inputs(self) -> str:
         """`concepts`, or `features` for the linear-probe baseline."""
         return "features" if self.on_features else "concepts"
+
+
+def _sparsity_name(sparsity: Sparsity) -> str:
+    """How sparse and by which means, for a run's name: `l1coeff3e-05` (the paper's), `topk32`, `matryoshka_batchtopk32`."""
+    match sparsity:
+        case ReLU():
+            return f"l1coeff{sparsity.l1_coeff}"
+        case TopK():
+            return f"topk{sparsity.k}"
+        case BatchTopK():
+            return f"batchtopk{sparsity.k}"
+        case JumpReLU():
+            return f"jumprelu{sparsity.l0_coeff}"
+        case Matryoshka():
+            return f"matryoshka_{_sparsity_name(sparsity.code)}"
 
 
 def _seed_suffix(seed: int) -> str:
@@ -151,6 +166,10 @@ class Artifacts:
 
     def sae_log(self, run: SAERun) -> Path:
         return self._sae_checkpoints(run) / "training_log.csv"
+
+    def sae_figure(self, run: SAERun) -> Path:
+        """Training curves and the histogram of feature densities."""
+        return self._sae_checkpoints(run) / "training.png"
 
     def concept_names(self, run: SAERun) -> Path:
         return self._sae_checkpoints(run) / "concept_names.csv"

@@ -74,6 +74,7 @@ def train_sae(
             on_checkpoint=lambda model, items: save_checkpoint(model, artifacts.sae_intermediate(run, items)),
             log=log,
             log_path=artifacts.sae_log(run),
+            figure_path=artifacts.sae_figure(run),
             device=str(resolve_device(device)),
         )
     if result.stopped_early:
@@ -98,13 +99,20 @@ def sae_path(settings: Settings, run: SAERun) -> Path:
     """The checkpoint of a run. Raises UserError, with the command that makes it, if it is not there."""
     path = Artifacts(settings).sae_in_use(run)
     if not path.is_file():
-        t = run.training
         raise UserError(
-            f"no SAE {path}: train it with `python scripts/02_train_sae_img.py --img_enc_name {run.encoder} "
-            f"--sae_dataset {run.dataset} --lr {t.lr} --l1_coeff {run.sparsity.l1_coeff} --expansion_factor "
-            f"{run.expansion_factor} --num_epochs {t.epochs} --resample_freq {t.resample_freq} --train_sae_bs {t.batch_size}`"
+            f"no SAE {path}: train it with `python scripts/02_train_sae_img.py` and these flags, or change the flags to "
+            f"those of one that is there{_others(path)}"
         )
     return path
+
+
+def _others(path: Path) -> str:
+    """What else was trained on the same features, for the error: the folders beside the run's own."""
+    runs = path.parent.parent
+    found = sorted(
+        folder.name for folder in runs.parent.glob("*") if (folder / path.parent.name).is_dir() and folder != runs
+    )
+    return f" ({', '.join(found)})" if found else ""
 
 
 def load_sae(settings: Settings, run: SAERun, device: str | torch.device = "cpu") -> SparseAutoencoder:
