@@ -20,6 +20,9 @@ from dncbm.sae import load_sae, sae_path
 from dncbm.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
 
+PARTS = "[0-9]*.npz"
+"""The files of a split; hidden ones are what a killed process was writing."""
+
 
 @dataclass(frozen=True)
 class ConceptStrengths:
@@ -65,7 +68,7 @@ def save_concept_strengths(
                 f"the SAE takes {sae.n_inputs} features and {store.folder} has {store.width}: they are of two encoders"
             )
         details = encode_store(sae, store, folder, batch_size, f"{dataset} {split}")
-        finish(folder, recipe, folder.glob("*.npz"), details)
+        finish(folder, recipe, folder.glob(PARTS), details)
         print(f"concept strengths of {details['images']} images, L0 {details['l0']:.2f}: {folder}")
     return outcome
 
@@ -88,7 +91,7 @@ def encode_store(
                 batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
                 _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(path.with_suffix(".keys.npy")))
             bar.update(n_rows)
-    n_active = sum(len(_read_part(part)["indices"]) for part in folder.glob("*.npz"))
+    n_active = sum(len(_read_part(part)["indices"]) for part in folder.glob(PARTS))
     return {"images": len(store), "l0": n_active / len(store)}
 
 
@@ -136,7 +139,7 @@ def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split:
             f"the concept strengths {folder} {state}: make them with `python scripts/06_save_concept_strengths.py "
             f"--probe_dataset {dataset} --probe_split {split}` and the SAE's flags"
         )
-    parts = [_read_part(path) for path in sorted(folder.glob("*.npz"))]
+    parts = [_read_part(path) for path in sorted(folder.glob(PARTS))]
     matrices = [
         scipy.sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=tuple(part["shape"]))
         for part in parts

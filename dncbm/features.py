@@ -25,6 +25,9 @@ from dncbm.errors import UserError
 from dncbm.manifests import Outcome, Recipe, begin, finish, read_manifest, whole_file, write_json
 from dncbm.settings import SPLITS, Settings
 
+ARRAYS = "[0-9]*.npy"
+"""The files of a store; hidden ones are what a killed process was writing."""
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -61,7 +64,7 @@ class FeatureStore:
             state = "is not finished" if folder.is_dir() else "is not there"
             raise UserError(f"the features {folder} {state}: make it with `{made_by}`")
         self.folder = folder
-        paths = sorted(path for path in folder.glob("*.npy") if not path.name.endswith(".keys.npy"))
+        paths = sorted(path for path in folder.glob(ARRAYS) if not path.name.endswith(".keys.npy"))
         maps = [np.load(path, mmap_mode="r") for path in paths]
         self.paths = [path for path, shard in zip(paths, maps, strict=True) if len(shard)]
         self._shards = [shard for shard in maps if len(shard)]
@@ -83,7 +86,13 @@ class FeatureStore:
         return np.concatenate([np.load(path.with_suffix(".keys.npy")) for path in self.paths])
 
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Rows in the order asked for, n x D float32. Shards are visited once each, in order."""
+        """Rows in the order asked for, n x D float32. Shards are visited once each, in order.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)} in {self.folder}")
         out = np.empty((len(indices), self.width), dtype=np.float32)
         order = np.argsort(indices, kind="stable")
         edges = np.searchsorted(indices[order], self._starts)
@@ -174,7 +183,7 @@ def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Ext
         UserError: an encoder gives NaN or infinity, or too many images are bad.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pending = [shard for shard in range(len(shards)) if not (folder / f"{shard:05d}.npy").is_file()]
+    pending = [shard for shard in range(len(shards)) if not all(path.is_file() for path in _shard_files(folder, shard))]
     counts = [shards.count(shard) for shard in range(len(shards))]
     n_done = sum(_shard_record(folder, shard)["images"] for shard in range(len(shards)) if shard not in set(pending))
     loader = DataLoader(
@@ -216,8 +225,14 @@ def _counts(bad: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
 
 
+def _shard_files(folder: Path, shard: int) -> tuple[Path, Path, Path]:
+    """The record, keys and features of a shard, in the order they are written."""
+    stem = folder / f"{shard:05d}"
+    return stem.with_suffix(".json"), stem.with_suffix(".keys.npy"), stem.with_suffix(".npy")
+
+
 def _shard_record(folder: Path, shard: int) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / f"{shard:05d}.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads(_shard_files(folder, shard)[0].read_text(encoding="utf-8"))
     return record
 
 
@@ -226,12 +241,9 @@ def _write_shard(folder: Path, shard: int, name: str, grown: _Growing, bad: Coun
     if not np.isfinite(features).all():
         row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
         raise UserError(f"the encoder gave NaN or infinity for {grown.keys[row]} in {name}: the shard was not written")
-    stem = folder / f"{shard:05d}"
-    write_json(stem.with_suffix(".json"), {"source": name, "images": len(grown.keys), "bad": dict(bad)})
-    for path, array in (
-        (stem.with_suffix(".keys.npy"), np.asarray(grown.keys)),
-        (stem.with_suffix(".npy"), features),  # last: with it, the shard is there
-    ):
+    record, keys_file, features_file = _shard_files(folder, shard)
+    write_json(record, {"source": name, "images": len(grown.keys), "bad": dict(bad)})
+    for path, array in ((keys_file, np.asarray(grown.keys)), (features_file, features)):
         with whole_file(path) as temporary:
             np.save(temporary, array)
 
@@ -307,7 +319,7 @@ def _save_features(
         encoder = encoder or load_encoder(settings, encoder_name, resolve_device(extraction.device))
         details = extract(shards, encoder, folder, extraction, f"{dataset} {split}")
         details |= {"device": str(encoder.device), "batch_size": extraction.batch_size}
-        finish(folder, recipe, folder.glob("*.npy"), details)
+        finish(folder, recipe, folder.glob(ARRAYS), details)
         print(f"{details['images']} images of {dataset} {split}: {folder}")
     return outcome
 

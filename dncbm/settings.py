@@ -144,7 +144,9 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
         ):
             raise UserError(f"{path}: sae_datasets[{name!r}] needs the keys {', '.join(SPLITS)}, each a shard pattern")
         if name in found["probe_datasets"]:
-            raise UserError(f"{path}: {name!r} is in sae_datasets and probe_datasets, whose files would mix: rename one")
+            raise UserError(
+                f"{path}: {name!r} is in sae_datasets and probe_datasets, whose files would mix: rename one"
+            )
     for name, folder in found["probe_datasets"].items():
         if not isinstance(folder, str | Path):
             raise UserError(f"{path}: probe_datasets[{name!r}] must be a folder, not {folder!r}")

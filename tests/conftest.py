@@ -130,7 +130,7 @@ def make_encoder() -> Callable[..., Encoder]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_store() -> Callable[..., FeatureStore]:
     """Writes shards of features as the extraction leaves them, and opens them."""
 

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from dncbm.errors import StaleArtifact
-from dncbm.manifests import Outcome, Recipe, begin, file_hash, fingerprint, finish, manifest_path, read_manifest, whole_file
+from dncbm.manifests import (
+    Outcome,
+    Recipe,
+    begin,
+    file_hash,
+    fingerprint,
+    finish,
+    manifest_path,
+    read_manifest,
+    whole_file,
+)
 
 RECIPE = Recipe("stage", {"lr": 0.1, "sizes": (1, 2)}, {"features": "abc"})
 OTHER = Recipe("stage", {"lr": 0.2, "sizes": (1, 2)}, {"features": "abd"})

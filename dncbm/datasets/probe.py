@@ -86,15 +86,21 @@ def probe_images(settings: Settings, dataset: str, dataset_split: str) -> ProbeI
 
 def _image_folder(root: Path, dataset: str, split: str) -> ProbeImages:
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import find_classes
 
     folder = root / split if (root / split).is_dir() or split == "train" else root / "test"
     found = ImageFolder(str(folder))
-    class_names = tuple(found.classes)
+    class_names = tuple(find_classes(str(root / "train"))[0])  # val may lack some
+    index_of = {name: index for index, name in enumerate(class_names)}
+    unknown = [name for name in found.classes if name not in index_of]
+    if unknown:
+        raise ValueError(f"{folder} has the class {unknown[0]!r}, which {root / 'train'} has not")
+    samples = [(path, index_of[found.classes[label]]) for path, label in found.samples]
     if len(class_names) == 1000 and all(name[0] == "n" and name[1:].isdigit() for name in class_names):
         from open_clip import IMAGENET_CLASSNAMES
 
         class_names = tuple(IMAGENET_CLASSNAMES)  # in the order of the sorted WordNet ids, as the folders are
-    return _from_files(found.samples, class_names, root)
+    return _from_files(samples, class_names, root)
 
 
 def _places365(root: Path, dataset: str, split: str) -> ProbeImages:
@@ -102,7 +108,8 @@ def _places365(root: Path, dataset: str, split: str) -> ProbeImages:
 
     small = not (root / "data_large_standard").is_dir()
     found = Places365(str(root), split="train-standard" if split == "train" else "val", small=small)
-    return _from_files(found.imgs, tuple(found.classes), root)
+    class_names = tuple(sorted(found.class_to_idx, key=found.class_to_idx.__getitem__))
+    return _from_files(found.imgs, class_names, root)
 
 
 def _cifar(root: Path, dataset: str, split: str) -> ProbeImages:
