@@ -1,6 +1,7 @@
 """What several test files share: a config of one's own, errors of one line, small images, an encoder without weights."""
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -136,6 +137,7 @@ def make_store() -> Callable[..., FeatureStore]:
 
     def make(folder: Path, shards: list[np.ndarray], keys: list[np.ndarray] | None = None) -> FeatureStore:
         recipe = Recipe("features by hand")
+        shutil.rmtree(folder, ignore_errors=True)
         begin(folder, recipe, overwrite=True)
         first = 0
         for number, shard in enumerate(shards):

@@ -26,7 +26,7 @@ def artifacts(make_settings: Callable[..., Settings]) -> Artifacts:
 
 LAYOUT = [
     ("data_dir/activations_img/cc3m/clip_RN50/out/train_val", lambda a: a.features("cc3m", "clip_RN50", "out", "train_val")),
-    ("data_dir/activations_img/imagenet/clip_ViT-L14/out/val", lambda a: a.features("imagenet", "clip_ViT-L/14", "out", "val")),
+    ("data_dir/activations_img/cifar10/clip_ViT-L14/out/val", lambda a: a.features("cifar10", "clip_ViT-L/14", "out", "val")),
     ("data_dir/activations_img/places365/train_idxs.npy", lambda a: a.split_indices("places365", "train")),
     ("data_dir/activations_img/places365/train_val_idxs.npy", lambda a: a.split_indices("places365", "train_val")),
     ("data_dir/activations_img/places365/all_labels_train.npy", lambda a: a.labels("places365", "train")),

@@ -236,11 +236,11 @@ class TestCIFAR:
         batches.parent.mkdir()
         rows = [self.batch(batches / f"data_batch_{i}", i, labels=[i, 0]) for i in range(1, 6)]
         test_rows = self.batch(batches / "test_batch", 9, labels=[7, 7, 2])
-        names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
         (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
         settings = make_settings(probe_datasets={"cifar10": "c10"})
         train, val = (probe_images(settings, "cifar10", split) for split in ("train", "val"))
-        order = "automobile airplane bird airplane cat airplane deer airplane dog airplane".split()
+        order = ["automobile", "airplane", "bird", "airplane", "cat", "airplane", "deer", "airplane", "dog", "airplane"]
         assert_holds(train, self.expected(np.concatenate(rows), order))
         assert_holds(val, self.expected(test_rows, ["horse", "horse", "bird"]))
         assert train.content_hash != val.content_hash
