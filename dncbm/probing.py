@@ -386,8 +386,9 @@ def train_linear_probe(
         found = evaluate_probe(weight, data[split], probe.sparsity_lambda, coverage=split == "val")
         metrics |= {f"{split}_{key}": value for key, value in found.items()}
     save_probe(weight, target)
-    finish(target, recipe, [target], {"metrics": metrics, "device": str(torch_device), "classes": len(class_names)})
+    # Before the probe counts as done: a row that cannot be appended is appended by the next run.
     append_result(artifacts.probe_results(), _result_row(run, probe, metrics))
+    finish(target, recipe, [target], {"metrics": metrics, "device": str(torch_device), "classes": len(class_names)})
     state.unlink(missing_ok=True)
     print(f"probe on {probe.inputs} of {probe.dataset}: top-1 {metrics['val_top1']:.1%} on val: {target}")
     return Outcome.RAN
