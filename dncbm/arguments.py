@@ -56,6 +56,13 @@ def _amount(text: str) -> float:
     return value
 
 
+def _decay(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1), it is {value}")
+    return value
+
+
 # ----------------------------------------------------------------------------------------------------- groups of flags
 
 
@@ -130,8 +137,8 @@ def sae_training(parser: argparse.ArgumentParser) -> None:
         default=819_200,
         help="items whose loss decides what dead latents become",
     )
-    add("--adam_beta_1", type=_amount, default=0.9)
-    add("--adam_beta_2", type=_amount, default=0.999)
+    add("--adam_beta_1", type=_decay, default=0.9)
+    add("--adam_beta_2", type=_decay, default=0.999)
     add("--adam_epsilon", type=_positive_float, default=1e-8)
     add("--adam_weight_decay", type=_amount, default=0.0)
     add("--lr_warmup_steps", type=_count, default=0, help="steps over which the learning rate rises")

@@ -7,7 +7,7 @@ import pytest
 
 from dncbm.artifacts import Artifacts, ProbeRun, SAERun, encoder_folder
 from dncbm.settings import Settings
-from sparse_autoencoder import ReLU, TrainingSettings
+from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, TopK, TrainingSettings
 
 PAPER = SAERun()
 VIT = SAERun(encoder="clip_ViT-B/16")
@@ -78,6 +78,14 @@ def test_runs_that_differ_never_share_a_path(artifacts: Artifacts) -> None:
     for path in (artifacts.sae, artifacts.concept_names, artifacts.sae_state, artifacts.sae_log):
         assert len({path(run) for run in runs}) == len(runs)
     assert len({artifacts.probe(run, PLACES) for run in runs}) == len(runs)
+
+
+def test_kinds_of_sae_never_share_a_path(artifacts: Artifacts) -> None:
+    codes = [kind(value) for kind, values in (
+        (lambda l1: ReLU(l1_coeff=l1), (1.0, 32.0)), (TopK, (1, 32)), (BatchTopK, (1, 32)),
+        (lambda l0: JumpReLU(l0_coeff=l0), (1.0, 32.0)), (lambda k: Matryoshka(BatchTopK(k)), (1, 32)),
+    ) for value in values]  # fmt: skip
+    assert len({artifacts.sae(SAERun(sparsity=code)) for code in codes}) == len(codes) == 10
 
 
 def test_probes_that_differ_never_share_a_path(artifacts: Artifacts) -> None:

@@ -358,6 +358,7 @@ def test_results_of_other_columns_are_refused(tmp_path: Path, refusal) -> None:
 # ---------------------------------------------------------------------------------------------------------------- stage
 
 RUN = SAERun(encoder="enc")
+KEYS = {"train": np.arange(2, 120), "train_val": np.arange(121, 150), "val": np.arange(0, 40, 2)}
 PROBE = ProbeRun("mine", lr=0.02, batch_size=32, epochs=4)
 
 
@@ -366,9 +367,7 @@ def settings(make_settings: Callable[..., Settings], make_store) -> Settings:
     """Labels of 150 train and 40 val images, features of all but a few of them, and strengths that equal the features."""
     settings = make_settings(probe_datasets={"mine": "images"})
     artifacts = Artifacts(settings)
-    for number, (split, keys) in enumerate(
-        (("train", np.arange(2, 120)), ("train_val", np.arange(121, 150)), ("val", np.arange(0, 40, 2)))
-    ):
+    for number, (split, keys) in enumerate(KEYS.items()):
         values = strengths(len(keys), 12, number)
         make_store(artifacts.features("mine", "enc", "out", split), [values], [keys])
         folder, recipe = artifacts.strengths(RUN, "mine", split), Recipe("strengths")
