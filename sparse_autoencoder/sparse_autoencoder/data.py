@@ -98,7 +98,7 @@ def in_batches(
 
     def gather(batch: int) -> Tensor:
         indices = order[batch * batch_size : (batch + 1) * batch_size]
-        x = features.gather(indices)
+        x = features.gather(indices).float()
         check_finite(x, features, indices, name(batch) if name is not None else f"batch {batch}")
         return x
 

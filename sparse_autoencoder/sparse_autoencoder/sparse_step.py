@@ -25,7 +25,9 @@ from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
 ITEMS = 512
-"""Items whose pre-activations a thread holds at once."""
+"""Items whose pre-activations a thread holds at once, at most: more would leave the cache."""
+FEWEST_ITEMS = 32
+"""And at least: with fewer, reading the encoder would take longer than the product."""
 LATENTS = 128
 """Latents that a thread updates at once."""
 
@@ -74,10 +76,10 @@ class SparseStep:
         self.model = model
         self.adam = adam
         self.ends = np.array(prefix_ends(model.sparsity, model.n_latents), np.int64)
-        n_threads = torch.get_num_threads()
-        self.workers = Workers(n_threads)
+        self.n_threads = torch.get_num_threads()
+        self.workers = Workers(self.n_threads)
         self._scratch: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
-        for _ in range(n_threads):
+        for _ in range(self.n_threads):
             self._scratch.put(_Scratch(ITEMS, model.n_latents))
         self._residual = torch.empty(0)
         self._left = torch.empty(0)
@@ -85,6 +87,10 @@ class SparseStep:
     def close(self) -> None:
         """Ends the threads."""
         self.workers.close()
+
+    def _piece_size(self, n: int) -> int:
+        """How many of n items make a piece: up to ITEMS, and few enough to give each thread two."""
+        return min(ITEMS, max(FEWEST_ITEMS, -(-n // (2 * self.n_threads))))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, dead: Tensor | None = None) -> StepResult:
@@ -109,7 +115,8 @@ class SparseStep:
             self._left = torch.empty_like(x)
         inputs, residual, left = x.numpy(), self._residual.numpy(), self._left.numpy()
         scale = np.float32(2 / x.numel())
-        column_sum = torch.empty(-(-n // ITEMS), width)
+        items = self._piece_size(n)
+        column_sum = torch.empty(-(-n // items), width)
         encode = self._encoder(x, tensors, dead if n_aux else None, n_aux)
 
         def decode(piece: _Piece) -> _Piece:
@@ -117,7 +124,7 @@ class SparseStep:
             piece.objective, piece.error = kernels.decode(
                 inputs[rows], tied_bias, decoder, piece.entries, self.ends, scale, residual[:, rows]
             )
-            torch.sum(self._residual[0, rows], dim=0, out=column_sum[piece.first // ITEMS])
+            torch.sum(self._residual[0, rows], dim=0, out=column_sum[piece.first // items])
             if isinstance(code, ReLU):
                 np.add(piece.entries.slope, np.float32(code.l1_coeff / n), out=piece.entries.slope)
             if n_aux:
@@ -127,7 +134,7 @@ class SparseStep:
                 )
             return piece
 
-        firsts = range(0, n, ITEMS)
+        firsts = range(0, n, items)
         if isinstance(code, BatchTopK):
             # The batch's smallest active value is known only when all items are encoded.
             pieces, smallest = self._largest_of_batch(encode, firsts, code.k * n)
@@ -186,17 +193,18 @@ class SparseStep:
         x = x.contiguous()
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         encode = self._encoder(x, tensors, None, 0)
+        items = self._piece_size(len(x))
         level = float(self.model.threshold) if isinstance(code, BatchTopK) else 0.0
         tied_bias, decoder = tensors["tied_bias"].numpy(), tensors["decoder_weight"].numpy()
 
         def decode(first: int) -> _Piece:
             piece = encode(first, level)
-            part = x[first : first + ITEMS].numpy()
+            part = x[first : first + items].numpy()
             residual = np.empty((len(self.ends), *part.shape), np.float32)
             _, piece.error = kernels.decode(part, tied_bias, decoder, piece.entries, self.ends, np.float32(1), residual)
             return piece
 
-        pieces = self.workers.map(decode, range(0, len(x), ITEMS))
+        pieces = self.workers.map(decode, range(0, len(x), items))
         latents = np.concatenate([piece.entries.latent[~(piece.entries.z <= 0)] for piece in pieces])
         fired = np.bincount(latents, minlength=self.model.n_latents)
         error = sum(piece.error for piece in pieces)
@@ -207,6 +215,7 @@ class SparseStep:
     ) -> Callable[[int, float], _Piece]:
         """A function from the first item of a piece to its entries; for BatchTopK, to those above a level."""
         code = code_of(self.model.sparsity)
+        items = self._piece_size(len(x))
         weight = tensors["encoder_weight"].t()
         folded = self._folded_bias(tensors)
         bias = offset = folded.numpy()
@@ -216,7 +225,7 @@ class SparseStep:
             offset = bias - threshold + np.float32(code.bandwidth / 2)  # the window below the threshold learns too
 
         def encode(first: int, level: float) -> _Piece:
-            part = x[first : first + ITEMS]
+            part = x[first : first + items]
             scratch = self._scratch.get()
             try:
                 pre = torch.mm(part, weight, out=scratch.pre[: len(part)])
@@ -287,7 +296,8 @@ class SparseStep:
         places = start[:-1] + np.cumsum(per_piece, axis=0) - per_piece
         total = int(start[-1])
         out = LatentMajor(start, np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.float32))
-        self.workers.map(lambda i: kernels.scatter(pieces[i], i * ITEMS, places[i], out), range(len(pieces)))
+        firsts = np.cumsum([0, *(len(piece.row_start) - 1 for piece in pieces)])
+        self.workers.map(lambda i: kernels.scatter(pieces[i], firsts[i], places[i], out), range(len(pieces)))
         return out
 
 

@@ -14,8 +14,8 @@ R = TypeVar("R")
 class Workers:
     """A pool of `n_threads` threads, in each of which torch uses one core.
 
-    Pieces of work that are computed by one thread each give the same bits whatever the number of threads, need no barrier
-    between torch's thread pool and another, and lose little when another program takes a core for a while.
+    A piece that one thread computes alone gives the same bits whichever thread that is. There is no second pool of threads
+    that spins while torch's own works, and little is lost when another program takes a core for a while.
     """
 
     def __init__(self, n_threads: int) -> None:
