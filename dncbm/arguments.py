@@ -231,7 +231,7 @@ def _apply_defaults(settings: Settings, parser: argparse.ArgumentParser) -> None
             if isinstance(known[name], argparse._StoreTrueAction):
                 if not isinstance(value, bool):
                     raise argparse.ArgumentTypeError(f"must be True or False, not {value!r}")
-            else:
+            elif value is not None or known[name].default is not None:  # None may be said where it is the default
                 value = everything._get_value(known[name], str(value))
                 everything._check_value(known[name], value)
         except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:

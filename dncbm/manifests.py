@@ -159,7 +159,7 @@ def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[
                 return Outcome.ALREADY_DONE
             for path in changed:  # or a stage would take them for finished parts
                 path.unlink(missing_ok=True)
-        elif not overwrite:
+        elif not overwrite and (found == finished or remove is not None or _has_parts(artifact)):
             raise StaleArtifact(
                 f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "
                 "pass --overwrite to replace it, or move it away",
@@ -231,6 +231,13 @@ def _changed_outputs(artifact: Path, outputs: Mapping[str, Any]) -> list[Path]:
         for name, output in outputs.items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != output["bytes"]
     ]
+
+
+def _has_parts(artifact: Path) -> bool:
+    """Whether a run that did not finish left something to lose: one that failed at once did not."""
+    if artifact.is_dir():
+        return any(path != unfinished_path(artifact) for path in artifact.iterdir())
+    return artifact.exists()
 
 
 def _remove(artifact: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from dncbm.artifacts import Artifacts, SAERun
 from dncbm.errors import UserError
-from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, whole_file
+from dncbm.manifests import Outcome, Recipe, begin, file_hash, fingerprint, finish, whole_file
 from dncbm.sae import load_sae, sae_path
 from dncbm.settings import Settings
 from dncbm.vocabulary import Vocabulary, load_vocabulary, save_vocabulary_embeddings
@@ -71,6 +71,7 @@ def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overw
         {"vocabulary": settings.vocabulary},
         {
             "SAE": fingerprint(sae_path(settings, run)),
+            "words": file_hash(artifacts.words()),
             "word embeddings": fingerprint(artifacts.embeddings_in_use(run.encoder)),
         },
     )

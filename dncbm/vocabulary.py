@@ -10,7 +10,7 @@ from dncbm.artifacts import Artifacts
 from dncbm.devices import resolve_device
 from dncbm.encoders import describe_encoder, load_encoder
 from dncbm.errors import UserError
-from dncbm.manifests import Outcome, Recipe, begin, file_hash, finish, whole_file
+from dncbm.manifests import Outcome, Recipe, begin, file_hash, finish, manifest_path, read_manifest, whole_file
 from dncbm.settings import Settings
 
 
@@ -88,6 +88,11 @@ def load_vocabulary(settings: Settings, encoder: str) -> Vocabulary:
     if not path.is_file():
         raise UserError(
             f"no embeddings {path}: make them with `python scripts/03_save_vocab_embeddings.py --img_enc_name {encoder}`"
+        )
+    if manifest_path(path).is_file() and read_manifest(path)["inputs"]["words"] != file_hash(artifacts.words()):
+        raise UserError(
+            f"the embeddings {path} are of other words than {artifacts.words()} has now: make them again with "
+            f"`python scripts/03_save_vocab_embeddings.py --img_enc_name {encoder} --overwrite`"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pth" else np.load(path)

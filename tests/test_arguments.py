@@ -304,6 +304,12 @@ class TestDefaultsOfTheConfig:
         (run,), _ = stage("train_sae_img.py --lr 0.5", defaults={"lr": 1e-3, "num_epochs": 3})
         assert (run.training.lr, run.training.epochs) == (0.5, 3)
 
+    def test_none_says_that_there_is_none(self, stage) -> None:
+        _, options = stage("train_sae_img.py --use_wandb", defaults={"wandb_entity": None})
+        assert options["tracking"] == Tracking(True, None)
+        (*_, splits), _ = stage("save_concept_strengths.py", defaults={"probe_split": None})
+        assert splits == SPLITS
+
     def test_those_of_other_scripts_do_not_matter(self, stage) -> None:
         (encoder,), _ = stage("save_vocab_embeddings.py", defaults={"probe_epochs": 3, "img_enc_name": "mine"})
         assert encoder == "mine"
@@ -314,6 +320,7 @@ class TestDefaultsOfTheConfig:
             ("learning_rate", 0.1),
             ("--lr", 0.1),
             ("lr", "fast"),
+            ("lr", None),
             ("lr", -1),
             ("num_epochs", 0),
             ("num_epochs", 2.5),

@@ -90,6 +90,39 @@ def test_a_checkpoint_file(make_settings, tmp_path: Path, tiny: torch.nn.Module,
     assert_is(load_encoder(settings, "mine", CPU), tiny, random_image(5, (40, 50)))
 
 
+def test_openais_own_archive(make_settings, tmp_path: Path, random_image) -> None:
+    """OpenAI's files are TorchScript: code and weights, in half precision, for models with QuickGELU."""
+    text = TINY["text_cfg"] | {"width": 64, "heads": 1}
+    config = TINY | {
+        "vision_cfg": TINY["vision_cfg"] | {"width": 64, "head_width": 64},
+        "text_cfg": text,
+        "quick_gelu": True,
+    }
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny-openai.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    model = open_clip.create_model("tiny-openai").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+
+    archive = torch.nn.Module()
+    for name, tensor in model.state_dict().items():
+        *folders, leaf = name.split(".")
+        owner = archive
+        for folder in folders:
+            if not hasattr(owner, folder):
+                owner.add_module(folder, torch.nn.Module())
+            owner = getattr(owner, folder)
+        owner.register_parameter(leaf, torch.nn.Parameter(tensor.half()))
+    for name, size in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 49408)):
+        archive.register_buffer(name, torch.tensor(size))
+    torch.jit.script(archive).save(str(tmp_path / "openai.pt"))
+
+    settings = make_settings(encoders={"mine": ("tiny-openai", "openai.pt")})
+    assert_is(load_encoder(settings, "mine", CPU), model, random_image(7, (50, 40)))
+
+
 def test_a_local_dir(make_settings, tmp_path: Path, tiny: torch.nn.Module, random_image) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()

@@ -13,7 +13,7 @@ import dncbm.features
 from dncbm.artifacts import Artifacts
 from dncbm.datasets.cc3m import WebdatasetShards
 from dncbm.encoders import Encoder
-from dncbm.errors import StaleArtifact
+from dncbm.errors import StaleArtifact, UserError
 from dncbm.features import (
     Extraction,
     FeatureStore,
@@ -326,6 +326,19 @@ class TestStageOfTheSAE:
         overwriting = Extraction("cpu", 4, 0, overwrite=True)
         assert save_sae_features(settings, "mine", "enc", "out", overwriting) is Outcome.RAN
         assert len(open_features(settings, "mine", "enc", "out", "train")) == 30
+
+    def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(
+        self, settings: Settings, monkeypatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise UserError("no weights")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(dncbm.features, "load_encoder", fail)
+            with pytest.raises(UserError, match="no weights"):
+                save_sae_features(settings, "mine", "enc", "out", EXTRACTION)
+        monkeypatch.setattr(dncbm.features, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
+        assert save_sae_features(settings, "mine", "enc", "out", EXTRACTION) is Outcome.RAN
 
     def test_what_a_killed_run_left_is_not_taken_for_features(self, settings: Settings) -> None:
         folder = Artifacts(settings).features("mine", "enc", "out", "train")

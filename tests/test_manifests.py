@@ -153,6 +153,18 @@ def test_an_unfinished_artifact_of_another_recipe_is_refused(artifact: Path, ref
     assert not contents(artifact).exists()
 
 
+def test_a_run_that_failed_before_it_made_anything_stands_in_nobodys_way(artifact: Path) -> None:
+    begin(artifact, RECIPE, overwrite=False)
+    make(artifact, OTHER)
+    assert begin(artifact, OTHER, overwrite=False) is Outcome.ALREADY_DONE
+
+
+def test_an_unfinished_training_keeps_its_state_elsewhere_and_is_refused(artifact: Path) -> None:
+    begin(artifact, RECIPE, overwrite=False)
+    with pytest.raises(StaleArtifact):
+        begin(artifact, OTHER, overwrite=False, remove=lambda: None)
+
+
 def test_a_file_put_there_by_hand_is_used(tmp_path: Path) -> None:
     path = tmp_path / "concept_names.csv"
     path.write_text("0,dog\n")

@@ -121,6 +121,13 @@ def test_another_sae_or_vocabulary_is_stale(settings: Settings) -> None:
     assert assign_names(settings, RUN, overwrite=True) is Outcome.RAN
 
 
+def test_other_words_are_stale(settings: Settings) -> None:
+    assign_names(settings, RUN)
+    Artifacts(settings).words().write_text("\n".join(reversed(WORDS)), encoding="utf-8")
+    with pytest.raises(StaleArtifact, match="words has changed"):
+        assign_names(settings, RUN)
+
+
 def test_a_missing_sae_names_the_command(settings: Settings, refusal) -> None:
     Artifacts(settings).sae(RUN).unlink()
     with refusal(Artifacts(settings).sae(RUN), "02_train_sae_img.py"):

@@ -8,7 +8,7 @@ import torch
 import dncbm.vocabulary
 from dncbm.artifacts import Artifacts
 from dncbm.encoders import Encoder
-from dncbm.errors import StaleArtifact
+from dncbm.errors import StaleArtifact, UserError
 from dncbm.manifests import Outcome, read_manifest
 from dncbm.settings import Settings
 from dncbm.vocabulary import load_vocabulary, read_words, save_vocabulary_embeddings
@@ -79,6 +79,25 @@ def test_other_words_are_stale(settings: Settings) -> None:
     with pytest.raises(StaleArtifact, match="words has changed"):
         save(settings)
     assert save(settings, overwrite=True) is Outcome.RAN
+
+
+def test_embeddings_of_other_words_are_not_read(settings: Settings, refusal) -> None:
+    save(settings)
+    Artifacts(settings).words().write_text("one\ntwo\nthree\nfour")
+    with refusal(Artifacts(settings).words(), "03_save_vocab_embeddings.py", "--overwrite"):
+        load_vocabulary(settings, "enc")
+
+
+def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(settings: Settings, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no weights")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.vocabulary, "load_encoder", fail)
+        with pytest.raises(UserError, match="no weights"):
+            save(settings)
+    monkeypatch.setattr(dncbm.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
+    assert save(settings) is Outcome.RAN
 
 
 def test_the_authors_embeddings_are_used_where_they_lie(settings: Settings) -> None:
