@@ -202,7 +202,11 @@ def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Ext
                 grown.keys += piece.keys
                 bar.update(len(piece.keys))
             if piece.last:
-                _write_shard(folder, piece.shard, shards.name(piece.shard), growing.pop(piece.shard), piece.bad)
+                growing.pop(piece.shard)
+                lost = (counts[piece.shard] or 0) - len(grown.keys) - piece.bad.total()
+                if lost > 0:  # a tar that is cut off between two members ends like any other
+                    piece.bad["missing from the shard"] += lost
+                _write_shard(folder, piece.shard, shards.name(piece.shard), grown, piece.bad)
 
     records = [_shard_record(folder, shard) for shard in range(len(shards))]
     bad = sum((Counter(record["bad"]) for record in records), Counter[str]())

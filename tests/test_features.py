@@ -1,3 +1,4 @@
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,6 +173,19 @@ def test_bad_images_are_skipped_and_counted_by_reason(
     found, keys = arrays(tmp_path / "features")
     assert [int(key) for key in keys] == [0, 1, 2, 3, 4, 5, 6, 11, 12, 14, 15]
     np.testing.assert_allclose(np.concatenate([shard for shard in found if len(shard)]), means(keys), rtol=1e-5)
+
+
+@pytest.mark.parametrize("into_the_member", [0, 100, 600])
+def test_images_that_a_cut_off_tar_lost_are_counted(
+    tmp_path: Path, shards, make_encoder, refusal, into_the_member: int
+) -> None:
+    path = shards.paths[1]
+    path.with_name("00001_stats.json").write_text(f'{{"successes": {N_IMAGES}}}')
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[3].offset + into_the_member
+    path.write_bytes(path.read_bytes()[:cut])
+    with refusal("4 of 21", "--max_bad_fraction"):
+        extract(shards, make_encoder(), tmp_path / "features", Extraction("cpu", 2, 0, max_bad_fraction=0.1), "images")
 
 
 def test_too_many_bad_images_fail_the_stage_and_keep_what_is_extracted(
