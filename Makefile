@@ -8,8 +8,8 @@ DEMO = DNCBM_CONFIG=examples/openmoji/config.py $(RUN)
 
 demo: $(VENV)/.installed
 	$(RUN) examples/openmoji/build.py
-	$(DEMO) scripts/run_pipeline.py
-	$(DEMO) scripts/07_train_linear_probe.py --probe_on_features --probe_lr 1e-3
+	$(DEMO) scripts/run_pipeline.py --overwrite
+	$(DEMO) scripts/07_train_linear_probe.py --overwrite --probe_on_features --probe_lr 1e-3
 	$(DEMO) examples/openmoji/summarise.py
 
 test: $(VENV)/.installed

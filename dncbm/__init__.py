@@ -5,4 +5,10 @@ The stages, in order: `features` (images to features), `sae` (features to a spar
 one function that reads artifacts and writes artifacts; `scripts/` are their command lines.
 """
 
+import os
+
+# Read when torch is imported. OpenMP threads that wait for work would otherwise spin on cores that other processes need,
+# our own that decode images among them: many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "1.0.0"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from dncbm.artifacts import DEFAULT_SEED, ProbeRun, SAERun
+from dncbm.devices import keep_freed_memory
 from dncbm.encoders import HOOKS
 from dncbm.errors import UserError
 from dncbm.features import Extraction, default_workers
@@ -81,7 +82,12 @@ def common(parser: argparse.ArgumentParser) -> None:
 def images(parser: argparse.ArgumentParser) -> None:
     """Flags of stages that read images."""
     add = parser.add_argument
-    add("--batch_size", type=_positive_int, default=256, help="images encoded at a time")
+    add(
+        "--batch_size",
+        type=_positive_int,
+        default=None,
+        help="images encoded at a time; by default 256 on a GPU, else 32",
+    )
     add("--num_workers", type=_count, default=default_workers(), help="processes that decode images")
     add("--max_bad_fraction", type=_amount, default=0.05, help="share of unreadable images at which the stage fails")
 
@@ -312,6 +318,7 @@ def tracking_from(args: argparse.Namespace) -> Tracking:
 
 def run(main: Callable[[], object]) -> None:
     """Run a script: what the user can put right becomes one line and exit code 1."""
+    keep_freed_memory()
     try:
         main()
     except (UserError, CheckpointError, NonFiniteError) as error:

@@ -34,7 +34,8 @@ class Extraction:
     """How features are extracted; none of it changes what they are."""
 
     device: str = "auto"
-    batch_size: int = 256
+    batch_size: int | None = None
+    """Images encoded at a time; None: 256 on a GPU, 32 elsewhere, where larger activations only leave the cache."""
     num_workers: int = 1
     max_bad_fraction: float = 0.05
     """Share of the images that may be unreadable before the stage fails."""
@@ -177,17 +178,18 @@ def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Ext
     A batch never crosses a shard, so an interrupted extraction continues to the same bits.
 
     Returns:
-        Counts for the manifest: `images`, and `bad`, reason -> number.
+        For the manifest: `images`, `bad` (reason -> number), device and batch size.
 
     Raises:
         UserError: an encoder gives NaN or infinity, or too many images are bad.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [shard for shard in range(len(shards)) if not all(path.is_file() for path in _shard_files(folder, shard))]
+    batch_size = extraction.batch_size or (256 if encoder.device.type == "cuda" else 32)
     counts = [shards.count(shard) for shard in range(len(shards))]
     n_done = sum(_shard_record(folder, shard)["images"] for shard in range(len(shards)) if shard not in set(pending))
     loader = DataLoader(
-        _Reader(shards, pending, encoder, extraction.batch_size),
+        _Reader(shards, pending, encoder, batch_size),
         batch_size=None,
         num_workers=min(extraction.num_workers, len(pending)),
         pin_memory=encoder.device.type == "cuda",
@@ -222,7 +224,7 @@ def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Ext
         )
     if n_bad:
         print(f"skipped {n_bad} unreadable images: {_counts(bad)}")
-    return {"images": images, "bad": dict(bad)}
+    return {"images": images, "bad": dict(bad), "device": str(encoder.device), "batch_size": batch_size}
 
 
 def _counts(bad: Counter[str]) -> str:
@@ -322,7 +324,6 @@ def _save_features(
         outcome = Outcome.RAN
         encoder = encoder or load_encoder(settings, encoder_name, resolve_device(extraction.device))
         details = extract(shards, encoder, folder, extraction, f"{dataset} {split}")
-        details |= {"device": str(encoder.device), "batch_size": extraction.batch_size}
         finish(folder, recipe, folder.glob(ARRAYS), details)
         print(f"{details['images']} images of {dataset} {split}: {folder}")
     return outcome

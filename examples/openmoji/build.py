@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_packages() -> None:
     """Stop with one line when a package is missing."""
+    if find_spec("dncbm") is None:
+        sys.exit("dncbm is not installed: see Install in the README at the top of the repository")
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         sys.exit(f"missing {', '.join(missing)}: pip install -r examples/openmoji/requirements.txt")
@@ -103,6 +105,9 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
     """All steps in order; the manifest comes last."""
     # Imported here since they take seconds, which a finished build need not spend.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from dncbm.devices import keep_freed_memory
+
+    keep_freed_memory()
     import emoji_data
     import images
     import nouns
