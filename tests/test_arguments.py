@@ -115,7 +115,7 @@ class TestThePapersCommands:
     def test_save_cc3m_features(self, stage) -> None:
         (dataset, encoder, hook, extraction), _ = stage(SAVE_FEATURES)
         assert (dataset, encoder, hook) == ("cc3m", "clip_RN50", "out")
-        assert extraction == Extraction("auto", 256, dncbm.features.default_workers(), 0.05, False)
+        assert extraction == Extraction("auto", None, dncbm.features.default_workers(), 0.05, False)
 
     def test_train_sae_img(self, stage) -> None:
         (run,), options = stage(TRAIN_SAE)

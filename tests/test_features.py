@@ -13,6 +13,7 @@ import dncbm.datasets.probe
 import dncbm.features
 from dncbm.artifacts import Artifacts
 from dncbm.datasets.cc3m import WebdatasetShards
+from dncbm.datasets.probe import split_train
 from dncbm.encoders import Encoder
 from dncbm.errors import StaleArtifact, UserError
 from dncbm.features import (
@@ -60,6 +61,7 @@ def test_a_store_is_its_shards_in_order(tmp_path: Path, make_store) -> None:
     for batch_size, expected in ((2, [2, 1, 1, 2, 2]), (3, [3, 1, 3, 1]), (100, [3, 1, 4])):
         batches = list(store.batches(batch_size))
         assert [len(batch) for batch in batches] == expected
+        assert all(batch.dtype == torch.float32 for batch in batches)
         np.testing.assert_array_equal(torch.cat(batches).numpy(), rows.astype(np.float32))
     np.testing.assert_array_equal(torch.cat(list(store.shard_batches(2, 3))).numpy(), rows[4:].astype(np.float32))
     assert store.describe(4) == f"row 0 of {tmp_path / 'store' / '00003.npy'}"
@@ -141,10 +143,29 @@ def test_features_are_those_of_a_plain_loop(
     folder = tmp_path / "features"
     details = extract(shards, make_encoder(), folder, Extraction("cpu", batch_size, num_workers), "images")
     found, keys = arrays(folder)
-    assert details == {"images": 3 * N_IMAGES, "bad": {}}
+    assert details == {"images": 3 * N_IMAGES, "bad": {}, "device": "cpu", "batch_size": batch_size}
     assert [len(shard) for shard in found] == [N_IMAGES] * 3
     assert keys == [f"{shard * 10 + i:09d}" for shard in range(3) for i in range(N_IMAGES)]
     np.testing.assert_allclose(np.concatenate(found), means(keys), rtol=1e-5)
+
+
+class Counts(torch.nn.Module):
+    """An image tower that counts the images it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = 0
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        self.images += len(images)
+        return images.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_every_image_is_encoded_once(tmp_path: Path, shards, make_encoder, num_workers: int) -> None:
+    counts = Counts()
+    extract(shards, make_encoder(counts), tmp_path / "features", Extraction("cpu", 2, num_workers), "images")
+    assert counts.images == 3 * N_IMAGES
 
 
 def corrupt(shards: WebdatasetShards, write_tar, random_image, encoded, shard: int, seeds: tuple[int, ...]) -> None:
@@ -166,10 +187,8 @@ def test_bad_images_are_skipped_and_counted_by_reason(
     write_tar(shards.paths[2], {"20": {"png": whole[: len(whole) // 2]}, "21": {"txt": b""}, "22": {"png": b"none"}})
     extraction = Extraction("cpu", 2, num_workers, max_bad_fraction=0.5)
     details = extract(shards, make_encoder(), tmp_path / "features", extraction, "images")
-    assert details == {
-        "images": 11,
-        "bad": {"UnidentifiedImageError": 4, "OSError": 1, "no image in the sample": 1},
-    }
+    assert details["images"] == 11
+    assert details["bad"] == {"UnidentifiedImageError": 4, "OSError": 1, "no image in the sample": 1}
     found, keys = arrays(tmp_path / "features")
     assert [int(key) for key in keys] == [0, 1, 2, 3, 4, 5, 6, 11, 12, 14, 15]
     np.testing.assert_allclose(np.concatenate([shard for shard in found if len(shard)]), means(keys), rtol=1e-5)
@@ -409,6 +428,7 @@ class TestStageOfTheProbe:
         train, held_out = (np.load(artifacts.split_indices("mine", split)) for split in ("train", "train_val"))
         assert (len(train), len(held_out)) == (45, 5)
         assert sorted([*train, *held_out]) == list(range(50))
+        np.testing.assert_array_equal(train, split_train(50, seed=49)["train"])
         assert len(np.load(artifacts.labels("mine", "train"))) == 50
         assert len(np.load(artifacts.labels("mine", "val"))) == 11
         assert not artifacts.features("mine", "enc", "out", "train").exists()

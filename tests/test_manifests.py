@@ -47,7 +47,9 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert not path.exists()
         assert temporary.parent == path.parent  # a rename across disks would not be atomic
         assert temporary.suffix == ".npy"
+        written = temporary.stat().st_ino
     assert path.read_text() == "whole"
+    assert path.stat().st_ino == written  # renamed, not copied
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -181,6 +183,7 @@ def test_an_output_that_is_gone_or_cut_off_is_made_again(artifact: Path, damage:
         contents(artifact).write_text("ma")
     assert begin(artifact, RECIPE, overwrite=False) is Outcome.RAN
     assert not contents(artifact).exists()  # what is damaged must not pass for a finished part
+    assert not manifest_path(artifact).exists()
     make(artifact, RECIPE)
     assert begin(artifact, RECIPE, overwrite=False) is Outcome.ALREADY_DONE
 

@@ -1,5 +1,6 @@
 import csv
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -312,6 +313,14 @@ def test_the_schedule_says_what_is_reported_and_not_what_is_learned(splits, tmp_
     assert rows[-1][1]["top1"] == evaluate_probe(weight, splits[1], run.sparsity_lambda)["top1"]
 
 
+def test_the_training_loss_is_the_mean_over_items(splits, tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = []
+    run = ProbeRun("mine", lr=1e-12, batch_size=100, epochs=1)  # a batch of 100 and one of 3, and weights that stay
+    weight = fit(splits, run, tmp_path / "state.safetensors", log=lambda row, _: rows.append(row))
+    whole = float(probe_loss(linear(every_row(splits[0]), weight), splits[0].labels, weight, run.sparsity_lambda))
+    assert rows[0]["train_loss"] == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_training(splits, tmp_path: Path, refusal) -> None:
     train, validation = splits
     values = train.inputs.toarray()
@@ -329,7 +338,14 @@ def append_many(path: Path, job: int) -> None:
         append_result(path, {"job": job, "row": i, "text": f'comma, "quote" {job}'})
 
 
-def test_jobs_that_append_at_once_lose_no_row(tmp_path: Path) -> None:
+def test_jobs_that_append_at_once_lose_no_row(tmp_path: Path, monkeypatch) -> None:
+    write_header = csv.DictWriter.writeheader
+
+    def slowly(writer: csv.DictWriter) -> None:
+        time.sleep(0.1)  # long enough for every job to find no file, were there no lock
+        write_header(writer)
+
+    monkeypatch.setattr(csv.DictWriter, "writeheader", slowly)
     path = tmp_path / "probe" / "probe_results.csv"
     context = multiprocessing.get_context("fork")
     jobs = [context.Process(target=append_many, args=(path, job)) for job in range(4)]
