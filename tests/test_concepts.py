@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,18 @@ from dncbm.concepts import load_concept_strengths, save_concept_strengths
 from dncbm.errors import StaleArtifact
 from dncbm.manifests import Outcome, read_manifest
 from dncbm.settings import SPLITS, Settings
-from sparse_autoencoder import SparseAutoencoder, save_checkpoint
+from sparse_autoencoder import (
+    BatchTopK,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    SparseAutoencoder,
+    Sparsity,
+    TopK,
+    TrainingSettings,
+    save_checkpoint,
+    train,
+)
 
 RUN = SAERun(encoder="enc")
 SIZES = (7, 1, 9)
@@ -67,6 +79,25 @@ def test_strengths_are_the_latents(settings: Settings, batch_size: int) -> None:
         details = read_manifest(Artifacts(settings).strengths(RUN, "mine", split))["details"]
         assert details["images"] == sum(SIZES)
         assert details["l0"] == pytest.approx((expected > 0).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize(
+    "sparsity", [ReLU(), TopK(3), BatchTopK(3), JumpReLU(), Matryoshka(BatchTopK(3))], ids=lambda s: type(s).__name__
+)
+def test_an_images_strengths_do_not_depend_on_its_batch(settings: Settings, sparsity: Sparsity) -> None:
+    run = SAERun(encoder="enc", sparsity=sparsity)
+    x = torch.from_numpy(features("val"))
+    model = SparseAutoencoder(5, 20, sparsity=sparsity, seed=3)
+    train(model, x, TrainingSettings(epochs=3, batch_size=8), progress=False)  # some kinds learn a threshold
+    save_checkpoint(model, Artifacts(settings).sae(run))
+    found = []
+    for batch_size in (1, 5, 4096):
+        save_concept_strengths(settings, run, "mine", ("val",), device="cpu", batch_size=batch_size)
+        found.append(load_concept_strengths(settings, run, "mine", "val").matrix.toarray())
+        shutil.rmtree(Artifacts(settings).strengths(run, "mine", "val"))
+    assert found[0].any()
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_rows_without_an_active_latent_stay_in_place(settings: Settings, make_store) -> None:

@@ -343,6 +343,19 @@ class TestWaterbirds:
 # ----------------------------------------------------------------------------------------------------- splits, shards
 
 
+def test_shards_can_be_sent_to_a_process_started_afresh(make_settings, tmp_path: Path, put, write_tar, sample) -> None:
+    """Worker processes that are spawned and not forked get what they need pickled."""
+    image = put(tmp_path / "mine/train/a/1.png", 4)
+    images = probe_images(make_settings(probe_datasets={"mine": "mine"}), "mine", "train")
+    for shards in (
+        ProbeShards(images, np.array([0])),
+        WebdatasetShards((write_tar(tmp_path / "0.tar", {"0": sample(4)}),)),
+    ):
+        found, bad = read(pickle.loads(pickle.dumps(shards)))
+        np.testing.assert_array_equal(pixels(next(iter(found.values()))), pixels(image))
+        assert not bad
+
+
 @given(n=st.integers(0, 3000), seed=st.integers(0, 2**32))
 def test_a_tenth_of_the_train_split_is_held_out(n: int, seed: int) -> None:
     split = split_train(n, seed)
