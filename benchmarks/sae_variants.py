@@ -61,7 +61,7 @@ def main() -> None:
         ("ReLU, dense steps only", ReLU(options.l1_coeff), -1),
         ("TopK", TopK(options.k, dead_after=dead_after), stepper.SPARSE_BELOW),
         ("BatchTopK", BatchTopK(options.k, dead_after=dead_after), stepper.SPARSE_BELOW),
-        ("JumpReLU", JumpReLU(options.l0_coeff, 1e-2, 0.05), stepper.SPARSE_BELOW),
+        ("JumpReLU", JumpReLU(options.l0_coeff, 1e-2, 0.2), stepper.SPARSE_BELOW),
         ("Matryoshka", Matryoshka(BatchTopK(options.k, dead_after=dead_after)), stepper.SPARSE_BELOW),
     ]
     n_latents = x.shape[1] * options.expansion_factor

@@ -193,19 +193,27 @@ def pack(latent: Array, value: Array, row_start: Array, packed_latent: Array, pa
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def decode(
-    x: Array, tied_bias: Array, decoder: Array, entries: ItemMajor, ends: Array, scale: float, residual: Array
-) -> tuple[float, float]:
+    x: Array,
+    tied_bias: Array,
+    decoder: Array,
+    entries: ItemMajor,
+    ends: Array,
+    scale: float,
+    residual: Array,
+    error: Array,
+) -> float:
     """The residuals of n items, and from them the slopes, while the decoder's rows are in cache.
 
     `ends` (G) are the prefixes of the latents that must reconstruct alone; with one, F, this is the plain SAE.
     residual (G x n x D) becomes, for each prefix, the sum over it and all longer ones of x_hat - x, times `scale`: what
     the latents that the prefix adds have as the gradient of their reconstruction.
-    Returns the squared errors summed over items and prefixes, and those of the whole reconstruction.
+    `error` (n) becomes the squared error of each item's whole reconstruction. Returns the squared errors of all prefixes,
+    summed over the items.
     """
     n, width = x.shape
     n_prefixes = ends.shape[0]
     total = np.empty(width, np.float32)
-    objective = error = 0.0
+    objective = 0.0
     for i in range(n):
         for d in range(width):
             total[d] = tied_bias[d] - x[i, d]
@@ -215,10 +223,8 @@ def decode(
             while p < entries.row_start[i + 1] and entries.latent[p] < ends[g]:
                 p += 1
             _add_rows(total, decoder, entries.latent, entries.z, start, p)
-            error_here = np.float64(_dot(total, total))
-            objective += error_here
-            if g == n_prefixes - 1:
-                error += error_here
+            error[i] = _dot(total, total)
+            objective += error[i]
             r = residual[g, i]
             for d in range(width):
                 r[d] = scale * total[d]
@@ -231,7 +237,7 @@ def decode(
             while entries.latent[p] >= ends[g]:
                 g += 1
             entries.slope[p] = _dot(residual[g, i], decoder[entries.latent[p]])
-    return objective, error
+    return objective
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
@@ -257,6 +263,17 @@ def decode_left_over(
         for p in range(entries.row_start[i], entries.row_start[i + 1]):
             entries.slope[p] = _dot(r, decoder[entries.latent[p]])
     return error
+
+
+@njit(nogil=True, cache=True)
+def sum_items(row_start: Array, z: Array, total: Array, active: Array) -> None:
+    """Of each item's entries: the sum of the values (n), and how many are not 0 (n)."""
+    for i in range(total.shape[0]):
+        total[i] = 0
+        active[i] = 0
+        for p in range(row_start[i], row_start[i + 1]):
+            total[i] += z[p]
+            active[i] += z[p] != 0
 
 
 @njit(nogil=True, cache=True)

@@ -57,20 +57,22 @@ def item_losses(
     return ItemLosses(objective, l2, penalty, latents)
 
 
-class BatchSums(NamedTuple):
-    """The losses of a batch, summed over its items."""
+class CodeLosses(NamedTuple):
+    """The loss of each item of a batch outside training, l2 + penalty, without the code."""
 
-    l2: float
-    penalty: float
+    l2: Tensor
+    """B."""
+    penalty: Tensor
+    """B."""
     fired: Tensor
     """For how many items each latent was active (F, int64)."""
 
 
 @torch.no_grad()
-def batch_sums(model: SparseAutoencoder, x: Tensor) -> BatchSums:
-    """The summed losses of transformed inputs x (B x D)."""
+def code_losses(model: SparseAutoencoder, x: Tensor) -> CodeLosses:
+    """The losses of transformed inputs x (B x D), from the dense code."""
     losses = item_losses(model, x)
-    return BatchSums(float(losses.l2.sum()), float(losses.penalty.sum()), (losses.latents > 0).sum(dim=0))
+    return CodeLosses(losses.l2, losses.penalty, (losses.latents > 0).sum(dim=0))
 
 
 class RunningVariance:

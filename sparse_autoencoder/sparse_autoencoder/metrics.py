@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.data import Features, as_features, in_batches
-from sparse_autoencoder.losses import BatchSums, RunningVariance, batch_sums, explained_variance
+from sparse_autoencoder.losses import CodeLosses, RunningVariance, code_losses, explained_variance
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.workers import Workers
 
@@ -52,12 +52,12 @@ def measure(
     *,
     batch_size: int,
     device: str | torch.device,
-    sums: Callable[[Tensor], BatchSums] | None = None,
+    losses: Callable[[Tensor], CodeLosses] | None = None,
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor] | None:
     """`evaluate`'s metrics and each latent's firing count (F, int64); None as soon as `stop` says so between
-    batches."""
+    batches. `losses` computes what `code_losses` does."""
     model = model.to(device)
     l2 = penalty = 0.0
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
@@ -68,10 +68,10 @@ def measure(
         if stop():
             return None
         x, _ = model.transform(batch.to(device))
-        batch_l2, batch_penalty, batch_fired = batch_sums(model, x) if sums is None else sums(x)
-        l2 += batch_l2
-        penalty += batch_penalty
-        fired += batch_fired
+        batch_losses = code_losses(model, x) if losses is None else losses(x)
+        l2 += float(batch_losses.l2.sum())
+        penalty += float(batch_losses.penalty.sum())
+        fired += batch_losses.fired
         variance.add(x)
     n = len(features)
     metrics = {

@@ -3,15 +3,18 @@
 DN-CBM's resampling, after Bricken et al., "Towards Monosemanticity" (2023), appendix "neuron resampling".
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparse_autoencoder.data import Features, in_batches
-from sparse_autoencoder.losses import item_losses
+from sparse_autoencoder.losses import CodeLosses, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.workers import Workers
 
 ENCODER_SCALE = 0.2
 """The new encoder rows' norm, as a share of the alive latents' mean."""
@@ -49,14 +52,17 @@ def resample(
     features: Features,
     fired: Tensor,
     *,
+    losses: Callable[[Tensor], CodeLosses] | None = None,
     dataset_size: int,
     batch_size: int,
     generator: np.random.Generator,
+    reader: Workers | None = None,
 ) -> Tensor:
     """Restarts the latents that `fired` (F) 0 times, in place: parameters and Adam's moments.
 
     The inputs are drawn without replacement from `dataset_size` random items (from all, where there are fewer) by
-    `sampling_probability`. If there are more dead latents than items to draw, the first dead ones get them.
+    `sampling_probability`; `losses` computes what `code_losses` does. If there are more dead latents than items to draw,
+    the first dead ones get them.
 
     Returns:
         The indices of the latents restarted (int64).
@@ -66,13 +72,13 @@ def resample(
         return dead
     subset = generator.choice(len(features), size=min(dataset_size, len(features)), replace=False)
     device = model.tied_bias.device
-    losses, usable = [], []
-    for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}"):
+    loss_parts, usable = [], []
+    for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}", reader=reader):
         x, _ = model.transform(batch.to(device))
-        result = item_losses(model, x)
-        losses.append(result.objective.cpu())
+        found = code_losses(model, x) if losses is None else losses(x)
+        loss_parts.append((found.l2 + found.penalty).cpu())
         usable.append((x != 0).any(dim=1).cpu())  # a zero input has no direction
-    loss = torch.cat(losses) * torch.cat(usable)
+    loss = torch.cat(loss_parts) * torch.cat(usable)
     probability = sampling_probability(loss).numpy()
     n_drawn = min(len(dead), int(np.count_nonzero(probability)))
     if n_drawn == 0 or not bool(torch.cat(usable).any()):

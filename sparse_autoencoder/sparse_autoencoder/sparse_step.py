@@ -17,14 +17,14 @@ from torch import Tensor
 
 from sparse_autoencoder import kernels
 from sparse_autoencoder.kernels import ItemMajor, LatentMajor, Trained
-from sparse_autoencoder.losses import BatchSums
+from sparse_autoencoder.losses import CodeLosses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.sparsity import BatchTopK, Code, JumpReLU, ReLU, TopK, code_of, n_auxiliary, prefix_ends
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
-ITEMS = 512
+ITEMS = 1024
 """Items whose pre-activations a thread holds at once, at most: more would leave the cache."""
 FEWEST_ITEMS = 32
 """And at least: with fewer, reading the encoder would take longer than the product."""
@@ -63,6 +63,8 @@ class _Piece:
     """Squared errors summed, of all prefixes, AuxK's included with its coefficient."""
     error: float = 0.0
     """Squared errors summed, of the whole reconstruction."""
+    penalty: float = 0.0
+    """Sparsity terms summed."""
 
 
 class SparseStep:
@@ -121,9 +123,12 @@ class SparseStep:
 
         def decode(piece: _Piece) -> _Piece:
             rows = slice(piece.first, piece.first + len(piece.entries.row_start) - 1)
-            piece.objective, piece.error = kernels.decode(
-                inputs[rows], tied_bias, decoder, piece.entries, self.ends, scale, residual[:, rows]
+            error = np.empty(rows.stop - rows.start, np.float32)
+            piece.objective = kernels.decode(
+                inputs[rows], tied_bias, decoder, piece.entries, self.ends, scale, residual[:, rows], error
             )
+            piece.error = float(error.sum(dtype=np.float64))
+            piece.penalty = float(_penalties(code, piece.entries).sum(dtype=np.float64))
             torch.sum(self._residual[0, rows], dim=0, out=column_sum[piece.first // items])
             if isinstance(code, ReLU):
                 np.add(piece.entries.slope, np.float32(code.l1_coeff / n), out=piece.entries.slope)
@@ -182,13 +187,13 @@ class SparseStep:
         adam.steps += 1
 
         l2 = sum(piece.error for piece in pieces) / x.numel()
-        penalty = _penalty_sum(code, pieces, fired) / n
+        penalty = sum(piece.penalty for piece in pieces) / n
         loss = sum(piece.objective for piece in pieces) / x.numel() + penalty
         return StepResult(torch.tensor(loss), torch.tensor(l2), torch.tensor(penalty), torch.from_numpy(fired))
 
     @torch.no_grad()
-    def sums(self, x: Tensor) -> BatchSums:
-        """What `batch_sums` computes of transformed inputs x (B x D, float32)."""
+    def losses(self, x: Tensor) -> CodeLosses:
+        """What `code_losses` computes of transformed inputs x (B x D, float32)."""
         code = code_of(self.model.sparsity)
         x = x.contiguous()
         tensors = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -196,19 +201,22 @@ class SparseStep:
         items = self._piece_size(len(x))
         level = float(self.model.threshold) if isinstance(code, BatchTopK) else 0.0
         tied_bias, decoder = tensors["tied_bias"].numpy(), tensors["decoder_weight"].numpy()
+        error, penalty = np.empty(len(x), np.float32), np.empty(len(x), np.float32)
 
-        def decode(first: int) -> _Piece:
-            piece = encode(first, level)
-            part = x[first : first + items].numpy()
+        def decode(first: int) -> np.ndarray:
+            entries = encode(first, level).entries
+            rows = slice(first, first + items)
+            part = x[rows].numpy()
             residual = np.empty((len(self.ends), *part.shape), np.float32)
-            _, piece.error = kernels.decode(part, tied_bias, decoder, piece.entries, self.ends, np.float32(1), residual)
-            return piece
+            kernels.decode(part, tied_bias, decoder, entries, self.ends, np.float32(1), residual, error[rows])
+            penalty[rows] = _penalties(code, entries)
+            return entries.latent[entries.z != 0]
 
-        pieces = self.workers.map(decode, range(0, len(x), items))
-        latents = np.concatenate([piece.entries.latent[~(piece.entries.z <= 0)] for piece in pieces])
-        fired = np.bincount(latents, minlength=self.model.n_latents)
-        error = sum(piece.error for piece in pieces)
-        return BatchSums(error / x.shape[1], _penalty_sum(code, pieces, fired), torch.from_numpy(fired))
+        active = np.concatenate(self.workers.map(decode, range(0, len(x), items)))
+        fired = np.bincount(active, minlength=self.model.n_latents)
+        return CodeLosses(
+            torch.from_numpy(error / np.float32(x.shape[1])), torch.from_numpy(penalty), torch.from_numpy(fired)
+        )
 
     def _encoder(
         self, x: Tensor, tensors: dict[str, Tensor], dead: Tensor | None, n_aux: int
@@ -301,11 +309,14 @@ class SparseStep:
         return out
 
 
-def _penalty_sum(code: Code, pieces: list[_Piece], fired: np.ndarray) -> float:
-    """The sparsity terms of a batch's items summed, from its entries and each latent's number of active ones (F)."""
+def _penalties(code: Code, entries: ItemMajor) -> np.ndarray:
+    """The sparsity term of each item (n, float32), from its entries."""
+    n = len(entries.row_start) - 1
+    total, active = np.empty(n, np.float32), np.empty(n, np.float32)
+    kernels.sum_items(entries.row_start, entries.z, total, active)
     if isinstance(code, ReLU):
-        return code.l1_coeff * sum(float(piece.entries.z.sum(dtype=np.float64)) for piece in pieces)
-    return code.l0_coeff * float(fired.sum()) if isinstance(code, JumpReLU) else 0.0
+        return np.float32(code.l1_coeff) * total
+    return np.float32(code.l0_coeff if isinstance(code, JumpReLU) else 0) * active
 
 
 def _packed(latent: np.ndarray, value: np.ndarray, row_start: np.ndarray) -> ItemMajor:

@@ -4,7 +4,7 @@ import logging
 
 from torch import Tensor
 
-from sparse_autoencoder.losses import BatchSums, batch_sums
+from sparse_autoencoder.losses import CodeLosses, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.sparse_step import SparseStep
@@ -54,11 +54,11 @@ class Stepper:
             self.density = float(result.fired.sum()) / (len(x) * self.model.n_latents)
         return result
 
-    def sums(self, x: Tensor) -> BatchSums:
-        """The summed losses of transformed inputs x (B x D), without a step."""
+    def losses(self, x: Tensor) -> CodeLosses:
+        """The losses of transformed inputs x (B x D), without a step."""
         if self._sparse is not None and self.density <= SPARSE_BELOW:
-            return self._sparse.sums(x)
-        return batch_sums(self.model, x)
+            return self._sparse.losses(x)
+        return code_losses(self.model, x)
 
     def close(self) -> None:
         """Ends the threads."""

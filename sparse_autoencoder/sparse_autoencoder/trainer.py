@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_autoencoder.checkpoint import read_safetensors
-from sparse_autoencoder.data import Features, as_features, epoch_order, geometric_median, in_batches, resident
+from sparse_autoencoder.data import Features, as_features, checksum, epoch_order, geometric_median, in_batches, resident
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.files import write_safetensors, written_whole
 from sparse_autoencoder.losses import RunningVariance, explained_variance
@@ -351,7 +351,7 @@ def train(
             SIGTERM and at the end. If it is there at the start, training continues from it.
         on_checkpoint: called with the model and the items seen, every `ckpt_freq` items.
         log: called with a row of the log and its step, every `log_every` steps and at the end of an epoch with
-        validation.
+            validation.
         log_path: a CSV file of the same rows (training_log.csv).
         figure_path: where to draw the curves and the feature-density histogram at the end (.png, .pdf or .svg), if
             matplotlib is installed.
@@ -376,6 +376,7 @@ def train(
     )
     run: dict[str, object] = {
         "n_items": len(features),
+        "features": checksum(features) if state_path is not None else "",
         "n_inputs": model.n_inputs,
         "n_latents": model.n_latents,
         "sparsity": sparsity_to_json(model.sparsity),
@@ -414,7 +415,7 @@ def train(
                 features,
                 batch_size=settings.batch_size,
                 device=device,
-                sums=stepper.sums,
+                losses=stepper.losses,
                 reader=reader,
                 stop=stop.is_set,
             )
@@ -452,9 +453,11 @@ def train(
                         adam,
                         features,
                         state.fired,
+                        losses=stepper.losses,
                         dataset_size=settings.resample_dataset_size,
                         batch_size=settings.batch_size,
                         generator=np.random.default_rng([settings.seed, epoch, 1]),
+                        reader=reader,
                     )
                     messages.info("step %d: restarted %d dead latents", step, len(restarted))
                     state.start_window()

@@ -177,6 +177,8 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, features: Tensor) -> 
         train(small_model(), features, settings, state_path=state, progress=False)
     with pytest.raises(CheckpointError, match="n_latents is 16 now, 32 there"):
         train(SparseAutoencoder(12, 16), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
+    with pytest.raises(CheckpointError, match=r"features is [0-9a-f]{8} now, [0-9a-f]{8} there"):
+        train(small_model(), features + 1, TrainingSettings(epochs=1, batch_size=100), state_path=state)
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         train(small_model(), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
