@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable
 
@@ -62,6 +63,12 @@ def _decay(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1), it is {value}")
     return value
+
+
+def _suffix(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"may hold letters, digits, '_', '.' and '-', not {text!r}")
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------- groups of flags

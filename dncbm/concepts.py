@@ -122,7 +122,7 @@ def _read_part(path: Path) -> dict[str, NDArray[Any]]:
             return dict(part)
     except (OSError, ValueError, BadZipFile) as error:
         raise UserError(
-            f"cannot read {path}: {error}; remove its folder and run scripts/06_save_concept_strengths.py"
+            f"cannot read {path}: {error}; run scripts/06_save_concept_strengths.py with --overwrite"
         ) from error
 
 

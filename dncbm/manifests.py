@@ -145,34 +145,43 @@ def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[
         interrupted run of the same recipe left stay).
 
     Raises:
-        StaleArtifact: it is there, finished or not, from another recipe, and `overwrite` is off.
+        StaleArtifact: it is there, finished or not, from another recipe, or was changed since, and `overwrite` is off.
     """
     finished, unfinished = manifest_path(artifact), unfinished_path(artifact)
     found = finished if finished.is_file() else unfinished if unfinished.is_file() else None
-    if found is not None:
-        made = _read(found)
-        differences = recipe_differences(made, recipe.as_json())
-        if not differences:
-            changed = _changed_outputs(artifact, made["outputs"]) if found == finished else []
-            if found == finished and not changed:
-                print(f"already done: {artifact}")
-                return Outcome.ALREADY_DONE
-            for path in changed:  # or a stage would take them for finished parts
-                path.unlink(missing_ok=True)
-        elif not overwrite and (found == finished or remove is not None or _has_parts(artifact)):
+    if found is None:
+        if artifact.is_file() and not overwrite:
+            print(f"used as it was put there: {artifact}")
+            return Outcome.PROVIDED
+    elif differences := recipe_differences(_read(found), recipe.as_json()):
+        if not overwrite and (found == finished or remove is not None or _has_parts(artifact)):
             raise StaleArtifact(
                 f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "
                 "pass --overwrite to replace it, or move it away",
                 differences,
             )
-        else:
-            (remove or (lambda: _remove(artifact)))()
-    elif artifact.is_file() and not overwrite:
-        print(f"used as it was put there: {artifact}")
-        return Outcome.PROVIDED
+        (remove or (lambda: _remove(artifact)))()
+    elif found == finished and _is_intact(finished, overwrite):
+        print(f"already done: {artifact}")
+        return Outcome.ALREADY_DONE
     finished.unlink(missing_ok=True)
     write_json(unfinished, recipe.as_json())
     return Outcome.RAN
+
+
+def _is_intact(manifest: Path, overwrite: bool) -> bool:
+    """Whether every output of a manifest is there in its size; an edited one is removed only if `overwrite` says so."""
+    sizes = {manifest.parent / name: output["bytes"] for name, output in _read(manifest)["outputs"].items()}
+    changed = [path for path, size in sizes.items() if path.is_file() and path.stat().st_size != size]
+    if changed and not overwrite:
+        raise StaleArtifact(
+            f"{changed[0]} has changed since it was made: pass --overwrite to make it again, or to use it as it is, "
+            f"remove {manifest}",
+            [f"{path.name} has changed" for path in changed],
+        )
+    for path in changed:  # or a stage would take it for a finished part
+        path.unlink()
+    return all(path.is_file() for path in sizes)
 
 
 def finish(artifact: Path, recipe: Recipe, outputs: Iterable[Path], details: Mapping[str, Any] | None = None) -> None:
@@ -222,15 +231,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _changed_outputs(artifact: Path, outputs: Mapping[str, Any]) -> list[Path]:
-    folder = manifest_path(artifact).parent
-    return [
-        folder / name
-        for name, output in outputs.items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != output["bytes"]
-    ]
 
 
 def _has_parts(artifact: Path) -> bool:

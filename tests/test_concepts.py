@@ -161,7 +161,7 @@ def test_a_damaged_part_is_named(settings: Settings, refusal) -> None:
     part.write_bytes(part.read_bytes()[:50])
     with refusal(part):
         load_concept_strengths(settings, RUN, "mine", "val")
-    assert save_concept_strengths(settings, RUN, "mine", ("val",), device="cpu") is Outcome.RAN
+    assert save_concept_strengths(settings, RUN, "mine", ("val",), device="cpu", overwrite=True) is Outcome.RAN
     load_concept_strengths(settings, RUN, "mine", "val")
 
 

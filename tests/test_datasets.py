@@ -402,3 +402,11 @@ def test_probe_images_are_cut_into_shards(random_image) -> None:
 )
 def test_display_names(class_name: str, shown: str) -> None:
     assert display_name(class_name) == shown
+
+
+def test_shards_under_a_folder_with_odd_characters_are_read(tmp_path: Path, write_tar, random_image, encoded) -> None:
+    """webdataset takes `#` and `?` in a path for parts of a URL."""
+    path = tmp_path / "a #b?c" / "00000.tar"
+    path.parent.mkdir()
+    write_tar(path, {"000000000": {"png": encoded(random_image(0, (8, 8)))}})
+    assert [key for key, _ in WebdatasetShards((path,)).read(0, pytest.fail)] == ["000000000"]

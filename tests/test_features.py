@@ -339,12 +339,15 @@ class TestStageOfTheSAE:
         assert save_sae_features(settings, "mine", "enc", "out", EXTRACTION) is Outcome.ALREADY_DONE
         assert len(stage_encoder) == 1
 
-    def test_a_damaged_shard_is_made_again(self, settings: Settings) -> None:
+    def test_a_damaged_shard_is_named_and_made_again_when_asked(self, settings: Settings) -> None:
         save_sae_features(settings, "mine", "enc", "out", EXTRACTION)
         folder = open_features(settings, "mine", "enc", "out", "train").folder
         whole = (folder / "00000.npy").read_bytes()
         (folder / "00000.npy").write_bytes(whole[:-10])
-        assert save_sae_features(settings, "mine", "enc", "out", EXTRACTION) is Outcome.RAN
+        with pytest.raises(StaleArtifact, match="has changed since it was made"):
+            save_sae_features(settings, "mine", "enc", "out", EXTRACTION)
+        overwriting = Extraction("cpu", 4, 0, overwrite=True)
+        assert save_sae_features(settings, "mine", "enc", "out", overwriting) is Outcome.RAN
         assert (folder / "00000.npy").read_bytes() == whole
 
     def test_other_shards_are_refused_until_overwritten(

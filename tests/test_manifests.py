@@ -175,17 +175,23 @@ def test_a_file_put_there_by_hand_is_used(tmp_path: Path) -> None:
     assert begin(path, RECIPE, overwrite=True) is Outcome.RAN
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut off"])
-def test_an_output_that_is_gone_or_cut_off_is_made_again(artifact: Path, damage: str) -> None:
+def test_an_output_that_is_gone_is_made_again(artifact: Path) -> None:
     make(artifact, RECIPE)
     contents(artifact).unlink()
-    if damage == "cut off":
-        contents(artifact).write_text("ma")
     assert begin(artifact, RECIPE, overwrite=False) is Outcome.RAN
-    assert not contents(artifact).exists()  # what is damaged must not pass for a finished part
     assert not manifest_path(artifact).exists()
     make(artifact, RECIPE)
     assert begin(artifact, RECIPE, overwrite=False) is Outcome.ALREADY_DONE
+
+
+def test_an_output_that_was_edited_or_cut_off_is_not_replaced_without_being_asked(artifact: Path, refusal) -> None:
+    make(artifact, RECIPE)
+    contents(artifact).write_text("ma")
+    with refusal(contents(artifact), "has changed since it was made", "--overwrite", manifest_path(artifact)):
+        begin(artifact, RECIPE, overwrite=False)
+    assert contents(artifact).read_text() == "ma"
+    assert begin(artifact, RECIPE, overwrite=True) is Outcome.RAN
+    assert not contents(artifact).exists()  # what is damaged must not pass for a finished part
 
 
 def test_sound_outputs_beside_a_damaged_one_are_kept(tmp_path: Path) -> None:
@@ -195,7 +201,7 @@ def test_sound_outputs_beside_a_damaged_one_are_kept(tmp_path: Path) -> None:
         (folder / name).write_text("made")
     finish(folder, RECIPE, folder.glob("*.npy"))
     (folder / "a.npy").write_text("ma")
-    assert begin(folder, RECIPE, overwrite=False) is Outcome.RAN
+    assert begin(folder, RECIPE, overwrite=True) is Outcome.RAN
     assert [path.name for path in folder.glob("*.npy")] == ["b.npy"]
 
 

@@ -41,25 +41,21 @@ class WebdatasetShards:
         return text_hash(f"{path.name} {path.stat().st_size}" for path in self.paths)
 
     def read(self, shard: int, on_bad: Callable[[str], None]) -> Iterator[KeyedImage]:
-        import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def skip(error: Exception) -> bool:
             on_bad(f"{type(error).__name__} in the tar")
             return True
 
-        samples = webdataset.WebDataset(
-            str(self.paths[shard]),
-            handler=skip,
-            shardshuffle=False,
-            workersplitter=None,  # shards are dealt out to the workers before they are read
-            empty_check=False,
-        )
-        for sample in samples:
-            encoded = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            if encoded is None:
-                on_bad("no image in the sample")
-            else:
-                yield sample["__key__"], lambda encoded=encoded: Image.open(BytesIO(encoded))  # type: ignore[misc]
+        # Opened here, because webdataset would take a path with `#`, `?` or braces for a URL or a pattern.
+        with self.paths[shard].open("rb") as stream:
+            files = tar_file_expander([{"url": self.name(shard), "stream": stream}], handler=skip)
+            for sample in group_by_keys(files, handler=skip):
+                encoded = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+                if encoded is None:
+                    on_bad("no image in the sample")
+                else:
+                    yield sample["__key__"], lambda encoded=encoded: Image.open(BytesIO(encoded))  # type: ignore[misc]
 
 
 def sae_images(settings: Settings, dataset: str, split: str) -> WebdatasetShards:
