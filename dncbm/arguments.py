@@ -131,7 +131,10 @@ def sae_run(parser: argparse.ArgumentParser) -> None:
         help="what is done to the SAE's inputs",
     )
     add(
-        "--save_suffix", default="", help="appended to the run's name, to keep runs apart that differ in other settings"
+        "--save_suffix",
+        type=_suffix,
+        default="",
+        help="appended to the run's name, to keep runs apart that differ in other settings",
     )
     add(
         "--seed",

@@ -264,7 +264,7 @@ BAD_VALUES = {
         ("-1",): ("num_workers", "max_bad_fraction"),
         ("layer4",): ("hook_points",),
     },
-    "assign_names.py": {("../elsewhere", "a b"): ("save_suffix",)},
+    "assign_names.py": {("../elsewhere", "a,b"): ("save_suffix",)},
     "save_concept_strengths.py": {("test",): ("probe_split",)},
     "run_pipeline.py": {("nowhere",): ("from", "to")},
 }  # fmt: skip
