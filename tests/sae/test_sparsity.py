@@ -91,7 +91,7 @@ def test_jumprelu_pseudo_derivatives(pre: Tensor) -> None:
     for i in range(6):
         for f in range(9):
             p, t, w = float(pre[i, f]), float(threshold[f].detach()), float(weight[i, f])
-            assert float(latents[i, f]) == (p if p > t else 0)
+            assert float(latents[i, f].detach()) == (p if p > t else 0)
             by_pre[i, f] = w if p > t else 0
             if abs(p - t) / 0.8 < 0.5:
                 by_threshold[f] += w * (-t / 0.8) + 0.7 * (-1 / 0.8)

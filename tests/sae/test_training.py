@@ -27,7 +27,7 @@ from sparse_autoencoder.data import TensorFeatures
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
-from sparse_autoencoder.trainer import learning_rate
+from sparse_autoencoder.trainer import _LossCheck, learning_rate
 
 SHORT = TrainingSettings(epochs=6, batch_size=128, resample_freq=2, lr=2e-3, log_every=3)
 
@@ -401,3 +401,15 @@ def test_without_matplotlib(tmp_path: Path, features: Tensor, monkeypatch: pytes
     result = train(small_model(), features, settings, progress=False, figure_path=tmp_path / "figure.png")
     assert result.steps == 2
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_losses_that_are_checked_later_name_their_step() -> None:
+    """As on a GPU, which is not waited for at every step."""
+    adam = Adam(small_model())
+    check = _LossCheck(adam, torch.device("cuda"))
+    for loss in (1.0, 2.0, math.nan, 3.0):
+        adam.steps += 1
+        check.add(torch.tensor(loss))
+    with pytest.raises(NonFiniteError, match="step 3: the loss is nan"):
+        check.check()
+    check.check()
