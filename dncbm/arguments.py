@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from dncbm.artifacts import DEFAULT_SEED, ProbeRun, SAERun
 from dncbm.devices import keep_freed_memory
-from dncbm.encoders import HOOKS
+from dncbm.encoders import HOOKS, PRECISIONS
 from dncbm.errors import UserError
 from dncbm.features import Extraction, default_workers
 from dncbm.probing import ProbeSchedule
@@ -95,6 +95,7 @@ def images(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="images encoded at a time; by default 256 on a GPU, else 32",
     )
+    add("--precision", choices=PRECISIONS, default=None, help="of the encoder; by default fp16 on a GPU, else fp32")
     add("--num_workers", type=_count, default=default_workers(), help="processes that decode images")
     add("--max_bad_fraction", type=_amount, default=0.05, help="share of unreadable images at which the stage fails")
 
@@ -258,7 +259,9 @@ def _apply_defaults(settings: Settings, parser: argparse.ArgumentParser) -> None
 
 def extraction(args: argparse.Namespace) -> Extraction:
     """From the flags `common` and `images`."""
-    return Extraction(args.device, args.batch_size, args.num_workers, args.max_bad_fraction, args.overwrite)
+    return Extraction(
+        args.device, args.batch_size, args.num_workers, args.max_bad_fraction, args.overwrite, args.precision
+    )
 
 
 def sae_from(args: argparse.Namespace) -> SAERun:

@@ -19,6 +19,8 @@ from dncbm.settings import LOCAL_DIR, EncoderEntry, Settings
 HOOKS = ("out",)
 """Points of the image encoder that features are taken from: `out`, the output of `encode_image`."""
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -30,6 +32,8 @@ class Encoder:
     """PIL image -> 3 x H x W float32, the encoder's own evaluation preprocessing."""
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     device: torch.device
+    precision: str = "fp32"
+    """`fp32`, `fp16` or `bf16`: what matrix products are computed in."""
 
     @torch.inference_mode()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -39,12 +43,12 @@ class Encoder:
             images: N x 3 x H x W.
 
         Returns:
-            N x D on the CPU, float16 from a GPU, else float32.
+            N x D on the CPU, float16 where the precision is fp16, else float32 (numpy has no bfloat16).
         """
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with self._autocast():
             features: torch.Tensor = self.model.encode_image(images)  # type: ignore[operator]
-        return features.to(torch.float16 if self.device.type == "cuda" else torch.float32).cpu()
+        return features.to(torch.float16 if self.precision == "fp16" else torch.float32).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -55,16 +59,19 @@ class Encoder:
         return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cuda", dtype=torch.float16) if self.device.type == "cuda" else nullcontext()
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.float16 if self.precision == "fp16" else torch.bfloat16)
 
 
-def load_encoder(settings: Settings, name: str, device: torch.device) -> Encoder:
+def load_encoder(settings: Settings, name: str, device: torch.device, precision: str | None = None) -> Encoder:
     """Build an encoder and load its weights.
 
     Args:
         settings: whose encoder table names it.
         name: a name of the table, `openclip:MODEL/PRETRAINED` or `local-dir:FOLDER`.
         device: where it runs.
+        precision: one of PRECISIONS; None: fp16 on a GPU, else fp32.
 
     Raises:
         UserError: the name is unknown, or open_clip cannot make it (weights not there, no such model).
@@ -75,17 +82,17 @@ def load_encoder(settings: Settings, name: str, device: torch.device) -> Encoder
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn in every worker process
     try:
-        if _is_torchscript(entry.pretrained):
-            model = open_clip.load_openai_model(entry.pretrained, precision="fp32", device="cpu")
-            _, _, preprocess = open_clip.create_model_and_transforms(entry.model, load_weights=False)
-        else:
-            tag = open_clip.get_pretrained_cfg(entry.model, entry.pretrained) if entry.pretrained else {}
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                entry.model,
-                pretrained=entry.pretrained,
-                # open_clip only warns when OpenAI's weights are asked for without their activation function.
-                force_quick_gelu=bool(tag.get("quick_gelu", False)),
-            )
+        openai = _openai_weights(entry.pretrained)
+        tag = open_clip.get_pretrained_cfg(entry.model, entry.pretrained) if entry.pretrained else {}
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            entry.model,
+            pretrained=None if openai else entry.pretrained,
+            load_weights=not openai,
+            # open_clip only warns when OpenAI's weights are asked for without their activation function.
+            force_quick_gelu=bool(openai or tag.get("quick_gelu", False)),
+        )
+        if openai:
+            model.load_state_dict(openai)
         tokenizer = open_clip.get_tokenizer(entry.model)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -94,7 +101,9 @@ def load_encoder(settings: Settings, name: str, device: torch.device) -> Encoder
             f"on first use; without internet, name a checkpoint file in `encoders` of {settings.path}"
         ) from error
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Encoder(name, model, preprocess, tokenizer, device)
+    return Encoder(
+        name, model, preprocess, tokenizer, device, precision or ("fp16" if device.type == "cuda" else "fp32")
+    )
 
 
 def describe_encoder(settings: Settings, name: str) -> dict[str, Any]:
@@ -120,12 +129,23 @@ def _local_files(settings: Settings, name: str, entry: EncoderEntry) -> list[Pat
     return []
 
 
-def _is_torchscript(checkpoint: str | None) -> bool:
-    """OpenAI ships its weights as TorchScript archives: zip files that hold code."""
+def _openai_weights(checkpoint: str | None) -> dict[str, torch.Tensor] | None:
+    """The weights of a file in OpenAI's own format, which open_clip does not read by path; None for another format.
+
+    OpenAI ships TorchScript archives. A state dict saved from one holds three entries that are no weights.
+    """
     if checkpoint is None or not zipfile.is_zipfile(checkpoint):
-        return False
+        return None
     with zipfile.ZipFile(checkpoint) as archive:
-        return any("/code/" in name for name in archive.namelist())
+        is_torchscript = any("/code/" in name for name in archive.namelist())
+    extras = ("input_resolution", "context_length", "vocab_size")
+    if is_torchscript:
+        weights = torch.jit.load(checkpoint, map_location="cpu").state_dict()
+    else:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(weights, dict) or extras[0] not in weights:
+            return None
+    return {name: weight for name, weight in weights.items() if name not in extras}
 
 
 def _without_padding(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,8 @@ class Extraction:
     max_bad_fraction: float = 0.05
     """Share of the images that may be unreadable before the stage fails."""
     overwrite: bool = False
+    precision: str | None = None
+    """One of encoders.PRECISIONS; None: fp16 on a GPU, else fp32."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- store
@@ -224,7 +226,13 @@ def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Ext
         )
     if n_bad:
         print(f"skipped {n_bad} unreadable images: {_counts(bad)}")
-    return {"images": images, "bad": dict(bad), "device": str(encoder.device), "batch_size": batch_size}
+    return {
+        "images": images,
+        "bad": dict(bad),
+        "device": str(encoder.device),
+        "precision": encoder.precision,
+        "batch_size": batch_size,
+    }
 
 
 def _counts(bad: Counter[str]) -> str:
@@ -318,11 +326,14 @@ def _save_features(
     encoder = None
     for split, shards in sources.items():
         folder = Artifacts(settings).features(dataset, encoder_name, hook, split)
-        recipe = Recipe(stage, description | {"hook": hook}, {f"{split} images of {dataset}": shards.fingerprint()})
+        wanted = description | {"hook": hook, "precision": extraction.precision or "the device's"}
+        recipe = Recipe(stage, wanted, {f"{split} images of {dataset}": shards.fingerprint()})
         if begin(folder, recipe, overwrite=extraction.overwrite) is Outcome.ALREADY_DONE:
             continue
         outcome = Outcome.RAN
-        encoder = encoder or load_encoder(settings, encoder_name, resolve_device(extraction.device))
+        encoder = encoder or load_encoder(
+            settings, encoder_name, resolve_device(extraction.device), extraction.precision
+        )
         details = extract(shards, encoder, folder, extraction, f"{dataset} {split}")
         finish(folder, recipe, folder.glob(ARRAYS), details)
         print(f"{details['images']} images of {dataset} {split}: {folder}")
