@@ -1,0 +1,1 @@
+00_download_cc3m.py
