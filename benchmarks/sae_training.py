@@ -5,7 +5,8 @@
 Prints one JSON object. The same number of steps is made twice, in turn: by `train` on memory-mapped float16 shards in a
 random order, with its checks, log rows, CSV file and progress (`epoch_s`), and as bare steps on batches already in memory
 (`steps_s`); `with_validation_s` adds a validation on a tenth of the items at the end of the epoch. Times are the least of
-the rounds, since other programs on the machine can only add to them; `..._over_steps` are their ratios. TopK codes with 32 of 8192 latents, D = 1024, batches of 4096.
+the rounds, since other programs on the machine can only add to them; `..._over_steps` are their ratios. TopK codes with
+32 of 8192 latents, D = 1024, batches of 4096.
 """
 
 import argparse
