@@ -57,7 +57,8 @@ def resample(
     batch_size: int,
     generator: np.random.Generator,
     reader: Workers | None = None,
-) -> Tensor:
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
     """Restarts the latents that `fired` (F) 0 times, in place: parameters and Adam's moments.
 
     The inputs are drawn without replacement from `dataset_size` random items (from all, where there are fewer) by
@@ -65,7 +66,8 @@ def resample(
     the first dead ones get them.
 
     Returns:
-        The indices of the latents restarted (int64).
+        The indices of the latents restarted (int64); None, with nothing changed, as soon as `stop` says so between
+        batches.
     """
     dead = (fired == 0).nonzero().flatten()
     if len(dead) == 0:
@@ -74,6 +76,8 @@ def resample(
     device = model.tied_bias.device
     loss_parts, usable = [], []
     for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}", reader=reader):
+        if stop():
+            return None
         x, _ = model.transform(batch.to(device))
         found = code_losses(model, x) if losses is None else losses(x)
         loss_parts.append((found.l2 + found.penalty).cpu())

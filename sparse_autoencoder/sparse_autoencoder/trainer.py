@@ -116,6 +116,8 @@ class _State:
         self.stepper = stepper
         self.items_seen = 0
         self.window_items = 0
+        self.resampled_after = -1
+        """The epoch after which dead latents were last restarted."""
         device = model.tied_bias.device
         self.fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
         """How often each latent was active since the last resampling, over window_items items."""
@@ -128,7 +130,8 @@ class _State:
         self.fired += result.fired
         self.unfired = torch.where(result.fired > 0, 0, self.unfired + n_items)
 
-    def start_window(self) -> None:
+    def start_window(self, epoch: int) -> None:
+        self.resampled_after = epoch
         self.window_items = 0
         self.fired.zero_()
 
@@ -159,6 +162,7 @@ class _State:
             "steps": self.adam.steps,
             "items_seen": self.items_seen,
             "window_items": self.window_items,
+            "resampled_after": self.resampled_after,
             "density": self.stepper.density,
         }
         write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
@@ -173,7 +177,7 @@ class _State:
         try:
             saved_run, counters = json.loads(header["run"]), json.loads(header["counters"])
             steps, items_seen, window = (int(counters[name]) for name in ("steps", "items_seen", "window_items"))
-            density = float(counters["density"])
+            resampled_after, density = int(counters["resampled_after"]), float(counters["density"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a training state ({error})") from error
         differences = [
@@ -197,6 +201,7 @@ class _State:
         self.adam.steps = steps
         self.items_seen = items_seen
         self.window_items = window
+        self.resampled_after = resampled_after
         self.stepper.density = density
 
 
@@ -420,6 +425,31 @@ def train(
                 stop=stop.is_set,
             )
 
+        def resample_after(epoch: int) -> None:
+            """Once, if it is due after that epoch; not if SIGTERM arrives, whereupon a resumed run does it first."""
+            due = isinstance(model.sparsity, ReLU) and is_resampling_epoch(
+                epoch, settings.resample_freq, settings.epochs
+            )
+            if not due or state.resampled_after == epoch:
+                return
+            restarted = resample(
+                model,
+                adam,
+                features,
+                state.fired,
+                losses=stepper.losses,
+                dataset_size=settings.resample_dataset_size,
+                batch_size=settings.batch_size,
+                generator=np.random.default_rng([settings.seed, epoch, 1]),
+                reader=reader,
+                stop=stop.is_set,
+            )
+            if restarted is not None:
+                messages.info("step %d: restarted %d dead latents", adam.steps, len(restarted))
+                state.start_window(epoch)
+
+        if adam.steps > 0 and adam.steps % steps_per_epoch == 0:
+            resample_after(adam.steps // steps_per_epoch - 1)
         while adam.steps < total_steps and not stop.is_set():
             epoch, first = divmod(adam.steps, steps_per_epoch)
             batches = in_batches(
@@ -446,21 +476,8 @@ def train(
                 if step % settings.log_every == 0 or validate or step == total_steps:
                     losses.check()
                     row = logger.training_row(state, result, x, epoch)
-                resamples = isinstance(model.sparsity, ReLU) and end_of_epoch
-                if resamples and is_resampling_epoch(epoch, settings.resample_freq, settings.epochs):
-                    restarted = resample(
-                        model,
-                        adam,
-                        features,
-                        state.fired,
-                        losses=stepper.losses,
-                        dataset_size=settings.resample_dataset_size,
-                        batch_size=settings.batch_size,
-                        generator=np.random.default_rng([settings.seed, epoch, 1]),
-                        reader=reader,
-                    )
-                    messages.info("step %d: restarted %d dead latents", step, len(restarted))
-                    state.start_window()
+                if end_of_epoch:
+                    resample_after(epoch)
                 if row is not None:
                     if validate:
                         assert held_out is not None

@@ -39,11 +39,14 @@ def test_sigkill(tmp_path: Path, uninterrupted: Path, moments: list[tuple[str, s
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-def test_sigterm(tmp_path: Path, uninterrupted: Path) -> None:
+@pytest.mark.parametrize("read", ["20", "30"])  # mid-epoch; while the resampling reads
+def test_sigterm(tmp_path: Path, uninterrupted: Path, read: str) -> None:
     """It finishes the step, saves, says so, and leaves the exit code to the caller, who gets a result."""
-    stopped = run(tmp_path, "term", "20")
+    stopped = run(tmp_path, "term", read)
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped early at" in stopped.stdout
+    if read == "30":
+        assert "stopped early at 24" in stopped.stdout
     assert "training stopped after step" in stopped.stderr
     assert (tmp_path / "state.safetensors").exists()
     assert not (tmp_path / "final.safetensors").exists()

@@ -258,6 +258,16 @@ def test_resampling_more_dead_than_items_and_all_dead() -> None:
     torch.testing.assert_close(model.encoder_weight[:3].norm(dim=1), (0.2 * norm).expand(3))
 
 
+def test_resampling_that_is_stopped_changes_nothing(features: Tensor) -> None:
+    model, adam = prepared(features)
+    before = model.decoder_weight.detach().clone()
+    fired, generator = torch.zeros(32), np.random.default_rng(0)
+    options = {"dataset_size": 600, "batch_size": 100, "generator": generator, "stop": iter([False, True]).__next__}
+    assert resample(model, adam, TensorFeatures(features), fired, **options) is None
+    assert torch.equal(model.decoder_weight, before)
+    assert all(moment.eq(1).all() for moment in adam.moments.values())
+
+
 def test_resampling_zero_dead_or_zero_inputs(features: Tensor) -> None:
     for x, fired in [(features, torch.ones(32)), (torch.zeros(4, 12), torch.zeros(32))]:
         model, adam = prepared(x)
