@@ -1,20 +1,19 @@
 """The linear probe: no bias, sparse on concept strengths or dense on features; fit, evaluate, save, and log the results.
 
-A batch of inputs is a `SparseRows` (concept strengths) or a dense tensor (features); `linear` multiplies either with the
-weights. Weights are kept input-major (inputs x C), the layout a sparse product reads.
+What it computes is in `probe_model`; the names of that module are importable from here too.
 """
 
 import csv
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
@@ -30,63 +29,30 @@ from dncbm.encoders import Encoder
 from dncbm.errors import UserError
 from dncbm.features import FeatureStore, open_features, probe_class_names, probe_labels
 from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, whole_file
+from dncbm.probe_model import (
+    COVERAGES,
+    ZERO_TOLERANCES,
+    Inputs,
+    ProbeData,
+    SparseRows,
+    coverage_counts,
+    evaluate_probe,
+    linear,
+    probe_loss,
+    zero_counts,
+)
+from dncbm.probe_step import SparseAdamStep
 from dncbm.settings import SPLITS, Settings
 from dncbm.tracking import NO_TRACKING, Log, Tracking, tracker
 
-ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
-COVERAGES = (0.90, 0.95, 0.99)
+__all__ = [
+    "COVERAGES", "ZERO_TOLERANCES", "ProbeData", "ProbeSchedule", "SparseRows", "append_result", "coverage_counts",
+    "evaluate_probe", "fit_probe", "initial_weight", "linear", "load_probe", "load_probe_data", "majority_accuracy",
+    "probe_loss", "save_probe", "train_linear_probe", "zero_counts", "zero_shot_weight",
+]  # fmt: skip
+
 STATE_EVERY_S = 60.0
 """How often the state of an unfinished training is saved."""
-
-
-class SparseRows(NamedTuple):
-    """Some rows of a CSR matrix, as tensors."""
-
-    indices: torch.Tensor
-    """int64, the columns of the entries."""
-    offsets: torch.Tensor
-    """int64, where each row begins."""
-    values: torch.Tensor
-    """float32."""
-
-
-Inputs: TypeAlias = scipy.sparse.csr_matrix | FeatureStore
-Batch: TypeAlias = SparseRows | torch.Tensor
-
-
-@dataclass(frozen=True)
-class ProbeData:
-    """Inputs and labels of one split."""
-
-    inputs: Inputs
-    labels: torch.Tensor
-    """int64, one for each row."""
-
-    def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Batch, torch.Tensor]:
-        """The inputs and labels of some rows."""
-        labels = self.labels[torch.from_numpy(rows)].to(device)
-        if isinstance(self.inputs, FeatureStore):
-            return self.inputs.gather(rows).to(device), labels
-        part = self.inputs[rows]
-        sparse = SparseRows(
-            torch.from_numpy(part.indices.astype(np.int64)).to(device),
-            torch.from_numpy(part.indptr[:-1].astype(np.int64)).to(device),
-            torch.from_numpy(part.data).to(device),
-        )
-        return sparse, labels
-
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """All rows in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(np.arange(start, min(start + batch_size, len(self))), device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def width(self) -> int:
-        """Number of inputs: F concepts or D features."""
-        return self.inputs.width if isinstance(self.inputs, FeatureStore) else int(self.inputs.shape[1])
 
 
 @dataclass(frozen=True)
@@ -99,106 +65,6 @@ class ProbeSchedule:
     """Count image-wise coverage on train_val every so many epochs; 0: only at the end."""
     ckpt_freq: int = 0
     """Keep a checkpoint every so many epochs; 0: only the final one."""
-
-
-# ------------------------------------------------------------------------------------------------------------- formulas
-
-
-def linear(batch: Batch, weight: torch.Tensor) -> torch.Tensor:
-    """Logits, rows x C.
-
-    Args:
-        batch: rows of the inputs, sparse or dense.
-        weight: inputs x C.
-    """
-    if isinstance(batch, torch.Tensor):
-        return batch @ weight
-    return functional.embedding_bag(
-        batch.indices, weight, batch.offsets, mode="sum", per_sample_weights=batch.values, include_last_offset=False
-    )
-
-
-def probe_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, sparsity_lambda: float
-) -> torch.Tensor:
-    """Cross-entropy + lambda * mean |W|, the mean over all C x inputs weights (METHOD section 4)."""
-    return functional.cross_entropy(logits, labels) + sparsity_lambda * weight.abs().mean()
-
-
-def zero_counts(weight: torch.Tensor) -> dict[str, int]:
-    """Number of weights with |w| <= tolerance, for each tolerance."""
-    return {f"zeros_{tolerance:g}": int((weight.abs() <= tolerance).sum()) for tolerance in ZERO_TOLERANCES}
-
-
-def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> torch.Tensor:
-    """How many concepts, taken greedily by contribution, reach each share of the predicted logit (METHOD section 4).
-
-    The contribution of concept f to the predicted class c is z_f * W[f, c]. What is to be covered is the sum of the positive
-    contributions, or with `absolute` the sum of the contributions' absolute values. (The authors' code reports a zero-based
-    index, one less than this count.)
-
-    Args:
-        batch: rows of the inputs.
-        weight: inputs x C.
-        absolute: cover the absolute value.
-
-    Returns:
-        rows x len(COVERAGES), int64; 0 for a row with nothing to cover.
-    """
-    predicted = linear(batch, weight).argmax(dim=1)
-    contributions = _contributions(batch, weight, predicted)
-    contributions = contributions.abs() if absolute else contributions.clamp(min=0)
-    reached = contributions.sort(dim=1, descending=True).values.double().cumsum(dim=1)
-    shares = torch.tensor(COVERAGES, dtype=torch.float64, device=reached.device)
-    wanted = reached[:, -1:] * shares if reached.shape[1] else reached.new_zeros(len(reached), len(shares))
-    return torch.stack([(reached < wanted[:, [i]]).sum(dim=1) + (wanted[:, i] > 0) for i in range(len(shares))], dim=1)
-
-
-def _contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Contributions to one class a row, padded with zeros: rows x the most entries of a row."""
-    if isinstance(batch, torch.Tensor):
-        return batch * weight.T[classes]
-    n_rows = len(batch.offsets)
-    ends = torch.cat([batch.offsets[1:], torch.tensor([len(batch.indices)], device=batch.offsets.device)])
-    lengths = ends - batch.offsets
-    row = torch.repeat_interleave(torch.arange(n_rows, device=lengths.device), lengths)
-    slot = torch.arange(len(batch.indices), device=lengths.device) - batch.offsets[row]
-    padded = batch.values.new_zeros(n_rows, int(lengths.max()) if n_rows else 0)
-    padded[row, slot] = batch.values * weight[batch.indices, classes[row]]
-    return padded
-
-
-@torch.inference_mode()
-def evaluate_probe(
-    weight: torch.Tensor, data: ProbeData, sparsity_lambda: float, *, coverage: bool = False, batch_size: int = 4096
-) -> dict[str, float]:
-    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe, and, if asked, its mean image-wise coverage."""
-    n_classes = weight.shape[1]
-    ce = top1 = top5 = 0.0
-    covered = torch.zeros(2, len(COVERAGES), dtype=torch.float64)
-    for batch, labels in data.batches(batch_size, weight.device):
-        logits = linear(batch, weight)
-        ce += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        ranked = logits.topk(min(5, n_classes), dim=1).indices == labels[:, None]
-        top1 += float(ranked[:, 0].sum())
-        top5 += float(ranked.any(dim=1).sum())
-        if coverage:
-            for i, absolute in enumerate((False, True)):
-                covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0).cpu()
-    n = len(data)
-    metrics = {
-        "loss": ce / n + sparsity_lambda * float(weight.abs().mean()),
-        "ce": ce / n,
-        "top1": top1 / n,
-        "top5": top5 / n,
-    }
-    if coverage:
-        for i, kind in enumerate(("positive", "absolute")):
-            metrics |= {
-                f"coverage_{kind}_{share:.0%}": float(count) / n
-                for share, count in zip(COVERAGES, covered[i], strict=True)
-            }
-    return metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------- fit
@@ -252,17 +118,16 @@ def fit_probe(
     rows: list[dict[str, float]] = []
     start = _load_state(state_path, weight, optimizer, rows)
     saved_at = time.monotonic()
-    with tqdm(desc=f"probe on {run.inputs}", total=run.epochs, initial=start, unit="epoch") as bar:
+    with (
+        _stepper(train, weight, optimizer, run.sparsity_lambda, device) as step,
+        tqdm(desc=f"probe on {run.inputs}", total=run.epochs, initial=start, unit="epoch") as bar,
+    ):
         for epoch in range(start, run.epochs):
             order = np.random.default_rng([run.seed, epoch]).permutation(len(train))
             summed = torch.zeros((), device=device)  # read once an epoch: reading it makes a GPU wait
             for first in range(0, len(train), run.batch_size):
-                batch, labels = train.batch(order[first : first + run.batch_size], device)
-                optimizer.zero_grad()
-                loss = probe_loss(linear(batch, weight), labels, weight, run.sparsity_lambda)
-                loss.backward()
-                optimizer.step()
-                summed += loss.detach() * len(labels)
+                chosen = order[first : first + run.batch_size]
+                summed += step(chosen) * len(chosen)
             train_loss = float(summed) / len(train)
             if not np.isfinite(train_loss):
                 raise UserError(
@@ -290,6 +155,31 @@ def fit_probe(
     if log_path is not None:
         _write_log(log_path, rows)
     return weight.detach()
+
+
+@contextmanager
+def _stepper(
+    train: ProbeData, weight: torch.Tensor, optimizer: torch.optim.Adam, sparsity_lambda: float, device: torch.device
+) -> Iterator[Callable[[NDArray[np.int64]], torch.Tensor | float]]:
+    """A training step on some rows, which returns their loss: compiled for strengths on a CPU, else torch's own."""
+
+    def plain(rows: NDArray[np.int64]) -> torch.Tensor:
+        batch, labels = train.batch(rows, device)
+        optimizer.zero_grad()
+        loss = probe_loss(linear(batch, weight), labels, weight, sparsity_lambda)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    matrix = train.inputs
+    if device.type != "cpu" or isinstance(matrix, FeatureStore):
+        yield plain
+        return
+    step = SparseAdamStep(weight, optimizer, sparsity_lambda)
+    try:
+        yield lambda rows: step(matrix, rows, train.labels[torch.from_numpy(rows)])
+    finally:
+        step.close()
 
 
 def _save_state(

@@ -1,0 +1,99 @@
+"""An epoch of the probe's training on concept strengths, against nn.Linear on the same strengths made dense.
+
+    python benchmarks/probe_epoch.py [--quick]
+
+Prints one JSON object. F = 8192 concepts, C = 365 classes, 32 active concepts an image, batches of 512. `dense_step_s` is
+nn.Linear, autograd on cross-entropy + lambda * mean |W| and torch's Adam, on batches that are already dense in memory;
+`fused_dense_step_s` the same with Adam(fused=True); `sparse_step_s` this library's step from the CSR matrix on. Steps are
+interleaved, the ratios are medians over rounds. `max_weight_difference` after all steps, relative to the largest weight.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from dncbm.probe_model import probe_loss
+from dncbm.probe_step import SparseAdamStep
+from dncbm.probing import initial_weight
+
+F, C, ACTIVE, BATCH, LR, LAMBDA = 8192, 365, 32, 512, 1e-3, 0.1
+
+
+def strengths(n_rows: int) -> scipy.sparse.csr_matrix:
+    """Random concept strengths with ACTIVE entries a row."""
+    rng = np.random.default_rng(0)
+    indices = np.concatenate([np.sort(rng.choice(F, ACTIVE, replace=False)) for _ in range(n_rows)]).astype(np.int32)
+    indptr = np.arange(n_rows + 1, dtype=np.int32) * ACTIVE
+    values = rng.exponential(size=n_rows * ACTIVE).astype(np.float32)
+    return scipy.sparse.csr_matrix((values, indices, indptr), shape=(n_rows, F))
+
+
+def dense_way(fused: bool) -> tuple[torch.nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]:
+    """A layer and the step one would write."""
+    layer = torch.nn.Linear(F, C, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(initial_weight(F, C, 0).T)
+    adam = torch.optim.Adam(layer.parameters(), lr=LR, fused=fused)
+
+    def step(x: torch.Tensor, labels: torch.Tensor) -> None:
+        adam.zero_grad()
+        probe_loss(layer(x), labels, layer.weight, LAMBDA).backward()
+        adam.step()
+
+    return layer, step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10 steps instead of 60")
+    n_steps = 10 if parser.parse_args().quick else 60
+    matrix = strengths(BATCH * (n_steps + 1))
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, C, matrix.shape[0]))
+    order = np.random.default_rng(2).permutation(matrix.shape[0])
+    weight = initial_weight(F, C, 0).requires_grad_()
+    sparse_step = SparseAdamStep(weight, torch.optim.Adam([weight], lr=LR), LAMBDA)
+    layer, dense_step = dense_way(fused=False)
+    _, fused_dense_step = dense_way(fused=True)
+
+    times: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
+    for step in range(n_steps + 1):  # the first compiles and is not counted
+        rows = order[step * BATCH : (step + 1) * BATCH]
+        dense, wanted = torch.from_numpy(matrix[rows].toarray()), labels[torch.from_numpy(rows)]
+        ways: dict[str, Callable[[], object]] = {
+            "dense_step": lambda dense=dense, wanted=wanted: dense_step(dense, wanted),
+            "fused_dense_step": lambda dense=dense, wanted=wanted: fused_dense_step(dense, wanted),
+            "sparse_step": lambda rows=rows, wanted=wanted: sparse_step(matrix, rows, wanted),
+        }
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if step:
+                times[name].append(time.perf_counter() - start)
+    sparse_step.close()
+
+    def ratio(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[name], times["sparse_step"], strict=True))
+
+    difference = (weight.detach().T - layer.weight.detach()).abs().max() / layer.weight.detach().abs().max()
+    result = {
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "steps": n_steps,
+        **{f"{name}_s": statistics.median(values) for name, values in times.items()},
+        "epoch_of_places365_s": statistics.median(times["sparse_step"]) * -(-1_623_114 // BATCH),
+        "speedup_over_dense": ratio("dense_step"),
+        "speedup_over_fused_dense": ratio("fused_dense_step"),
+        "max_weight_difference": float(difference),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

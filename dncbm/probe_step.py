@@ -1,0 +1,204 @@
+"""The probe's training step on concept strengths, compiled for CPUs: the same numbers as nn.Linear, autograd and Adam.
+
+Of a batch only the active entries are touched. The gradient, inputs x C, is never stored: each input's row of it is summed
+where it stays in the cache, and Adam updates that row of the weights at once, with the L1 gradient written out.
+"""
+
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from sparse_autoencoder.workers import Workers
+
+Array: TypeAlias = np.ndarray
+FASTMATH = {"reassoc", "contract", "nsz"}
+PIECES_PER_THREAD = 4
+"""Ranges of inputs a thread updates in a step: several, so that none waits long for the other."""
+
+
+@njit(nogil=True, cache=True)
+def gather_rows(
+    rows: Array, indptr: Array, indices: Array, data: Array, start: Array, to_indices: Array, to_data: Array
+) -> None:
+    """Copy some rows of a CSR matrix. `start` (rows + 1) says where each goes."""
+    for i in range(rows.shape[0]):
+        first, to = indptr[rows[i]], start[i]
+        for p in range(start[i + 1] - to):
+            to_indices[to + p] = indices[first + p]
+            to_data[to + p] = data[first + p]
+
+
+def take_rows(
+    matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Some rows of a CSR matrix: where each begins (rows + 1), the columns of their entries, and their values."""
+    start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(matrix.indptr[rows + 1] - matrix.indptr[rows], out=start[1:])
+    indices, data = np.empty(start[-1], dtype=np.int64), np.empty(start[-1], dtype=np.float32)
+    gather_rows(rows, matrix.indptr, matrix.indices, matrix.data, start, indices, data)
+    return start, indices, data
+
+
+@njit(nogil=True, cache=True)
+def sort_by_input(
+    start: Array, indices: Array, data: Array, input_start: Array, item: Array, value: Array, cursor: Array
+) -> None:
+    """Sort the entries of a batch by input, and by item within one: the batch transposed, by counting.
+
+    Args:
+        start: where each item's entries begin (items + 1).
+        indices: the input of each entry.
+        data: its value.
+        input_start: filled with where each input's entries begin (inputs + 1).
+        item: filled with the items.
+        value: filled with the values.
+        cursor: room for the inputs.
+    """
+    input_start[:] = 0
+    for p in range(indices.shape[0]):
+        input_start[indices[p] + 1] += 1
+    for f in range(cursor.shape[0]):
+        input_start[f + 1] += input_start[f]
+        cursor[f] = input_start[f]
+    for i in range(start.shape[0] - 1):
+        for p in range(start[i], start[i + 1]):
+            to = cursor[indices[p]]
+            cursor[indices[p]] = to + 1
+            item[to] = i
+            value[to] = data[p]
+
+
+@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+def update_inputs(
+    first: int,
+    last: int,
+    input_start: Array,
+    item: Array,
+    value: Array,
+    slopes: Array,
+    weight: Array,
+    mean: Array,
+    variance: Array,
+    rates: tuple[np.float32, ...],
+) -> float:
+    """Adam on the weights of the inputs from `first` to `last`, by the gradient of cross-entropy + penalty * sum |W|.
+
+    Args:
+        first: of a range of inputs.
+        last: one beyond its end.
+        input_start: where each input's entries begin, sorted by input.
+        item: the item of each entry.
+        value: its value.
+        slopes: derivative of the cross-entropy by each logit, items x C.
+        weight: inputs x C, changed in place.
+        mean: Adam's first moment of it.
+        variance: Adam's second moment.
+        rates: penalty of a weight, 1 - beta_1, beta_2, 1 - beta_2, the step size, the square root of the second bias
+            correction, epsilon; all float32.
+
+    Returns:
+        The sum of |W| before the step.
+    """
+    penalty, rise, keep, square_rise, size, correction, epsilon = rates
+    n_classes = weight.shape[1]
+    gradient = np.empty(n_classes, dtype=np.float32)
+    total = 0.0
+    for f in range(first, last):
+        w, m, v = weight[f], mean[f], variance[f]
+        absolute = np.float32(0)
+        for c in range(n_classes):
+            absolute += abs(w[c])
+            gradient[c] = penalty if w[c] > 0 else (-penalty if w[c] < 0 else np.float32(0))
+        total += absolute
+        for p in range(input_start[f], input_start[f + 1]):
+            slope, z = slopes[item[p]], value[p]
+            for c in range(n_classes):
+                gradient[c] += z * slope[c]
+        for c in range(n_classes):
+            g = gradient[c]
+            m[c] += rise * (g - m[c])
+            v[c] = keep * v[c] + square_rise * g * g
+            w[c] -= size * m[c] / (np.sqrt(v[c]) / correction + epsilon)
+    return total
+
+
+class SparseAdamStep:
+    """Training steps on rows of a CSR matrix, for weights that lie on a CPU.
+
+    The moments are those in the state of a torch.optim.Adam, which are made here if it has none, so that either can go on
+    where the other stopped.
+    """
+
+    def __init__(self, weight: torch.Tensor, optimizer: torch.optim.Adam, sparsity_lambda: float) -> None:
+        """Args: weight: inputs x C float32. optimizer: has this weight alone. sparsity_lambda: of the mean of |W|."""
+        self.weight = weight.detach()
+        self.optimizer = optimizer
+        self.penalty = sparsity_lambda / weight.numel()
+        state = optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(self.weight)
+            state["exp_avg_sq"] = torch.zeros_like(self.weight)
+        self._state = state
+        self._arrays = self.weight.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
+        self._n_threads = torch.get_num_threads()
+        self._workers = Workers(self._n_threads)
+        n_inputs = len(weight)
+        self._input_start, self._cursor = np.empty(n_inputs + 1, dtype=np.int64), np.empty(n_inputs, dtype=np.int64)
+        edges = np.linspace(0, n_inputs, self._n_threads * PIECES_PER_THREAD + 1).astype(int)
+        self._pieces = list(pairwise(edges.tolist()))
+
+    def __call__(self, matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64], labels: torch.Tensor) -> float:
+        """One step on some rows of a matrix and their labels.
+
+        Returns:
+            The loss before the step: mean cross-entropy + lambda * mean |W| (METHOD section 4).
+        """
+        start, indices, data = take_rows(matrix, rows)
+        edges = np.linspace(0, len(rows), self._n_threads + 1).astype(int)
+        slopes = np.empty((len(rows), self.weight.shape[1]), dtype=np.float32)
+        item, value = np.empty(len(indices), dtype=np.int32), np.empty(len(indices), dtype=np.float32)
+        transposed = self._workers.submit(
+            lambda: sort_by_input(start, indices, data, self._input_start, item, value, self._cursor)
+        )
+
+        def classify(first: int, last: int) -> float:
+            begin, end = start[first], start[last]
+            logits = functional.embedding_bag(
+                torch.from_numpy(indices[begin:end]),
+                self.weight,
+                torch.from_numpy(start[first:last] - begin),
+                mode="sum",
+                per_sample_weights=torch.from_numpy(data[begin:end]),
+            ).requires_grad_()
+            ce = functional.cross_entropy(logits, labels[first:last], reduction="sum") / len(rows)
+            slopes[first:last] = torch.autograd.grad(ce, logits)[0].numpy()
+            return float(ce.detach())
+
+        spans = [(first, last) for first, last in pairwise(edges.tolist()) if last > first]
+        ce = sum(self._workers.map(lambda span: classify(*span), spans))
+        transposed.result()
+        self._state["step"] += 1
+        rates = self._rates(int(self._state["step"]))
+
+        def update(piece: tuple[int, int]) -> float:
+            return float(update_inputs(*piece, self._input_start, item, value, slopes, *self._arrays, rates))
+
+        return ce + self.penalty * sum(self._workers.map(update, self._pieces))
+
+    def _rates(self, step: int) -> tuple[np.float32, ...]:
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        size = group["lr"] / (1 - beta1**step)
+        rates = (self.penalty, 1 - beta1, beta2, 1 - beta2, size, (1 - beta2**step) ** 0.5, group["eps"])
+        return tuple(np.float32(rate) for rate in rates)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.close()
