@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -332,6 +333,8 @@ def tracking_from(args: argparse.Namespace) -> Tracking:
 def run(main: Callable[[], object]) -> None:
     """Run a script: what the user can put right becomes one line and exit code 1."""
     keep_freed_memory()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("sparse_autoencoder").setLevel(logging.INFO)  # resampling, and which kind of step it chooses
     try:
         main()
     except (UserError, CheckpointError, NonFiniteError) as error:

@@ -11,7 +11,15 @@ from dncbm.features import open_features
 from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish
 from dncbm.settings import Settings
 from dncbm.tracking import NO_TRACKING, Tracking, tracker
-from sparse_autoencoder import SparseAutoencoder, load_checkpoint, save_checkpoint, train
+from sparse_autoencoder import (
+    BatchTopK,
+    Matryoshka,
+    SparseAutoencoder,
+    TopK,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 
 UNIDENTIFYING = ("val_freq", "ckpt_freq", "log_every")
 """Training settings that change what is reported, not what is learned."""
@@ -26,7 +34,7 @@ def train_sae(
     published `.pt`) is used as it is.
 
     Raises:
-        UserError: no features.
+        UserError: no features, or more active latents asked for than there are.
         StaleArtifact: there is an SAE from other features or settings.
         sparse_autoencoder.NonFiniteError: NaN or infinity in the features or the loss.
     """
@@ -38,6 +46,13 @@ def train_sae(
 
     data = open_features(settings, run.dataset, run.encoder, run.hook, "train")
     validation = open_features(settings, run.dataset, run.encoder, run.hook, "train_val")
+    n_latents = data.width * run.expansion_factor
+    code = run.sparsity.code if isinstance(run.sparsity, Matryoshka) else run.sparsity
+    if isinstance(code, TopK | BatchTopK) and code.k > n_latents:
+        raise UserError(
+            f"--k {code.k} asks for more active latents than there are: {data.width} features x --expansion_factor "
+            f"{run.expansion_factor} = {n_latents}"
+        )
     training = {k: v for k, v in vars(run.training).items() if k not in UNIDENTIFYING}
     shape = {"expansion_factor": run.expansion_factor, "input_transform": run.input_transform}
     recipe = Recipe(
@@ -59,7 +74,7 @@ def train_sae(
         return outcome
     model = SparseAutoencoder(
         data.width,
-        data.width * run.expansion_factor,
+        n_latents,
         sparsity=run.sparsity,
         input_transform=run.input_transform,
         seed=run.training.seed,
