@@ -1,9 +1,11 @@
 """Concept strengths: the SAE's latents for every image of a probe dataset, sparse on disk and in memory."""
 
+import os
+import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.sparse
@@ -91,7 +93,7 @@ def encode_store(
                 batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
                 _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(path.with_suffix(".keys.npy")))
             bar.update(n_rows)
-    n_active = sum(len(_read_part(part)["indices"]) for part in folder.glob(PARTS))
+    n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
     return {"images": len(store), "l0": n_active / len(store)}
 
 
@@ -104,6 +106,7 @@ def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
 
 
 def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
+    """scipy's .npz format, not compressed, so that it can be mapped; with the keys."""
     with whole_file(path) as temporary:
         np.savez(
             temporary,
@@ -116,14 +119,36 @@ def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any])
         )
 
 
-def _read_part(path: Path) -> dict[str, NDArray[Any]]:
+def map_part(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a part as memory maps: an .npz that is not compressed holds each as a whole .npy.
+
+    Raises:
+        UserError: the file is damaged, or not one of ours.
+    """
     try:
-        with np.load(path) as part:
-            return dict(part)
-    except (OSError, ValueError, BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            return {
+                member.filename.removesuffix(".npy"): _map_member(path, file, member) for member in archive.filelist
+            }
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"cannot read {path}: {error}; run scripts/06_save_concept_strengths.py with --overwrite"
         ) from error
+
+
+def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[Any]:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    # The central directory does not say how long the fields before the data are; the member's own header does.
+    file.seek(member.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
@@ -139,11 +164,31 @@ def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split:
             f"the concept strengths {folder} {state}: make them with `python scripts/06_save_concept_strengths.py "
             f"--probe_dataset {dataset} --probe_split {split}` and the SAE's flags"
         )
-    parts = [_read_part(path) for path in sorted(folder.glob(PARTS))]
-    matrices = [
-        scipy.sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=tuple(part["shape"]))
-        for part in parts
-    ]
-    return ConceptStrengths(
-        scipy.sparse.vstack(matrices, format="csr"), np.concatenate([part["keys"] for part in parts])
-    )
+    parts = [map_part(path) for path in sorted(folder.glob(PARTS))]
+    try:
+        return merge_parts(parts)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"the parts in {folder} do not fit together: {error}; run scripts/06_save_concept_strengths.py with --overwrite"
+        ) from error
+
+
+def merge_parts(parts: list[dict[str, NDArray[Any]]]) -> ConceptStrengths:
+    """One matrix of all parts. Each is copied to its place from its memory map, so that nothing is held twice."""
+    n_rows = sum(len(part["indptr"]) - 1 for part in parts)
+    n_entries = sum(len(part["data"]) for part in parts)
+    data = np.empty(n_entries, dtype=np.float32)
+    # scipy wants both index arrays of one type, and int64 once entries are too many to count with int32
+    indices = np.empty(n_entries, dtype=np.int32 if n_entries <= np.iinfo(np.int32).max else np.int64)
+    indptr = np.zeros(n_rows + 1, dtype=indices.dtype)
+    row = entry = 0
+    for part in parts:
+        rows, entries = len(part["indptr"]) - 1, len(part["data"])
+        data[entry : entry + entries] = part["data"]
+        indices[entry : entry + entries] = part["indices"]
+        indptr[row + 1 : row + rows + 1] = part["indptr"][1:]
+        indptr[row + 1 : row + rows + 1] += entry
+        row, entry = row + rows, entry + entries
+    shape = (n_rows, int(parts[0]["shape"][1]))
+    keys = np.concatenate([part["keys"] for part in parts])
+    return ConceptStrengths(scipy.sparse.csr_matrix((data, indices, indptr), shape=shape), keys)

@@ -176,6 +176,41 @@ def test_another_sae_or_other_features_are_stale(settings: Settings, make_store)
     assert load_concept_strengths(settings, RUN, "mine", "val").matrix.shape == (sum(SIZES), 20)
 
 
+def test_parts_are_merged_as_scipy_stacks_them(settings: Settings) -> None:
+    folder = Artifacts(settings).strengths(RUN, "mine", "val")
+    save_concept_strengths(settings, RUN, "mine", ("val",), device="cpu")
+    found = load_concept_strengths(settings, RUN, "mine", "val").matrix
+    expected = scipy.sparse.vstack([scipy.sparse.load_npz(path) for path in sorted(folder.glob("*.npz"))], format="csr")
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.indices.dtype == np.int32
+    found.data[:] = 0  # a copy: the files stay as they are
+    assert load_concept_strengths(settings, RUN, "mine", "val").matrix.data.all()
+
+
+def test_a_part_is_mapped_and_not_read(settings: Settings) -> None:
+    save_concept_strengths(settings, RUN, "mine", ("val",), device="cpu")
+    path = Artifacts(settings).strengths(RUN, "mine", "val") / "00000.npz"
+    mapped = dncbm.concepts.map_part(path)
+    with np.load(path) as loaded:
+        assert set(mapped) == set(loaded)
+        for name, array in loaded.items():
+            np.testing.assert_array_equal(mapped[name], array)
+    assert isinstance(mapped["data"], np.memmap)
+
+
+def test_a_part_that_was_compressed_is_named(settings: Settings, refusal) -> None:
+    save_concept_strengths(settings, RUN, "mine", ("val",), device="cpu")
+    part = Artifacts(settings).strengths(RUN, "mine", "val") / "00001.npz"
+    matrix = scipy.sparse.load_npz(part)
+    scipy.sparse.save_npz(part, matrix)
+    with refusal(part, "compressed", "--overwrite"):
+        load_concept_strengths(settings, RUN, "mine", "val")
+    scipy.sparse.save_npz(part, matrix, compressed=False)  # and without keys
+    with refusal(part.parent, "keys"):
+        load_concept_strengths(settings, RUN, "mine", "val")
+
+
 def test_an_sae_of_another_width_is_refused(settings: Settings, refusal) -> None:
     save_checkpoint(SparseAutoencoder(6, 20), Artifacts(settings).sae(RUN))
     with refusal("6 features", "has 5"):
