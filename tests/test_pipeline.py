@@ -253,6 +253,33 @@ def test_killed_and_run_again_ends_the_same(finished: Path, tmp_path: Path, unti
             assert found[name] == data, name
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(finished: Path) -> None:
+    """A cluster's warning: the SAE's training exits with 0 and a sentence, and ends later as if nothing had been."""
+    flags = ["--num_epochs", "1000"]
+    run("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_whole", config=finished)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/02_train_sae_img.py"), *flags, "--save_suffix", "_halved"],
+        env=os.environ | {"DNCBM_CONFIG": str(finished)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    checkpoints = finished.parent / "run/SAE/SAEImg/openmoji/openmoji_clip/out"
+    name = "lr0.001_l1coeff0.0005_ef1_rf10_hookout_bs64_epo1000_inputunit_norm"
+    log = checkpoints / f"{name}_halved" / "sae_checkpoints" / "training_log.csv"
+    while not (log.is_file() and len(log.read_text().splitlines()) > 2):
+        assert process.poll() is None, "it ended before it was stopped"
+        time.sleep(0.01)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "the same command goes on" in said
+    halved = log.with_name("sparse_autoencoder_final.safetensors")
+    assert not halved.exists()
+    run("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_halved", config=finished)
+    assert halved.read_bytes() == (checkpoints / f"{name}_whole/sae_checkpoints" / halved.name).read_bytes()
+
+
 def test_published_checkpoint_is_read_as_it_is(finished: Path, tmp_path: Path) -> None:
     """The authors' .pt at the SAE's place: training leaves it alone, and the stages after it use it."""
     import torch
