@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from dncbm.artifacts import DEFAULT_SEED, Artifacts
-from dncbm.datasets import ImageShards
+from dncbm.datasets import ImageShards, reason_of
 from dncbm.datasets.cc3m import sae_images
 from dncbm.datasets.probe import DATASET_SPLITS, ProbeShards, probe_images, split_train
 from dncbm.devices import resolve_device
 from dncbm.encoders import Encoder, describe_encoder, load_encoder
 from dncbm.errors import UserError
 from dncbm.manifests import Outcome, Recipe, begin, finish, read_manifest, whole_file, write_json
+from dncbm.ranks import ALONE, Ranks, device_name, joined
 from dncbm.settings import SPLITS, Settings
 
 ARRAYS = "[0-9]*.npy"
 """The files of a store; hidden ones are what a killed process was writing."""
+SMALL_BATCH = 16
+"""Images from which on features were found not to depend on the number of threads (EfficientNet, ResNet and ViT)."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,12 @@ class _Piece:
     shard: int
     images: torch.Tensor
     keys: list[Any]
-    bad: Counter[str]
-    last: bool
+    record: dict[str, Any] | None
+    """With the last piece: what the shard was read from, and what could not be read."""
+
+    def pin_memory(self) -> "_Piece":
+        """For the DataLoader, which pins what it does not know by this method."""
+        return replace(self, images=self.images.pin_memory())
 
 
 class _Reader(IterableDataset[_Piece]):
@@ -153,86 +162,207 @@ class _Reader(IterableDataset[_Piece]):
         images: list[torch.Tensor] = []
         keys: list[Any] = []
         bad: Counter[str] = Counter()
+        bad_keys: list[Any] = []
         for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
             try:
                 images.append(self.preprocess(decode()))
             except Exception as error:  # whatever a broken file makes a decoder raise
-                bad[type(error).__name__] += 1
+                bad[reason_of(error)] += 1
+                bad_keys.append(key)
                 continue
             keys.append(key)
             if len(images) == self.batch_size:
-                yield _Piece(shard, torch.stack(images), keys, Counter(), last=False)
+                yield _Piece(shard, torch.stack(images), keys, None)
                 images, keys = [], []
-        yield _Piece(shard, torch.stack(images) if images else torch.empty(0), keys, bad, last=True)
+        if bad.total() > len(bad_keys):
+            bad_keys.append(None)
+        record = {
+            "source": self.shards.name(shard),
+            "shards": len(self.shards),
+            "state": self.shards.state(shard, bad_keys),
+            "bad": dict(bad),
+            "bad_keys": bad_keys,
+        }
+        yield _Piece(shard, torch.stack(images) if images else torch.empty(0), keys, record)
 
 
 @dataclass
 class _Growing:
     """The features of a shard that is being encoded."""
 
-    features: list[torch.Tensor] = field(default_factory=list)
+    features: list[Callable[[], torch.Tensor]] = field(default_factory=list)
     keys: list[Any] = field(default_factory=list)
 
 
-def extract(shards: ImageShards, encoder: Encoder, folder: Path, extraction: Extraction, title: str) -> dict[str, Any]:
+def extract(
+    shards: ImageShards, encoder: Encoder, folder: Path, extraction: Extraction, title: str, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Encode every image into `folder`, one .npy for each shard. Shards that are already there are not read again.
 
-    A batch never crosses a shard, so an interrupted extraction continues to the same bits.
+    A batch never crosses a shard, so an interrupted extraction, and one by several processes, end with the same bits.
+
+    Args:
+        shards: the images.
+        encoder: what encodes them.
+        folder: where features go.
+        extraction: how.
+        title: of the progress bar.
+        ranks: the processes that share the shards.
 
     Returns:
         For the manifest: `images`, `bad` (reason -> number), device and batch size.
 
     Raises:
-        UserError: an encoder gives NaN or infinity, or too many images are bad.
+        UserError: an encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pending = [shard for shard in range(len(shards)) if not all(path.is_file() for path in _shard_files(folder, shard))]
     batch_size = extraction.batch_size or (256 if encoder.device.type == "cuda" else 32)
-    counts = [shards.count(shard) for shard in range(len(shards))]
-    n_done = sum(_shard_record(folder, shard)["images"] for shard in range(len(shards)) if shard not in set(pending))
+    pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
+    mine = ranks.share_of(pending)
     loader = DataLoader(
-        _Reader(shards, pending, encoder, batch_size),
+        _Reader(shards, mine, encoder, batch_size),
         batch_size=None,
-        num_workers=min(extraction.num_workers, len(pending)),
+        num_workers=min(extraction.num_workers, len(mine)),
         pin_memory=encoder.device.type == "cuda",
     )
-    growing: dict[int, _Growing] = {}
-    total = None if None in counts else sum(count or 0 for count in counts)
-    with tqdm(desc=title, total=total, initial=n_done, unit="image", smoothing=0.05) as bar:
+    with (
+        _Progress(shards, folder, pending, title, ranks) as progress,
+        ThreadPoolExecutor(1) as writer,
+        _one_line_errors(),
+    ):
+        growing: dict[int, _Growing] = {}
+        on_their_way: deque[Callable[[], torch.Tensor]] = deque()
+        written: Future[None] | None = None
         for piece in loader:
             grown = growing.setdefault(piece.shard, _Growing())
             if piece.keys:
-                grown.features.append(encoder.encode_images(piece.images))
+                grown.features.append(_to_host(_encode(encoder, piece.images, batch_size)))
                 grown.keys += piece.keys
-                bar.update(len(piece.keys))
-            if piece.last:
-                growing.pop(piece.shard)
-                lost = (counts[piece.shard] or 0) - len(grown.keys) - piece.bad.total()
-                if lost > 0:  # a tar that is cut off between two members ends like any other
-                    piece.bad["missing from the shard"] += lost
-                _write_shard(folder, piece.shard, shards.name(piece.shard), grown, piece.bad)
+                on_their_way.append(grown.features[-1])
+                if (
+                    len(on_their_way) > 2
+                ):  # the GPU has its next batch while the last one is copied; more would fill memory
+                    on_their_way.popleft()()
+                progress.encoded(len(piece.keys))
+            if piece.record:
+                if written:
+                    written.result()
+                written = writer.submit(_write_shard, folder, piece.shard, growing.pop(piece.shard), piece.record)
+                progress.finished(piece.record)
+        if written:
+            written.result()
+    ranks.wait()
+    details = ranks.first_makes(lambda: _account(shards, folder, extraction.max_bad_fraction))
+    return {
+        **details,
+        "device": str(encoder.device),
+        "precision": encoder.precision,
+        "batch_size": batch_size,
+    }
 
-    records = [_shard_record(folder, shard) for shard in range(len(shards))]
+
+def _encode(encoder: Encoder, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Features of a batch. What is left at the end of a shard is filled up on a CPU, and the filling dropped.
+
+    Kernels for CPUs divide a smaller batch among their threads in other ways, and the last bits would follow the number of
+    threads: one in each process of torchrun, another without it.
+    """
+    n = len(images)
+    if encoder.device.type == "cpu" and n < SMALL_BATCH <= batch_size:
+        images = torch.cat([images, images.new_zeros(SMALL_BATCH - n, *images.shape[1:])])
+    return encoder.encode_images(images)[:n]
+
+
+def _to_host(features: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy features to the CPU; the function returned waits for their arrival."""
+    if features.device.type != "cuda":
+        return lambda: features.cpu()
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(features.device))
+
+    def arrived() -> torch.Tensor:
+        arrival.synchronize()
+        return host
+
+    return arrived
+
+
+class _Progress:
+    """The progress bar of rank 0. Where shards do not say how many images they hold, the finished ones tell."""
+
+    def __init__(self, shards: ImageShards, folder: Path, pending: list[int], title: str, ranks: Ranks) -> None:
+        waiting = set(pending)
+        self.of_done = [_n_images(_record(folder, shard)) for shard in range(len(shards)) if shard not in waiting]
+        counts = [shards.count(shard) for shard in ranks.share_of(pending)]
+        self.n_shards = len(self.of_done) + len(counts)
+        self.is_known = None not in counts
+        self.bar = tqdm(
+            desc=title if ranks.size == 1 else f"{title} (process 1 of {ranks.size})",
+            total=sum(self.of_done) + sum(count or 0 for count in counts) if self.is_known else None,
+            initial=sum(self.of_done),
+            unit="image",
+            smoothing=0.05,
+            disable=ranks.rank > 0,
+        )
+        self.estimate()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def encoded(self, n: int) -> None:
+        self.bar.update(n)
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        self.of_done.append(_n_images(record))
+        self.bar.update(sum(record["bad"].values()))
+        self.estimate()
+
+    def estimate(self) -> None:
+        if not self.is_known and self.of_done:
+            self.bar.total = round(sum(self.of_done) / len(self.of_done) * self.n_shards)
+            self.bar.refresh()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a worker process raises arrives with its traceback: leave the line that is meant for people."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("dncbm.errors.UserError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that decodes images was killed, perhaps for lack of memory or of shared memory (/dev/shm): "
+            "run again with fewer --num_workers or a smaller --batch_size; what is extracted is kept"
+        ) from error
+
+
+def _account(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[str, Any]:
+    """Count the images of all shards. Raises UserError if too many are bad, or none is good."""
+    records = [_record(folder, shard) for shard in range(len(shards))]
     bad = sum((Counter(record["bad"]) for record in records), Counter[str]())
     images, n_bad = sum(record["images"] for record in records), bad.total()
     if images == 0:
         raise UserError(
             f"no image could be read from {shards.name(0)}{' and the other shards' if len(shards) > 1 else ''}"
         )
-    if n_bad > extraction.max_bad_fraction * (images + n_bad):
+    if n_bad > max_bad_fraction * (images + n_bad):
+        worst = max(records, key=lambda record: sum(record["bad"].values()))
         raise UserError(
             f"{n_bad} of {images + n_bad} images are unreadable ({_counts(bad)}), more than --max_bad_fraction "
-            f"{extraction.max_bad_fraction}: mend the data, or run again with a larger fraction (what is extracted is kept)"
+            f"{max_bad_fraction}, most of them in {worst['source']}: mend the data and run again, and only the shards you "
+            f"mended are read again, or run again with a larger fraction; {folder}/*.json list them"
         )
     if n_bad:
         print(f"skipped {n_bad} unreadable images: {_counts(bad)}")
-    return {
-        "images": images,
-        "bad": dict(bad),
-        "device": str(encoder.device),
-        "precision": encoder.precision,
-        "batch_size": batch_size,
-    }
+    return {"images": images, "bad": dict(bad)}
 
 
 def _counts(bad: Counter[str]) -> str:
@@ -245,18 +375,53 @@ def _shard_files(folder: Path, shard: int) -> tuple[Path, Path, Path]:
     return stem.with_suffix(".json"), stem.with_suffix(".keys.npy"), stem.with_suffix(".npy")
 
 
-def _shard_record(folder: Path, shard: int) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(_shard_files(folder, shard)[0].read_text(encoding="utf-8"))
+def _record(folder: Path, shard: int) -> dict[str, Any]:
+    path = _shard_files(folder, shard)[0]
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not there: run the same command again, and it makes what is missing") from error
     return record
 
 
-def _write_shard(folder: Path, shard: int, name: str, grown: _Growing, bad: Counter[str]) -> None:
-    features = torch.cat(grown.features).numpy() if grown.features else np.empty((0, 0), dtype=np.float32)
+def _n_images(record: Mapping[str, Any]) -> int:
+    """Good and bad images of a shard."""
+    return int(record.get("images", 0) + sum(record["bad"].values()))
+
+
+def _is_done(shards: ImageShards, folder: Path, shard: int) -> bool:
+    """Whether the features of a shard are there, and its images are still what they were made from."""
+    if not all(path.is_file() for path in _shard_files(folder, shard)):
+        return False
+    record = _record(folder, shard)
+    try:
+        return bool(record.get("state") == shards.state(shard, record.get("bad_keys", ())))
+    except (OSError, LookupError):
+        return True  # what is not there any more has not been mended
+
+
+def _are_from(shards: ImageShards, folder: Path) -> bool:
+    """Whether what an unfinished extraction left is of these shards, be some of them mended since."""
+    numbers = [int(path.stem) for path in folder.glob("[0-9]*.json")]
+    return all(
+        number < len(shards)
+        and (record := _record(folder, number)).get("source") == shards.name(number)
+        and record.get("shards") == len(shards)
+        for number in numbers
+    )
+
+
+def _write_shard(folder: Path, shard: int, grown: _Growing, record: dict[str, Any]) -> None:
+    arrived = [part() for part in grown.features]
+    features = torch.cat(arrived).numpy() if arrived else np.empty((0, 0), dtype=np.float32)
     if not np.isfinite(features).all():
         row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise UserError(f"the encoder gave NaN or infinity for {grown.keys[row]} in {name}: the shard was not written")
-    record, keys_file, features_file = _shard_files(folder, shard)
-    write_json(record, {"source": name, "images": len(grown.keys), "bad": dict(bad)})
+        raise UserError(
+            f"the encoder gave NaN or infinity for {grown.keys[row]} in {record['source']}: the shard was not written"
+        )
+    record_file, keys_file, features_file = _shard_files(folder, shard)
+    features_file.unlink(missing_ok=True)  # of a shard that is made again: the old features have other keys
+    write_json(record_file, {**record, "images": len(grown.keys)})
     for path, array in ((keys_file, np.asarray(grown.keys)), (features_file, features)):
         with whole_file(path) as temporary:
             np.save(temporary, array)
@@ -272,8 +437,9 @@ def save_sae_features(settings: Settings, dataset: str, encoder: str, hook: str,
         UserError: no such dataset, shards or encoder; too many bad images; NaN features.
         StaleArtifact: there are features from other images or another encoder.
     """
-    sources: dict[str, ImageShards] = {split: sae_images(settings, dataset, split) for split in SPLITS}
-    return _save_features(settings, "sae_features", dataset, encoder, hook, sources, extraction)
+    sources = sae_images(settings, dataset)
+    with joined() as ranks:
+        return _save_features(settings, "sae_features", dataset, encoder, hook, sources, extraction, ranks)
 
 
 def save_probe_features(
@@ -296,7 +462,10 @@ def save_probe_features(
         {"seed": DEFAULT_SEED},
         {f"{split} images of {dataset}": images[split].content_hash for split in DATASET_SPLITS},
     )
-    if begin(split_file, recipe, overwrite=extraction.overwrite) is Outcome.RAN:
+
+    def write_split() -> None:
+        if begin(split_file, recipe, overwrite=extraction.overwrite) is not Outcome.RAN:
+            return
         arrays = {artifacts.labels(dataset, split): images[split].labels for split in DATASET_SPLITS}
         arrays |= {artifacts.split_indices(dataset, split): indices[split] for split in ("train", "train_val")}
         for path, array in arrays.items():
@@ -309,7 +478,9 @@ def save_probe_features(
     sources: dict[str, ImageShards] = {
         split: ProbeShards(images["val" if split == "val" else "train"], indices[split]) for split in splits
     }
-    return _save_features(settings, "probe_features", dataset, encoder, hook, sources, extraction)
+    with joined() as ranks:
+        ranks.first_makes(write_split)
+        return _save_features(settings, "probe_features", dataset, encoder, hook, sources, extraction, ranks)
 
 
 def _save_features(
@@ -318,8 +489,9 @@ def _save_features(
     dataset: str,
     encoder_name: str,
     hook: str,
-    sources: dict[str, ImageShards],
+    sources: Mapping[str, ImageShards],
     extraction: Extraction,
+    ranks: Ranks,
 ) -> Outcome:
     description = describe_encoder(settings, encoder_name)
     outcome = Outcome.ALREADY_DONE
@@ -328,16 +500,25 @@ def _save_features(
         folder = Artifacts(settings).features(dataset, encoder_name, hook, split)
         wanted = description | {"hook": hook, "precision": extraction.precision or "the device's"}
         recipe = Recipe(stage, wanted, {f"{split} images of {dataset}": shards.fingerprint()})
-        if begin(folder, recipe, overwrite=extraction.overwrite) is Outcome.ALREADY_DONE:
+        begun = ranks.first_makes(
+            partial(
+                begin, folder, recipe, overwrite=extraction.overwrite, parts_hold=partial(_are_from, shards, folder)
+            )
+        )
+        if begun is Outcome.ALREADY_DONE:
             continue
         outcome = Outcome.RAN
         encoder = encoder or load_encoder(
-            settings, encoder_name, resolve_device(extraction.device), extraction.precision
+            settings, encoder_name, resolve_device(device_name(extraction.device, ranks)), extraction.precision
         )
-        details = extract(shards, encoder, folder, extraction, f"{dataset} {split}")
-        finish(folder, recipe, folder.glob(ARRAYS), details)
-        print(f"{details['images']} images of {dataset} {split}: {folder}")
+        details = extract(shards, encoder, folder, extraction, f"{dataset} {split}", ranks)
+        ranks.first_makes(partial(_finish, folder, recipe, details, f"{dataset} {split}"))
     return outcome
+
+
+def _finish(folder: Path, recipe: Recipe, details: dict[str, Any], title: str) -> None:
+    finish(folder, recipe, folder.glob(ARRAYS), details)
+    print(f"{details['images']} images of {title}: {folder}")
 
 
 def open_features(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> FeatureStore:
@@ -373,5 +554,6 @@ def probe_class_names(settings: Settings, dataset: str) -> list[str]:
 
 
 def default_workers() -> int:
-    """Worker processes that leave the encoder a core: half the cores, at most 16."""
-    return max(1, min(16, (os.cpu_count() or 2) // 2))
+    """Worker processes that leave the encoder cores: half of those this process may use and shares, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return max(1, min(16, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

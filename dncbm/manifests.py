@@ -67,7 +67,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files only the owner can read
         os.replace(temporary, path)
@@ -78,7 +78,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        # Names that are not UTF-8 hold lone surrogates; a backslash before them makes what JSON reads as the same.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_hash(path: Path) -> str:
@@ -94,7 +96,7 @@ def text_hash(lines: Iterable[str]) -> str:
     """SHA-256 of lines of text."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode() + b"\n")
+        digest.update(line.encode(errors="surrogateescape") + b"\n")  # file names need not be UTF-8
     return digest.hexdigest()
 
 
@@ -131,7 +133,14 @@ def fingerprint(artifact: Path) -> str:
     return text_hash([f"{artifact.name} {file_hash(artifact)}"])
 
 
-def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[], None] | None = None) -> Outcome:
+def begin(
+    artifact: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    remove: Callable[[], None] | None = None,
+    parts_hold: Callable[[], bool] = lambda: False,
+) -> Outcome:
     """Ask whether an artifact has to be made, and lay down the recipe of one that has to.
 
     Args:
@@ -139,6 +148,8 @@ def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[
         recipe: what it would be made from now.
         overwrite: replace what was made from another recipe, instead of refusing.
         remove: how to clear the old artifact away; by default the file or folder itself is removed.
+        parts_hold: whether the parts that an interrupted run left may stay although its inputs have changed since, because
+            each says what it was made from.
 
     Returns:
         ALREADY_DONE; PROVIDED for a file that came without a manifest; RAN when there is work to do (parts that an
@@ -154,6 +165,9 @@ def begin(artifact: Path, recipe: Recipe, *, overwrite: bool, remove: Callable[[
             print(f"used as it was put there: {artifact}")
             return Outcome.PROVIDED
     elif differences := recipe_differences(_read(found), recipe.as_json()):
+        if found == unfinished and _read(found)["settings"] == recipe.as_json()["settings"] and parts_hold():
+            write_json(unfinished, recipe.as_json())
+            return Outcome.RAN
         if not overwrite and (found == finished or remove is not None or _has_parts(artifact)):
             raise StaleArtifact(
                 f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "

@@ -39,8 +39,8 @@ class Settings:
     vocab_dir: Path
     analysis_dir: Path
     vocabulary: str
-    sae_datasets: Mapping[str, Mapping[str, str]]
-    """Name -> split -> webdataset shard pattern."""
+    sae_datasets: Mapping[str, Mapping[str, str] | Path]
+    """Name -> split -> webdataset shard pattern, or name -> folder of images."""
     probe_datasets: Mapping[str, Path]
     encoders: Mapping[str, EncoderEntry]
     defaults: Mapping[str, Any]
@@ -63,8 +63,8 @@ class Settings:
             return EncoderEntry(model, pretrained)
         raise self._unknown("encoder", name, self.encoders, "encoders")
 
-    def sae_dataset(self, name: str) -> Mapping[str, str]:
-        """Split -> shard pattern of a dataset for the SAE. Raises UserError if config has no such dataset."""
+    def sae_dataset(self, name: str) -> Mapping[str, str] | Path:
+        """Split -> shard pattern, or the folder, of a dataset for the SAE. Raises UserError if config has no such dataset."""
         if name not in self.sae_datasets:
             raise self._unknown("--sae_dataset", name, self.sae_datasets, "sae_datasets")
         return self.sae_datasets[name]
@@ -136,13 +136,15 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
             raise UserError(
                 f"no folder {root.parent}: `{key}` in {path} is {str(found[key])!r}; make it or correct the key"
             )
-    for name, splits in found["sae_datasets"].items():
-        if (
-            not isinstance(splits, dict)
-            or set(splits) != set(SPLITS)
-            or not all(isinstance(p, str) for p in splits.values())
+    for name, source in found["sae_datasets"].items():
+        if not isinstance(source, str | Path) and (
+            not isinstance(source, dict)
+            or set(source) != set(SPLITS)
+            or not all(isinstance(p, str) for p in source.values())
         ):
-            raise UserError(f"{path}: sae_datasets[{name!r}] needs the keys {', '.join(SPLITS)}, each a shard pattern")
+            raise UserError(
+                f"{path}: sae_datasets[{name!r}] needs the keys {', '.join(SPLITS)}, each a shard pattern, or is a folder"
+            )
         if name in found["probe_datasets"]:
             raise UserError(
                 f"{path}: {name!r} is in sae_datasets and probe_datasets, whose files would mix: rename one"
@@ -160,8 +162,10 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
         **roots,
         vocabulary=found["vocabulary"],
         sae_datasets={
-            name: {split: str(base / pattern) for split, pattern in splits.items()}
-            for name, splits in found["sae_datasets"].items()
+            name: {split: str(base / pattern) for split, pattern in source.items()}
+            if isinstance(source, dict)
+            else base / source
+            for name, source in found["sae_datasets"].items()
         },
         probe_datasets={name: base / folder for name, folder in found["probe_datasets"].items()},
         encoders={name: _encoder_entry(path, name, entry) for name, entry in found["encoders"].items()},

@@ -104,15 +104,16 @@ def test_shards_follow_the_pattern_of_the_config(make_settings, tmp_path: Path, 
         write_tar(tmp_path / "cc3m" / f"{i:05d}.tar", {f"{i}": sample(i)})
     pattern = "cc3m/{00000..00002}.tar"
     settings = make_settings(sae_datasets={"cc3m": {"train": pattern, "train_val": "cc3m/00003.tar", "val": "5.tar"}})
-    shards = sae_images(settings, "cc3m", "train")
+    write_tar(tmp_path / "5.tar", {"5": sample(5)})
+    shards = sae_images(settings, "cc3m")["train"]
     assert [path.name for path in shards.paths] == ["00000.tar", "00001.tar", "00002.tar"]
     assert list(read(shards, 2)[0]) == ["2"]
-    assert [path.name for path in sae_images(settings, "cc3m", "train_val").paths] == ["00003.tar"]
+    assert [path.name for path in sae_images(settings, "cc3m")["train_val"].paths] == ["00003.tar"]
     (tmp_path / "cc3m" / "00001.tar").unlink()
     with refusal("1 of 3", tmp_path / "cc3m" / "00001.tar", "sae_datasets['cc3m']['train']", settings.path, pattern):
-        sae_images(settings, "cc3m", "train")
+        sae_images(settings, "cc3m")
     with refusal("'cc12m'"):
-        sae_images(settings, "cc12m", "train")
+        sae_images(settings, "cc12m")
 
 
 def test_counts_come_from_img2dataset(tmp_path: Path) -> None:

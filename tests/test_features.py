@@ -143,7 +143,13 @@ def test_features_are_those_of_a_plain_loop(
     folder = tmp_path / "features"
     details = extract(shards, make_encoder(), folder, Extraction("cpu", batch_size, num_workers), "images")
     found, keys = arrays(folder)
-    assert details == {"images": 3 * N_IMAGES, "bad": {}, "device": "cpu", "batch_size": batch_size}
+    assert details == {
+        "images": 3 * N_IMAGES,
+        "bad": {},
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": batch_size,
+    }
     assert [len(shard) for shard in found] == [N_IMAGES] * 3
     assert keys == [f"{shard * 10 + i:09d}" for shard in range(3) for i in range(N_IMAGES)]
     np.testing.assert_allclose(np.concatenate(found), means(keys), rtol=1e-5)
@@ -331,7 +337,7 @@ class TestStageOfTheSAE:
             assert list(store.keys) == [f"{number * 10 + i:09d}" for i in range(N_IMAGES)]
             np.testing.assert_allclose(store.gather(np.arange(N_IMAGES)).numpy(), means(store.keys), rtol=1e-5)
             manifest = read_manifest(store.folder)
-            assert manifest["settings"] == {"encoder": "enc", "hook": "out"}
+            assert manifest["settings"] == {"encoder": "enc", "hook": "out", "precision": "the device's"}
             assert manifest["details"]["images"] == N_IMAGES
 
     def test_done_is_not_done_again(self, settings: Settings, stage_encoder: list[Encoder]) -> None:

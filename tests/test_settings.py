@@ -110,7 +110,7 @@ def test_imports_and_private_names_are_not_keys(write_config: Callable[..., Path
         ("analysis_dir", ["a"]),
         ("vocabulary", 20_000),
         ("sae_datasets", ["cc3m"]),
-        ("sae_datasets", {"cc3m": "shards"}),
+        ("sae_datasets", {"cc3m": 5}),
         ("sae_datasets", {"cc3m": {"train": "{0..1}.tar"}}),
         ("sae_datasets", {"cc3m": SHARDS | {"test": "1.tar"}}),
         ("sae_datasets", {"cc3m": SHARDS | {"val": 5}}),

@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dncbm.datasets import KeyedImage
+from dncbm.datasets import SHARD_SIZE, KeyedImage, file_states, open_image, random_split
 from dncbm.errors import UserError
 from dncbm.manifests import text_hash
 from dncbm.settings import Settings
 
-SHARD_SIZE = 8192
-"""Images in a shard, and so rows in a file of features."""
 DATASET_SPLITS = ("train", "val")
 """The splits a dataset comes with: `val` is its validation split, or the test split where that is the labelled one."""
 
@@ -34,6 +32,8 @@ class ProbeImages:
     image_names: tuple[str, ...] | None
     """A path for each image, relative to the dataset; None where the dataset is an array."""
     content_hash: str
+    root: Path = Path()
+    """What `image_names` are relative to."""
 
     def image_name(self, index: int) -> str:
         return self.image_names[index] if self.image_names else f"{index:06d}"
@@ -57,6 +57,13 @@ class ProbeShards:
 
     def fingerprint(self) -> str:
         return text_hash([self.images.content_hash, hashlib.sha256(self.indices.tobytes()).hexdigest()])
+
+    def state(self, shard: int, bad_keys: Sequence[Any]) -> str:
+        names = self.images.image_names
+        if names is None:
+            return text_hash([self.images.content_hash, str(self._members(shard).tolist())])
+        bad = file_states([self.images.root / names[index] for index in bad_keys])
+        return text_hash([*(f"{index} {names[index]}" for index in self._members(shard)), *bad])
 
     def read(self, shard: int, on_bad: Callable[[str], None]) -> Iterator[KeyedImage]:
         for index in self._members(shard):
@@ -143,6 +150,7 @@ def _from_files(samples: list[tuple[str, int]], class_names: tuple[str, ...], ro
         image=partial(_image_of_file, paths),
         image_names=names,
         content_hash=text_hash((*class_names, *(f"{name} {label}" for name, label in zip(names, labels, strict=True)))),
+        root=root,
     )
 
 
@@ -154,7 +162,7 @@ def _image_of_array(data: NDArray[np.uint8], index: int) -> Image.Image:
 
 
 def _image_of_file(paths: list[str], index: int) -> Image.Image:
-    return Image.open(paths[index])
+    return open_image(paths[index])
 
 
 def split_train(n: int, seed: int, held_out: float = 0.1) -> dict[str, NDArray[np.int64]]:
@@ -163,9 +171,7 @@ def split_train(n: int, seed: int, held_out: float = 0.1) -> dict[str, NDArray[n
     Returns:
         `train` and `train_val`, each sorted, so that features are read from disk in the dataset's order.
     """
-    order = np.random.default_rng(seed).permutation(n)
-    n_held_out = round(n * held_out)
-    return {"train": np.sort(order[n_held_out:]), "train_val": np.sort(order[:n_held_out])}
+    return random_split(n, seed, {"train_val": held_out})
 
 
 def display_name(class_name: Any) -> str:
