@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dncbm.concepts import map_part, merge_parts, encode_store
+from dncbm.concepts import encode_store, map_part, merge_parts
 from dncbm.features import FeatureStore
 from dncbm.manifests import Recipe, begin, finish
 from sparse_autoencoder import SparseAutoencoder

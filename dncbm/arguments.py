@@ -195,7 +195,13 @@ def probe_run(parser: argparse.ArgumentParser) -> None:
     add("--probe_sparsity_loss_lambda", type=_amount, default=0.1, help="weight of the probe's sparsity loss")
     add("--probe_classification_loss", choices=("CE",), default="CE", help="cross-entropy")
     add("--probe_sparsity_loss", choices=("L1",), default="L1", help="mean absolute weight")
-    add("--probe_epochs", type=_positive_int, default=200, help="epochs of the probe")
+    add(
+        "--probe_solver",
+        choices=("adam", "prox"),
+        default="adam",
+        help="adam as in the paper; prox solves the same objective by proximal steps and leaves exact zeros",
+    )
+    add("--probe_epochs", type=_positive_int, default=200, help="epochs of the probe; prox: at most, for each lambda")
     add("--probe_train_bs", type=_positive_int, default=512, help="batch size of the probe")
     add("--probe_on_features", action="store_true", help="the baseline: probe the features instead of the concepts")
     add("--probe_val_freq", type=_positive_int, default=1, help="epochs between validations of the probe")
@@ -312,6 +318,7 @@ def probe_from(args: argparse.Namespace) -> ProbeRun:
         sparsity_lambda=args.probe_sparsity_loss_lambda,
         on_features=args.probe_on_features,
         seed=args.seed,
+        solver=args.probe_solver,
     )
 
 

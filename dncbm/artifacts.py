@@ -65,14 +65,14 @@ class ProbeRun:
     sparsity_lambda: float = 0.1
     on_features: bool = False
     seed: int = DEFAULT_SEED
+    solver: str = "adam"
+    """`adam`, the paper's; or `prox`, which has no learning rate and no batches, and leaves true zeros."""
 
     @property
     def config_name(self) -> str:
-        """Folder name of the probe, as in the paper's code."""
-        return (
-            f"lr{self.lr}_bs{self.batch_size}_epo{self.epochs}_nobias_clCE_spL1_spl{self.sparsity_lambda}"
-            f"{_seed_suffix(self.seed)}"
-        )
+        """Folder name of the probe, as in the paper's code; with another solver, its name in place of Adam's settings."""
+        steps = f"lr{self.lr}_bs{self.batch_size}" if self.solver == "adam" else self.solver
+        return f"{steps}_epo{self.epochs}_nobias_clCE_spL1_spl{self.sparsity_lambda}{_seed_suffix(self.seed)}"
 
     @property
     def inputs(self) -> str:
@@ -118,6 +118,10 @@ class Artifacts:
     def labels(self, dataset: str, dataset_split: str) -> Path:
         """int64 labels of a whole split of the dataset itself (`train` or `val`)."""
         return self._dataset(dataset) / f"all_labels_{dataset_split}.npy"
+
+    def groups(self, dataset: str, dataset_split: str) -> Path:
+        """int64 group of every image of a split of the dataset itself, for data sets that have groups (Waterbirds)."""
+        return self._dataset(dataset) / f"all_groups_{dataset_split}.npy"
 
     def split_indices(self, dataset: str, split: str) -> Path:
         """Indices into the dataset's own train split that make our `train` or `train_val`."""
@@ -195,6 +199,10 @@ class Artifacts:
 
     def probe_log(self, run: SAERun, probe: ProbeRun) -> Path:
         return self._probe_folder(run, probe) / f"on_{probe.inputs}_log.csv"
+
+    def probe_accuracies(self, run: SAERun, probe: ProbeRun) -> Path:
+        """Accuracy of every class, and of every group where there are groups."""
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_accuracies_{probe.config_name}.csv"
 
     def probe_results(self) -> Path:
         return self.settings.probe_dir / "probe_results.csv"

@@ -19,6 +19,8 @@ from dncbm.probe_step import take_rows
 
 ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
 COVERAGES = (0.90, 0.95, 0.99)
+NECS = (5, 10, 15, 20, 25, 30)
+"""Numbers of effective concepts, the mean number of non-zero weights of a class, at which accuracy is told."""
 
 
 class SparseRows(NamedTuple):
@@ -43,6 +45,8 @@ class ProbeData:
     inputs: Inputs
     labels: torch.Tensor
     """int64, one for each row."""
+    groups: torch.Tensor | None = None
+    """int64, the group of each row (Waterbirds: bird and background), where the data set has groups."""
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Batch, torch.Tensor]:
         """The inputs and labels of some rows."""
@@ -167,3 +171,25 @@ def evaluate_probe(
                 for share, count in zip(COVERAGES, covered[i], strict=True)
             }
     return metrics
+
+
+@torch.inference_mode()
+def accuracy_of_groups(
+    weight: torch.Tensor, data: ProbeData, groups: torch.Tensor, n_groups: int, batch_size: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many images each group has, and how many of them are classified correctly; two int64 tensors.
+
+    Args:
+        weight: inputs x C.
+        data: the images.
+        groups: int64 group of every image; the labels give the accuracy of every class.
+        n_groups: how many there are.
+        batch_size: images at a time.
+    """
+    right = torch.cat(
+        [
+            (linear(batch, weight).argmax(dim=1) == labels).cpu()
+            for batch, labels in data.batches(batch_size, weight.device)
+        ]
+    )
+    return groups.bincount(minlength=n_groups), groups[right].bincount(minlength=n_groups)

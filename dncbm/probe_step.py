@@ -4,8 +4,9 @@ Of a batch only the active entries are touched. The gradient, inputs x C, is nev
 where it stays in the cache, and Adam updates that row of the weights at once, with the L1 gradient written out.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -17,6 +18,7 @@ from torch.nn import functional
 from sparse_autoencoder.workers import Workers
 
 Array: TypeAlias = np.ndarray
+T = TypeVar("T")
 FASTMATH = {"reassoc", "contract", "nsz"}
 PIECES_PER_THREAD = 4
 """Ranges of inputs a thread updates in a step: several, so that none waits long for the other."""
@@ -128,6 +130,92 @@ def update_inputs(
     return total
 
 
+@njit(nogil=True, cache=True, fastmath=FASTMATH)
+def add_gradient(
+    first: int, last: int, input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array
+) -> None:
+    """Add the cross-entropy's gradient by the weights of the inputs from `first` to `last`; arguments as above."""
+    for f in range(first, last):
+        row = gradient[f]
+        for p in range(input_start[f], input_start[f + 1]):
+            slope, z = slopes[item[p]], value[p]
+            for c in range(row.shape[0]):
+                row[c] += z * slope[c]
+
+
+class Slopes(NamedTuple):
+    """The cross-entropy of a batch, and what its gradient by the weights is made of."""
+
+    ce: float
+    """Its sum over the items, divided as asked for."""
+    input_start: Array
+    """Where each input's entries start (inputs + 1, int64)."""
+    item: Array
+    """The item of each entry, sorted by input (int32)."""
+    value: Array
+    """Its value (float32)."""
+    slopes: Array
+    """Derivative of `ce` by each logit, items x C float32."""
+
+
+class BatchSlopes:
+    """Computes the slopes of batches of a CSR matrix, and shares out work on ranges of inputs, over threads of its own.
+
+    A thread computes whole items and whole inputs, so that the bits do not depend on the number of threads.
+    """
+
+    def __init__(self, n_inputs: int) -> None:
+        self._n_threads = torch.get_num_threads()
+        self._workers = Workers(self._n_threads)
+        self._input_start, self._cursor = np.empty(n_inputs + 1, dtype=np.int64), np.empty(n_inputs, dtype=np.int64)
+        edges = np.linspace(0, n_inputs, self._n_threads * PIECES_PER_THREAD + 1).astype(int)
+        self._pieces = list(pairwise(edges.tolist()))
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        matrix: scipy.sparse.csr_matrix,
+        rows: NDArray[np.int64],
+        labels: torch.Tensor,
+        divisor: int,
+    ) -> Slopes:
+        """The slopes of some rows and their labels, and the cross-entropy's sum over them divided by `divisor`."""
+        start, indices, data = take_rows(matrix, rows)
+        slopes = np.empty((len(rows), weight.shape[1]), dtype=np.float32)
+        item, value = np.empty(len(indices), dtype=np.int32), np.empty(len(indices), dtype=np.float32)
+        transposed = self._workers.submit(
+            lambda: sort_by_input(start, indices, data, self._input_start, item, value, self._cursor)
+        )
+
+        def classify(span: tuple[int, int]) -> torch.Tensor:
+            first, last = span
+            begin, end = start[first], start[last]
+            logits = functional.embedding_bag(
+                torch.from_numpy(indices[begin:end]),
+                weight,
+                torch.from_numpy(start[first:last] - begin),
+                mode="sum",
+                per_sample_weights=torch.from_numpy(data[begin:end]),
+            ).requires_grad_()
+            losses = functional.cross_entropy(logits, labels[first:last], reduction="none") / divisor
+            slopes[first:last] = torch.autograd.grad(losses.sum(), logits)[0].numpy()
+            return losses.detach()
+
+        edges = np.linspace(0, len(rows), self._n_threads + 1).astype(int)
+        spans = [(first, last) for first, last in pairwise(edges.tolist()) if last > first]
+        ce = float(torch.cat(self._workers.map(classify, spans)).sum(dtype=torch.float64))
+        transposed.result()
+        return Slopes(ce, self._input_start, item, value, slopes)
+
+    def over_inputs(self, work: Callable[[int, int], T]) -> list[T]:
+        """Do work on ranges of inputs, (first, last + 1), that together are all."""
+        return self._workers.map(lambda piece: work(*piece), self._pieces)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.close()
+
+
 class SparseAdamStep:
     """Training steps on rows of a CSR matrix, for weights that lie on a CPU.
 
@@ -147,12 +235,7 @@ class SparseAdamStep:
             state["exp_avg_sq"] = torch.zeros_like(self.weight)
         self._state = state
         self._arrays = self.weight.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
-        self._n_threads = torch.get_num_threads()
-        self._workers = Workers(self._n_threads)
-        n_inputs = len(weight)
-        self._input_start, self._cursor = np.empty(n_inputs + 1, dtype=np.int64), np.empty(n_inputs, dtype=np.int64)
-        edges = np.linspace(0, n_inputs, self._n_threads * PIECES_PER_THREAD + 1).astype(int)
-        self._pieces = list(pairwise(edges.tolist()))
+        self._slopes = BatchSlopes(len(weight))
 
     def __call__(self, matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64], labels: torch.Tensor) -> float:
         """One step on some rows of a matrix and their labels.
@@ -160,37 +243,13 @@ class SparseAdamStep:
         Returns:
             The loss before the step: mean cross-entropy + lambda * mean |W| (METHOD section 4).
         """
-        start, indices, data = take_rows(matrix, rows)
-        edges = np.linspace(0, len(rows), self._n_threads + 1).astype(int)
-        slopes = np.empty((len(rows), self.weight.shape[1]), dtype=np.float32)
-        item, value = np.empty(len(indices), dtype=np.int32), np.empty(len(indices), dtype=np.float32)
-        transposed = self._workers.submit(
-            lambda: sort_by_input(start, indices, data, self._input_start, item, value, self._cursor)
-        )
-
-        def classify(first: int, last: int) -> float:
-            begin, end = start[first], start[last]
-            logits = functional.embedding_bag(
-                torch.from_numpy(indices[begin:end]),
-                self.weight,
-                torch.from_numpy(start[first:last] - begin),
-                mode="sum",
-                per_sample_weights=torch.from_numpy(data[begin:end]),
-            ).requires_grad_()
-            ce = functional.cross_entropy(logits, labels[first:last], reduction="sum") / len(rows)
-            slopes[first:last] = torch.autograd.grad(ce, logits)[0].numpy()
-            return float(ce.detach())
-
-        spans = [(first, last) for first, last in pairwise(edges.tolist()) if last > first]
-        ce = sum(self._workers.map(lambda span: classify(*span), spans))
-        transposed.result()
+        ce, start, item, value, slopes = self._slopes(self.weight, matrix, rows, labels, len(rows))
         self._state["step"] += 1
         rates = self._rates(int(self._state["step"]))
-
-        def update(piece: tuple[int, int]) -> float:
-            return float(update_inputs(*piece, self._input_start, item, value, slopes, *self._arrays, rates))
-
-        return ce + self.penalty * sum(self._workers.map(update, self._pieces))
+        totals = self._slopes.over_inputs(
+            lambda first, last: float(update_inputs(first, last, start, item, value, slopes, *self._arrays, rates))
+        )
+        return ce + self.penalty * sum(totals)
 
     def _rates(self, step: int) -> tuple[np.float32, ...]:
         group: dict[str, Any] = self.optimizer.param_groups[0]
@@ -201,4 +260,4 @@ class SparseAdamStep:
 
     def close(self) -> None:
         """End the threads."""
-        self._workers.close()
+        self._slopes.close()

@@ -8,14 +8,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +34,7 @@ from dncbm.probe_model import (
     Inputs,
     ProbeData,
     SparseRows,
+    accuracy_of_groups,
     coverage_counts,
     evaluate_probe,
     linear,
@@ -42,17 +42,40 @@ from dncbm.probe_model import (
     zero_counts,
 )
 from dncbm.probe_step import SparseAdamStep
+from dncbm.results import append_result, result_row
 from dncbm.settings import SPLITS, Settings
+from dncbm.solvers import Progress, cross_entropy_of, falling_lambdas, largest_lambda, minimise
 from dncbm.tracking import NO_TRACKING, Log, Tracking, tracker
 
 __all__ = [
-    "COVERAGES", "ZERO_TOLERANCES", "ProbeData", "ProbeSchedule", "SparseRows", "append_result", "coverage_counts",
-    "evaluate_probe", "fit_probe", "initial_weight", "linear", "load_probe", "load_probe_data", "majority_accuracy",
-    "probe_loss", "save_probe", "train_linear_probe", "zero_counts", "zero_shot_weight",
+    "COVERAGES",
+    "ZERO_TOLERANCES",
+    "ProbeData",
+    "ProbeSchedule",
+    "SparseRows",
+    "append_result",
+    "coverage_counts",
+    "evaluate_probe",
+    "fit_probe",
+    "initial_weight",
+    "linear",
+    "load_groups",
+    "load_probe",
+    "load_probe_data",
+    "majority_accuracy",
+    "probe_loss",
+    "save_probe",
+    "train_linear_probe",
+    "zero_counts",
+    "zero_shot_weight",
 ]  # fmt: skip
 
 STATE_EVERY_S = 60.0
 """How often the state of an unfinished training is saved."""
+TOLERANCE = 1e-6
+"""A solver has ended when ten passes lower the objective by less than this share of it."""
+PATH_RATIO, PATH_TOLERANCE, PATH_PASSES = 0.5, 1e-3, 30
+"""On the way to its lambda: each is this share of the one before, and only a good start for the next."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +138,8 @@ def fit_probe(
     """
     weight = initial_weight(train.width, n_classes, run.seed).to(device).requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=run.lr)
-    rows: list[dict[str, float]] = []
-    start = _load_state(state_path, weight, optimizer, rows)
+    report = Report(validation, run, schedule, log, checkpoint_path)
+    start = _load_state(state_path, weight, optimizer, report.rows)
     saved_at = time.monotonic()
     with (
         _stepper(train, weight, optimizer, run.sparsity_lambda, device) as step,
@@ -133,28 +156,135 @@ def fit_probe(
                 raise UserError(
                     f"the probe's loss became NaN or infinite in epoch {epoch}: lower --probe_lr ({run.lr})"
                 )
-            bar.update()
             last = epoch + 1 == run.epochs
-            if last or (epoch + 1) % schedule.val_freq == 0:
-                coverage = last or (schedule.coverage_freq > 0 and (epoch + 1) % schedule.coverage_freq == 0)
-                metrics = evaluate_probe(weight.detach(), validation, run.sparsity_lambda, coverage=coverage)
-                rows.append({"epoch": epoch + 1, "train_loss": train_loss} | metrics)
-                bar.set_postfix(loss=f"{train_loss:.3f}", top1=f"{metrics['top1']:.1%}")
-                if log is not None:
-                    log(rows[-1], epoch + 1)
-            if (
-                checkpoint_path is not None
-                and schedule.ckpt_freq
-                and (epoch + 1) % schedule.ckpt_freq == 0
-                and not last
-            ):
-                save_probe(weight.detach(), checkpoint_path(epoch + 1))
+            bar.update()
+            bar.set_postfix(report.after(epoch + 1, weight.detach(), {"train_loss": train_loss}, last=last))
             if last or time.monotonic() - saved_at > STATE_EVERY_S:
-                _save_state(state_path, weight, optimizer, rows, epoch + 1)
+                _save_state(state_path, weight, optimizer, report.rows, epoch + 1)
                 saved_at = time.monotonic()
     if log_path is not None:
-        _write_log(log_path, rows)
+        _write_log(log_path, report.rows)
     return weight.detach()
+
+
+def fit_prox(
+    train: ProbeData,
+    validation: ProbeData,
+    n_classes: int,
+    run: ProbeRun,
+    *,
+    schedule: ProbeSchedule,
+    device: torch.device,
+    state_path: Path,
+    checkpoint_path: Callable[[int], Path] | None = None,
+    log: Log | None = None,
+    log_path: Path | None = None,
+) -> torch.Tensor:
+    """Solve the objective of `fit_probe` with proximal steps (`solvers`), so that weights are true zeros.
+
+    Lambda falls to `run.sparsity_lambda` from where all weights are 0, halving, each time starting at the weights before. What
+    `fit_probe` calls an epoch is a pass over the images; at most `run.epochs` are made for each lambda, and fewer where the
+    objective no longer falls. Arguments, result and resumption are those of `fit_probe`.
+    """
+    report = Report(validation, run, schedule, log, checkpoint_path)
+    with cross_entropy_of(train, device) as loss:
+        curvature = loss.curvature()
+        zero = torch.zeros(train.width, n_classes, device=device)
+        lambdas = falling_lambdas(largest_lambda(loss, n_classes), run.sparsity_lambda, PATH_RATIO)
+        done, passes, progress = _load_prox(state_path, report.rows, device) or (0, 0, Progress.at(zero))
+        saved_at = time.monotonic()
+        with tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar:
+
+            def values(now: Progress, step: int) -> dict[str, float]:
+                return {
+                    "train_loss": now.objectives[-1],
+                    "lambda": lambdas[min(step, len(lambdas) - 1)],
+                    "nonzero": float((now.weight != 0).sum()),
+                }
+
+            def on_pass(now: Progress, step: int) -> None:
+                nonlocal passes, saved_at
+                passes += 1
+                if not np.isfinite(now.objectives[-1]):
+                    raise UserError(f"the probe's loss became NaN or infinite in pass {passes}: look at its inputs")
+                bar.update()
+                bar.set_postfix(report.after(passes, now.weight, values(now, step), last=False))
+                if time.monotonic() - saved_at > STATE_EVERY_S:
+                    _save_prox(state_path, step, passes, now, report.rows)
+                    saved_at = time.monotonic()
+
+            for step in range(done, len(lambdas)):
+                final = step + 1 == len(lambdas)
+                if step > done:
+                    progress = Progress.at(progress.weight)
+                progress = minimise(
+                    loss,
+                    curvature,
+                    progress,
+                    lambdas[step],
+                    max_passes=run.epochs if final else min(run.epochs, PATH_PASSES),
+                    tolerance=TOLERANCE if final else PATH_TOLERANCE,
+                    on_pass=partial(on_pass, step=step),
+                )
+            report.after(passes, progress.weight, values(progress, len(lambdas)), last=True)
+            _save_prox(state_path, len(lambdas), passes, progress, report.rows)
+    if log_path is not None:
+        _write_log(log_path, report.rows)
+    return progress.weight
+
+
+def _save_prox(path: Path, step: int, passes: int, progress: Progress, rows: list[dict[str, float]]) -> None:
+    kept = {
+        "step": step,
+        "passes": passes,
+        "momentum": progress.momentum,
+        "objectives": progress.objectives,
+        "log": rows,
+    }
+    with whole_file(path) as temporary:
+        tensors = {"weight": progress.weight.clone(), "previous": progress.previous.clone()}
+        save_file(tensors, temporary, metadata={"progress": json.dumps(kept)})
+
+
+def _load_prox(path: Path, rows: list[dict[str, float]], device: torch.device) -> tuple[int, int, Progress] | None:
+    """Which lambda an interrupted path was at, its passes until then, and where it was; None if there is none."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        kept = json.loads(file.metadata()["progress"])
+        weight, previous = (file.get_tensor(name).to(device) for name in ("weight", "previous"))
+    rows += kept["log"]
+    return kept["step"], kept["passes"], Progress(weight, previous, kept["momentum"], kept["objectives"])
+
+
+@dataclass
+class Report:
+    """What is measured, logged and kept while a probe is trained."""
+
+    validation: ProbeData
+    run: ProbeRun
+    schedule: ProbeSchedule
+    log: Log | None
+    checkpoint_path: Callable[[int], Path] | None
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """A row for each evaluation."""
+
+    def after(self, epoch: int, weight: torch.Tensor, values: dict[str, float], *, last: bool) -> dict[str, str]:
+        """What the schedule asks for after so many epochs. Returns the latest evaluation in short, for a progress bar."""
+        every = self.schedule
+        if last or epoch % every.val_freq == 0:
+            coverage = last or (every.coverage_freq > 0 and epoch % every.coverage_freq == 0)
+            metrics = evaluate_probe(weight, self.validation, self.run.sparsity_lambda, coverage=coverage)
+            if self.rows and self.rows[-1]["epoch"] == epoch:  # the end was known only after its report
+                self.rows.pop()
+            self.rows.append({"epoch": epoch} | values | metrics)
+            if self.log is not None:
+                self.log(self.rows[-1], epoch)
+        if self.checkpoint_path is not None and every.ckpt_freq and epoch % every.ckpt_freq == 0 and not last:
+            save_probe(weight, self.checkpoint_path(epoch))
+        if not self.rows:
+            return {}
+        return {"loss": f"{self.rows[-1]['train_loss']:.3f}", "top1": f"{self.rows[-1]['top1']:.1%}"}
 
 
 @contextmanager
@@ -248,7 +378,7 @@ def train_linear_probe(
         inputs[f"{split} {probe.inputs}"] = fingerprint(_inputs_folder(artifacts, run, probe, split))
     inputs["split"] = fingerprint(artifacts.probe_split(probe.dataset))
     class_names = probe_class_names(settings, probe.dataset)
-    recipe = Recipe("probe", asdict(probe), inputs)
+    recipe = Recipe("probe", _identifying(probe), inputs)
 
     def remove() -> None:
         for path in target.parent.glob(f"on_{probe.inputs}_*"):
@@ -259,7 +389,7 @@ def train_linear_probe(
         return outcome
     torch_device = resolve_device(device)
     with tracker(tracking, "probe", f"{probe.dataset} {probe.config_name} on {probe.inputs}") as log:
-        weight = fit_probe(
+        weight = (fit_probe if probe.solver == "adam" else fit_prox)(
             data["train"],
             data["train_val"],
             len(class_names),
@@ -275,13 +405,26 @@ def train_linear_probe(
     for split in SPLITS:
         found = evaluate_probe(weight, data[split], probe.sparsity_lambda, coverage=split == "val")
         metrics |= {f"{split}_{key}": value for key, value in found.items()}
+    accuracies = artifacts.probe_accuracies(run, probe)
+    metrics |= save_accuracies(settings, probe.dataset, weight, data["val"], accuracies)
     save_probe(weight, target)
     # Before the probe counts as done: a row that cannot be appended is appended by the next run.
     append_result(artifacts.probe_results(), _result_row(run, probe, metrics))
-    finish(target, recipe, [target], {"metrics": metrics, "device": str(torch_device), "classes": len(class_names)})
+    finish(
+        target,
+        recipe,
+        [target, accuracies],
+        {"metrics": metrics, "device": str(torch_device), "classes": len(class_names)},
+    )
     state.unlink(missing_ok=True)
     print(f"probe on {probe.inputs} of {probe.dataset}: top-1 {metrics['val_top1']:.1%} on val: {target}")
     return Outcome.RAN
+
+
+def _identifying(probe: ProbeRun) -> dict[str, Any]:
+    """The settings of a probe that its solver reads."""
+    unread = ("solver",) if probe.solver == "adam" else ("lr", "batch_size", "seed")
+    return {key: value for key, value in asdict(probe).items() if key not in unread}
 
 
 def _inputs_folder(artifacts: Artifacts, run: SAERun, probe: ProbeRun, split: str) -> Path:
@@ -303,43 +446,66 @@ def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str
     else:
         strengths = load_concept_strengths(settings, run, probe.dataset, split)
         inputs, keys = strengths.matrix, strengths.keys
-    return ProbeData(inputs, torch.from_numpy(probe_labels(settings, probe.dataset, split, keys)))
+    labels = torch.from_numpy(probe_labels(settings, probe.dataset, split, keys))
+    return ProbeData(inputs, labels, load_groups(settings, probe.dataset, split, keys))
+
+
+def load_groups(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> torch.Tensor | None:
+    """int64 group of the rows with these keys (indices in the dataset's own split); None where there are no groups."""
+    path = Artifacts(settings).groups(dataset, "val" if split == "val" else "train")
+    return torch.from_numpy(np.load(path)[keys]) if path.is_file() else None
+
+
+def save_accuracies(
+    settings: Settings, dataset: str, weight: torch.Tensor, data: ProbeData, path: Path
+) -> dict[str, float]:
+    """Write the accuracy on `val` of every class, and of every group where there are groups, as a CSV.
+
+    Its columns are kind (`class` or `group`), index, name, images and top1, which is blank where there is no image. Names of
+    groups are those of `group_names` beside the class names, where they are there.
+
+    Returns:
+        The mean and the worst of each kind, as in the results.
+    """
+    named: dict[str, list[str]] = json.loads(Artifacts(settings).probe_split(dataset).read_text(encoding="utf-8"))
+    kinds = {"class": (data.labels, named["class_names"])}
+    if data.groups is not None:
+        n_groups = int(data.groups.max()) + 1
+        kinds["group"] = (data.groups, named.get("group_names") or [str(group) for group in range(n_groups)])
+    found: dict[str, float] = {}
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["kind", "index", "name", "images", "top1"])
+        for kind, (membership, names) in kinds.items():
+            images, right = accuracy_of_groups(weight, data, membership, len(names))
+            shares = right / images  # NaN where there is none
+            for index, name in enumerate(names):
+                top1 = f"{float(shares[index]):.6g}" if images[index] else ""
+                writer.writerow([kind, index, name, int(images[index]), top1])
+            shares = shares[images > 0]
+            found |= {f"val_mean_{kind}_top1": float(shares.mean()), f"val_worst_{kind}_top1": float(shares.min())}
+    return found
 
 
 def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict[str, Any]:
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    by_adam = probe.solver == "adam"
+    described = {
         "probe_dataset": probe.dataset,
+        "method": "probe",
         "on": probe.inputs,
         "encoder": run.encoder,
         "hook": run.hook,
         "sae_dataset": run.dataset,
         "sae": run.config_name,
         "probe": probe.config_name,
+        "solver": probe.solver,
+        "probe_lr": probe.lr if by_adam else "",
+        "probe_batch_size": probe.batch_size if by_adam else "",
+        "probe_epochs": probe.epochs,
+        "probe_lambda": probe.sparsity_lambda,
         "seed": probe.seed,
-        **{key: f"{value:.6g}" for key, value in metrics.items()},
     }
-
-
-def append_result(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV under a lock, so that jobs of a cluster can share the file. The header is that of the first row.
-
-    Raises:
-        UserError: the file has other columns.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        is_new = not path.is_file() or path.stat().st_size == 0
-        if not is_new:
-            with path.open(newline="", encoding="utf-8") as file:
-                header = next(csv.reader(file))
-            if header != list(row):
-                raise UserError(f"{path} has other columns than this version writes: move it away and run again")
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+    return result_row(described, metrics)
 
 
 def save_probe(weight: torch.Tensor, path: Path) -> None:

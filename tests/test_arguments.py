@@ -214,7 +214,7 @@ def test_kinds_of_sae(stage, flags: str, sparsity: Sparsity) -> None:
 def test_flags_name_all_that_identifies_a_run() -> None:
     """A field that no flag sets would be the same in every run."""
     assert {field.name for field in fields(ProbeRun)} == {
-        "dataset", "lr", "batch_size", "epochs", "sparsity_lambda", "on_features", "seed"
+        "dataset", "lr", "batch_size", "epochs", "sparsity_lambda", "on_features", "seed", "solver"
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from dncbm.probing import (
     coverage_counts,
     evaluate_probe,
     fit_probe,
+    fit_prox,
     initial_weight,
     linear,
     load_probe,
@@ -36,6 +37,7 @@ from dncbm.probing import (
     zero_counts,
     zero_shot_weight,
 )
+from dncbm.results import METRICS, SETTINGS, result_row
 from dncbm.settings import Settings
 
 CPU = torch.device("cpu")
@@ -409,6 +411,66 @@ def test_a_loss_that_is_not_a_number_stops_the_training(splits, tmp_path: Path, 
     assert not (tmp_path / "s.safetensors").exists()
 
 
+# ----------------------------------------------------------------------------------------------------------------- prox
+
+PROX = ProbeRun("mine", epochs=300, sparsity_lambda=2.0, solver="prox")
+
+
+def fit_by_prox(splits: tuple[ProbeData, ProbeData], state: Path, run: ProbeRun = PROX, **options) -> torch.Tensor:
+    return fit_prox(
+        *splits, N_CLASSES, run, schedule=ProbeSchedule(coverage_freq=0), device=CPU, state_path=state, **options
+    )
+
+
+def test_prox_ends_below_adam_and_at_zeros(splits, tmp_path: Path) -> None:
+    by_prox = fit_by_prox(splits, tmp_path / "a.safetensors")
+    run = ProbeRun("mine", lr=0.01, batch_size=103, epochs=600, sparsity_lambda=2.0)
+    by_adam = fit(splits, run, tmp_path / "b.safetensors", schedule=ProbeSchedule(val_freq=600))
+    prox, adam = (evaluate_probe(weight, splits[0], 2.0)["loss"] for weight in (by_prox, by_adam))
+    assert prox == pytest.approx(adam, rel=2e-3)
+    assert prox < adam + 1e-5
+    assert zero_counts(by_adam)["zeros_0"] == 0
+    assert 10 < zero_counts(by_prox)["zeros_0"] < by_prox.numel()
+    assert ((by_prox == 0) == (by_adam.abs() < 0.02)).float().mean() > 0.9
+
+
+def test_prox_without_penalty_and_with_too_much(splits, tmp_path: Path) -> None:
+    free = fit_by_prox(
+        splits, tmp_path / "a.safetensors", ProbeRun("mine", epochs=20, sparsity_lambda=0, solver="prox")
+    )
+    assert zero_counts(free)["zeros_0"] == 0
+    none = fit_by_prox(splits, tmp_path / "b.safetensors", ProbeRun("mine", sparsity_lambda=1e4, solver="prox"))
+    assert zero_counts(none)["zeros_0"] == none.numel()
+
+
+@pytest.mark.parametrize("at", [1, 40, "last"])
+def test_an_interrupted_prox_goes_on_to_the_same_bits(splits, tmp_path: Path, monkeypatch, at: int | str) -> None:
+    monkeypatch.setattr(dncbm.probing, "STATE_EVERY_S", -1.0)
+    passes: list[int] = []
+    whole = fit_by_prox(
+        splits, tmp_path / "a.safetensors", log=lambda _, n: passes.append(n), log_path=tmp_path / "whole.csv"
+    )
+    last = passes[-1] if at == "last" else at
+
+    def die(_: dict[str, float], n: int) -> None:
+        if n == last:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit_by_prox(splits, tmp_path / "b.safetensors", log=die)
+    resumed = fit_by_prox(splits, tmp_path / "b.safetensors", log_path=tmp_path / "resumed.csv")
+    assert torch.equal(whole, resumed)
+    assert (tmp_path / "resumed.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert torch.equal(whole, fit_by_prox(splits, tmp_path / "b.safetensors"))
+
+
+def test_prox_stops_at_what_is_not_a_number(splits, tmp_path: Path, refusal) -> None:
+    values = splits[0].inputs.toarray()
+    values[3, 2] = np.nan
+    with refusal("NaN"):
+        fit_by_prox((sparse(values, splits[0].labels.numpy()), splits[1]), tmp_path / "s.safetensors")
+
+
 # -------------------------------------------------------------------------------------------------------------- results
 
 
@@ -448,6 +510,28 @@ def test_results_of_other_columns_are_refused(tmp_path: Path, refusal) -> None:
     with refusal(path):
         append_result(path, {"b": 1, "a": 2})
     assert path.read_text() == before
+
+
+def test_results_of_an_older_version_get_the_new_columns(tmp_path: Path) -> None:
+    path = tmp_path / "probe_results.csv"
+    append_result(path, {"a": 1, "c": "x, y"})
+    append_result(path, {"a": 2, "b": 3, "c": 4})
+    append_result(path, {"a": 5, "b": 6, "c": 7})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"a": "1", "b": "", "c": "x, y"},
+        {"a": "2", "b": "3", "c": "4"},
+        {"a": "5", "b": "6", "c": "7"},
+    ]
+
+
+def test_a_row_has_every_column_and_no_other() -> None:
+    row = result_row({"method": "probe"}, {"val_top1": 0.5})
+    assert tuple(row) == SETTINGS + METRICS
+    assert (row["method"], row["val_top1"], row["val_top5"]) == ("probe", "0.5", "")
+    with pytest.raises(KeyError, match="vall"):
+        result_row({}, {"vall_top1": 0.5})
 
 
 # ---------------------------------------------------------------------------------------------------------------- stage
@@ -516,6 +600,55 @@ def test_the_stage_fits_evaluates_saves_and_reports(settings: Settings, on_featu
         assert float(row[f"{split}_loss"]) > float(row[f"{split}_ce"]) > 0
     assert int(row["zeros_0.1"]) == int((saved.abs() <= 0.1).sum())
     assert float(row["val_coverage_positive_90%"]) > 0
+
+
+def test_accuracies_of_classes_and_groups(settings: Settings) -> None:
+    artifacts = Artifacts(settings)
+    groups = np.arange(40) // 10 % 3  # of the 20 images of val: 10 in group 0, 5 in 1, 5 in 2
+    np.save(artifacts.groups("mine", "val"), groups)
+    train_linear_probe(settings, RUN, PROBE, device="cpu")
+    keys = KEYS["val"]
+    predicted = (strengths(20, 12, 2) @ load_probe(settings, RUN, PROBE).numpy()).argmax(axis=1)
+    labels = labels_of("val", keys)
+    with artifacts.probe_accuracies(RUN, PROBE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = []
+    for kind, members, names in (("class", labels, "abcd"), ("group", groups[keys], "012")):
+        for index, name in enumerate(names):
+            chosen = members == index
+            top1 = (predicted == labels)[chosen].mean() if chosen.any() else None
+            expected.append((kind, index, name, chosen.sum(), top1))
+    assert [(row["kind"], int(row["index"]), row["name"], int(row["images"])) for row in rows] == [
+        row[:4] for row in expected
+    ]
+    for row, (*_, top1) in zip(rows, expected, strict=True):
+        assert (float(row["top1"]) if row["top1"] else None) == pytest.approx(top1, rel=1e-5)
+    (result,) = results(settings)
+    for kind in ("class", "group"):
+        shares = [top1 for found, *_, top1 in expected if found == kind and top1 is not None]
+        assert float(result[f"val_mean_{kind}_top1"]) == pytest.approx(np.mean(shares), rel=1e-5)
+        assert float(result[f"val_worst_{kind}_top1"]) == pytest.approx(min(shares), rel=1e-5)
+
+
+def test_groups_without_groups_are_blank(settings: Settings) -> None:
+    train_linear_probe(settings, RUN, PROBE, device="cpu")
+    (result,) = results(settings)
+    assert result["val_worst_group_top1"] == ""
+    assert float(result["val_worst_class_top1"]) <= float(result["val_mean_class_top1"])
+
+
+def test_a_stage_with_another_solver_is_another_artifact(settings: Settings) -> None:
+    train_linear_probe(settings, RUN, PROBE, device="cpu")
+    prox = ProbeRun("mine", epochs=50, sparsity_lambda=2.0, solver="prox")
+    assert train_linear_probe(settings, RUN, prox, device="cpu") is Outcome.RAN
+    assert train_linear_probe(settings, RUN, prox, device="cpu") is Outcome.ALREADY_DONE
+    target = Artifacts(settings).probe(RUN, prox)
+    assert target.name == "on_concepts_final_prox_epo50_nobias_clCE_spL1_spl2.0.safetensors"
+    adam, found = results(settings)
+    assert (adam["solver"], found["solver"]) == ("adam", "prox")
+    assert (adam["probe_lr"], found["probe_lr"], found["probe_lambda"]) == ("0.02", "", "2.0")
+    assert int(found["zeros_0"]) > int(adam["zeros_0"]) == 0
+    assert (load_probe(settings, RUN, prox) == 0).sum() == int(found["zeros_0"])
 
 
 def test_done_is_not_done_again_and_other_inputs_are_stale(settings: Settings) -> None:
