@@ -204,6 +204,20 @@ class Artifacts:
         """Accuracy of every class, and of every group where there are groups."""
         return self._probe_folder(run, probe) / f"on_{probe.inputs}_accuracies_{probe.config_name}.csv"
 
+    def nec(self, run: SAERun, probe_dataset: str) -> Path:
+        """Folder of the accuracies at a number of effective concepts."""
+        return self._probed(run, probe_dataset) / "nec"
+
+    def nec_table(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.nec(run, probe_dataset) / "nec.csv"
+
+    def nec_figure(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.nec(run, probe_dataset) / "nec.png"
+
+    def nec_state(self, run: SAERun, probe_dataset: str, inputs: str) -> Path:
+        """Where the path on `concepts`, `features` or `random` directions is, to go on from."""
+        return self.nec(run, probe_dataset) / f"state_{inputs}.safetensors"
+
     def probe_results(self) -> Path:
         return self.settings.probe_dir / "probe_results.csv"
 

@@ -97,6 +97,14 @@ def encode_store(
     return {"images": len(store), "l0": n_active / len(store)}
 
 
+@torch.inference_mode()
+def encode_in_memory(sae: SparseAutoencoder, store: FeatureStore, batch_size: int = 4096) -> scipy.sparse.csr_matrix:
+    """The latents of a feature store as one CSR matrix, for a code that is not kept."""
+    device = sae.encoder_weight.device
+    parts = [_to_csr(sae.encode(x.to(device))) for x in store.batches(batch_size)]
+    return scipy.sparse.vstack(parts, format="csr")
+
+
 def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
     rows, columns = latents.nonzero(as_tuple=True)  # in row order; on the device, so that only active entries leave it
     indptr = np.zeros(len(latents) + 1, dtype=np.int32)

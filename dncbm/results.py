@@ -48,8 +48,8 @@ def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dic
     return row | given
 
 
-def append_result(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV under a lock, so that jobs of a cluster can share the file. The header is that of the first row.
+def append_result(path: Path, *rows: dict[str, Any]) -> None:
+    """Append rows of the same columns to a CSV, under a lock, so that jobs of a cluster can share the file.
 
     A file of an older version, whose columns are some of the row's, gets the others, blank.
 
@@ -57,20 +57,21 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
         UserError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
     with FileLock(f"{path}.lock"):
         is_new = not path.is_file() or path.stat().st_size == 0
         if not is_new:
-            header, rows = _read(path)
-            if set(header) < set(row):
+            header, old = _read(path)
+            if set(header) < set(columns):
                 with whole_file(path) as temporary:
-                    _write(temporary, list(row), rows)
-            elif header != list(row):
+                    _write(temporary, columns, old)
+            elif header != columns:
                 raise UserError(f"{path} has other columns than this version writes: move it away and run again")
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, columns)
             if is_new:
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerows(rows)
 
 
 def read_results(path: Path) -> list[dict[str, str]]:

@@ -84,7 +84,7 @@ class CrossEntropy:
         return total, gradient
 
     def curvature(self) -> torch.Tensor:
-        """D_f above, for every input."""
+        """D_f above for every input, times `_tightness` for features."""
         ones = torch.ones(self.data.width, 1, device=self.device)
         probe = (ones if self._divide is None else ones / self._divide).requires_grad_()
         for batch, _ in self.data.batches(BATCH, self.device):
@@ -92,7 +92,22 @@ class CrossEntropy:
             (sums * sums.detach()).sum().backward()
         assert probe.grad is not None
         found = probe.grad if self._divide is None else probe.grad / self._divide
-        return found[:, 0] / (2 * len(self.data))
+        bound = found[:, 0] / (2 * len(self.data))
+        return bound if not isinstance(self.data.inputs, FeatureStore) else bound * self._tightness(bound)
+
+    def _tightness(self, bound: torch.Tensor) -> float:
+        """How much smaller a bound of the curvature of features may be: the largest eigenvalue in its units, at most 1.
+
+        Features of either sign cancel, which Jensen's inequality does not see; and they are few enough for their Gram matrix.
+        """
+        gram = torch.zeros(len(bound), len(bound), device=self.device)
+        for batch, _ in self.data.batches(BATCH, self.device):
+            assert isinstance(batch, torch.Tensor)
+            x = batch if self._divide is None else batch / self._divide.T
+            gram.addmm_(x.T, x, alpha=0.5 / len(self.data))
+        unit = bound.clamp(min=1e-30).rsqrt()
+        # On a CPU, since mps has no float64. A little is added for the rounding of the products.
+        return min(1.0, 1.001 * float(torch.linalg.eigvalsh((unit[:, None] * gram * unit).cpu().double())[-1]))
 
     def close(self) -> None:
         """End the threads."""
@@ -144,6 +159,7 @@ def minimise(
     *,
     max_passes: int,
     tolerance: float,
+    support: torch.Tensor | None = None,
     on_pass: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Minimise cross-entropy + lambda * mean |W|, going on from `progress`.
@@ -158,12 +174,14 @@ def minimise(
         sparsity_lambda: lambda.
         max_passes: passes for this penalty, those of `progress` included.
         tolerance: relative.
+        support: bool, like the weights: which of them may be other than 0; None: all.
         on_pass: called after each pass.
     """
     penalty = sparsity_lambda / progress.weight.numel()
     # A step size of 0 would leave the weights of an input that is always 0 where they began.
     size = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-30), torch.zeros_like(curvature))[:, None]
-    used = (curvature > 0)[:, None]
+    used = (curvature > 0)[:, None].expand_as(progress.weight)
+    used = used if support is None else used & support
     while len(progress.objectives) < max_passes and not _stalled(progress.objectives, tolerance):
         weight, previous = progress.weight, progress.previous
         grown = (1 + (1 + 4 * progress.momentum**2) ** 0.5) / 2

@@ -1,0 +1,1 @@
+10_accuracy_at_nec.py
