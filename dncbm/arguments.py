@@ -12,7 +12,7 @@ from dncbm.devices import keep_freed_memory
 from dncbm.encoders import HOOKS, PRECISIONS
 from dncbm.errors import UserError
 from dncbm.features import Extraction, default_workers
-from dncbm.probing import ProbeSchedule
+from dncbm.probing import PAPER_SETTINGS, ProbeSchedule
 from dncbm.settings import SPLITS, Settings, load_settings
 from dncbm.tracking import Tracking
 from sparse_autoencoder import (
@@ -191,6 +191,12 @@ def probe_splits(parser: argparse.ArgumentParser) -> None:
 def probe_run(parser: argparse.ArgumentParser) -> None:
     """What identifies a probe, and how it reports."""
     add = parser.add_argument
+    add(
+        "--preset",
+        choices=("paper",),
+        default=None,
+        help="the probe's settings of the paper for --probe_dataset, where no flag says otherwise",
+    )
     add("--probe_lr", type=_positive_float, default=1e-2, help="learning rate of the probe")
     add("--probe_sparsity_loss_lambda", type=_amount, default=0.1, help="weight of the probe's sparsity loss")
     add("--probe_classification_loss", choices=("CE",), default="CE", help="cross-entropy")
@@ -240,7 +246,25 @@ def parse(description: str | None, *groups: Group) -> tuple[Settings, argparse.N
         parser.parse_args()
     settings = load_settings()
     _apply_defaults(settings, parser)
-    return settings, parser.parse_args()
+    args = parser.parse_args()
+    if getattr(args, "preset", None):
+        parser.set_defaults(**_paper_probe(args.probe_dataset))  # flags that are given stay
+        args = parser.parse_args()
+        chosen = ", ".join(f"--{name} {getattr(args, name)}" for name in _paper_probe(args.probe_dataset))
+        print(f"--preset {args.preset} for {args.probe_dataset}: {chosen}")
+    return settings, args
+
+
+def _paper_probe(dataset: str) -> dict[str, float | int]:
+    """Flag -> value of the paper's probe of a data set."""
+    if dataset not in PAPER_SETTINGS:
+        raise UserError(
+            f"--preset paper: the paper has no probe of --probe_dataset {dataset}, only of {', '.join(PAPER_SETTINGS)}"
+        )
+    lr, sparsity_lambda = PAPER_SETTINGS[dataset]
+    return {
+        "probe_lr": lr, "probe_sparsity_loss_lambda": sparsity_lambda, "probe_epochs": 200, "probe_train_bs": 512
+    }  # fmt: skip
 
 
 def _apply_defaults(settings: Settings, parser: argparse.ArgumentParser) -> None:

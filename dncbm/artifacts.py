@@ -218,6 +218,15 @@ class Artifacts:
         """Where the path on `concepts`, `features` or `random` directions is, to go on from."""
         return self.nec(run, probe_dataset) / f"state_{inputs}.safetensors"
 
+    def zero_shot(self, dataset: str, encoder: str, hook: str) -> Path:
+        """The zero-shot classifier."""
+        return (
+            self.settings.probe_dir / "zero_shot" / dataset / encoder_folder(encoder) / hook / "zero_shot.safetensors"
+        )
+
+    def zero_shot_accuracies(self, dataset: str, encoder: str, hook: str) -> Path:
+        return self.zero_shot(dataset, encoder, hook).with_name("accuracies.csv")
+
     def probe_results(self) -> Path:
         return self.settings.probe_dir / "probe_results.csv"
 
@@ -232,6 +241,10 @@ class Artifacts:
         return Path(run.dataset, encoder_folder(run.encoder), run.hook, run.config_name)
 
     # Figures and summaries
+
+    def results_table(self, suffix: str) -> Path:
+        """The paper's table in a format: md, csv or tex."""
+        return self.settings.analysis_dir / f"results.{suffix}"
 
     def summary(self) -> Path:
         return self.settings.analysis_dir / "summary.json"

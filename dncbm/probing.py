@@ -6,7 +6,7 @@ What it computes is in `probe_model`; the names of that module are importable fr
 import csv
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -72,6 +72,14 @@ __all__ = [
 
 STATE_EVERY_S = 60.0
 """How often the state of an unfinished training is saved."""
+PAPER_SETTINGS = {
+    "imagenet": (1e-3, 1.0),
+    "cifar10": (1e-3, 1.0),
+    "cifar100": (1e-2, 1.0),
+    "places365": (1e-2, 0.1),
+    "waterbirds100": (0.1, 10.0),
+}
+"""Probe dataset -> the paper's learning rate and lambda (METHOD section 4); 200 epochs in batches of 512."""
 TOLERANCE = 1e-6
 """A solver has ended when ten passes lower the objective by less than this share of it."""
 PATH_RATIO, PATH_TOLERANCE, PATH_PASSES = 0.5, 1e-3, 30
@@ -528,7 +536,7 @@ def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor
 # ----------------------------------------------------------------------------------------------------------- baselines
 
 
-def zero_shot_weight(encoder: Encoder, class_names: list[str], templates: tuple[str, ...]) -> torch.Tensor:
+def zero_shot_weight(encoder: Encoder, class_names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """Weights that classify features by their nearest class description, D x C: the mean of the normalised embeddings.
 
     Args:

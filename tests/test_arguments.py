@@ -14,9 +14,12 @@ import pytest
 import dncbm.arguments
 import dncbm.features
 import dncbm.naming
+import dncbm.nec
 import dncbm.pipeline
 import dncbm.probing
+import dncbm.results_table
 import dncbm.sae
+import dncbm.zero_shot
 from dncbm.artifacts import ProbeRun, SAERun
 from dncbm.devices import resolve_device
 from dncbm.errors import UserError
@@ -45,6 +48,9 @@ NUMBERED = {
     "save_probe_features": "05_save_probe_features",
     "save_concept_strengths": "06_save_concept_strengths",
     "train_linear_probe": "07_train_linear_probe",
+    "zero_shot": "08_zero_shot",
+    "results_table": "09_results_table",
+    "accuracy_at_nec": "10_accuracy_at_nec",
 }
 
 # The paper's commands.
@@ -95,6 +101,9 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         "save_concept_strengths": (dncbm.concepts, "save_concept_strengths"),
         "train_linear_probe": (dncbm.probing, "train_linear_probe"),
         "run_pipeline": (dncbm.pipeline, "run_pipeline"),
+        "zero_shot": (dncbm.zero_shot, "evaluate_zero_shot"),
+        "results_table": (dncbm.results_table, "results_table"),
+        "accuracy_at_nec": (dncbm.nec, "accuracy_at_nec"),
     }
 
     def run(command: str, **config: Any) -> tuple[tuple, dict[str, Any]]:
@@ -209,6 +218,49 @@ def test_every_flag_has_its_meaning(stage) -> None:
 def test_kinds_of_sae(stage, flags: str, sparsity: Sparsity) -> None:
     (run,), _ = stage(f"train_sae_img.py {flags}")
     assert run.sparsity == sparsity
+
+
+def test_what_is_evaluated_besides_the_probe(stage) -> None:
+    args, options = stage("zero_shot.py --img_enc_name enc --probe_dataset mine --templates 'a {}' '{} b' --device cpu")
+    assert args == ("enc", "out", "mine")
+    assert options == {"templates": ["a {}", "{} b"], "device": "cpu", "overwrite": False}
+    (run, dataset), options = stage(f"accuracy_at_nec.py {SAE_FLAGS} --probe_dataset mine --overwrite")
+    assert (run, dataset) == (PAPER, "mine")
+    assert options == {"device": "auto", "overwrite": True}
+    assert stage("results_table.py") == ((), {})
+    (_, probe), _ = stage("train_linear_probe.py --probe_solver prox")
+    assert probe.solver == "prox"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "lr", "sparsity_lambda"),
+    [
+        ("imagenet", 1e-3, 1),
+        ("cifar10", 1e-3, 1),
+        ("cifar100", 1e-2, 1),
+        ("places365", 1e-2, 0.1),
+        ("waterbirds100", 0.1, 10),
+    ],
+)
+def test_the_papers_preset(stage, capsys, dataset: str, lr: float, sparsity_lambda: float) -> None:
+    """Against what config says, but not against a flag; it says what it picked."""
+    config = {"defaults": {"probe_lr": 7.0, "probe_epochs": 3, "probe_train_bs": 8}}
+    (_, probe), _ = stage(f"train_linear_probe.py --preset paper --probe_dataset {dataset}", **config)
+    assert probe == ProbeRun(dataset, lr=lr, batch_size=512, epochs=200, sparsity_lambda=sparsity_lambda)
+    printed = capsys.readouterr().out
+    assert f"--probe_lr {lr}" in printed
+    assert f"--probe_sparsity_loss_lambda {float(sparsity_lambda)}" in printed
+    (_, probe), _ = stage(f"train_linear_probe.py --preset paper --probe_dataset {dataset} --probe_lr 0.5", **config)
+    assert (probe.lr, probe.sparsity_lambda) == (0.5, sparsity_lambda)
+    (_, probe), _ = stage(f"train_linear_probe.py --probe_dataset {dataset}", **config)
+    assert (probe.lr, probe.epochs) == (7.0, 3)
+
+
+def test_the_paper_has_no_preset_for_other_data(stage, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        stage("train_linear_probe.py --preset paper --probe_dataset mine")
+    assert "--probe_dataset mine" in str(caught.value)
+    assert "places365" in str(caught.value)
 
 
 def test_flags_name_all_that_identifies_a_run() -> None:

@@ -1,0 +1,1 @@
+09_results_table.py

@@ -1,0 +1,1 @@
+08_zero_shot.py
