@@ -1,6 +1,7 @@
 """The processes of one command, as torchrun starts them on one or several machines."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ def joined() -> Iterator[Ranks]:
         ) from error
     try:
         yield Ranks(distributed.get_rank(), size)
+    except UserError:
+        print(file=sys.stderr)  # the progress bar of rank 0 has begun a line, and the message is to have its own
+        raise
     finally:
         distributed.destroy_process_group()
 

@@ -1,0 +1,205 @@
+"""Stages 1 and 5 by two processes, as torchrun starts them, through the scripts."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dncbm.features import Extraction, save_probe_features, save_sae_features
+from dncbm.ranks import ALONE, Ranks, device_name, joined
+from dncbm.settings import SPLITS, load_settings
+
+ROOT = Path(__file__).parent.parent
+STAGE_1 = ROOT / "scripts" / "01_save_cc3m_features.py"
+STAGE_5 = ROOT / "scripts" / "05_save_probe_features.py"
+TINY = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 500, "width": 16, "heads": 2, "layers": 1},
+}
+CONFIG = """
+data_dir = sae_dir = probe_dir = vocab_dir = analysis_dir = "out"
+vocabulary = "words"
+sae_datasets = {
+    "mine": {"train": "tars/{0..4}.tar", "train_val": "tars/5.tar", "val": "tars/6.tar"},
+    "spoilt": {"train": "tars/{6..7}.tar", "train_val": "tars/5.tar", "val": "tars/6.tar"},
+}
+probe_datasets = {"classes": "classes"}
+encoders = {"tiny": "local-dir:clip"}
+defaults = {"img_enc_name": "tiny", "sae_dataset": "mine", "probe_dataset": "classes"}
+"""
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "jpeg")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made_by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small data sets, a tiny encoder and their config in a folder, and in `out` what one process makes of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "tars").mkdir()
+    for shard in range(8):
+        with tarfile.open(folder / f"tars/{shard}.tar", "w") as tar:
+            for number in range(20 + 7 * shard):
+                content = jpeg(100 * shard + number) if shard < 7 else b"no image"
+                member = tarfile.TarInfo(f"{number:05d}.jpg")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for split in ("train", "val"):
+        for number in range(30):
+            path = folder / f"classes/{split}/{'ab'[number % 2]}/{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number))
+    (folder / "clip").mkdir()
+    (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder / 'clip'}", load_weights=False)
+    save_file(model.state_dict(), folder / "clip/open_clip_model.safetensors")
+
+    settings = load_settings(folder / "config.py")
+    save_sae_features(settings, "mine", "tiny", "out", Extraction("cpu", num_workers=0))
+    save_probe_features(settings, "classes", "tiny", "out", SPLITS, Extraction("cpu", num_workers=0))
+    return folder
+
+
+@pytest.fixture
+def fresh(made_by_one: Path, tmp_path: Path) -> Path:
+    """The same data sets, and nothing made of them."""
+    folder = tmp_path / "fresh"
+    shutil.copytree(made_by_one, folder, ignore=shutil.ignore_patterns("out"))
+    return folder
+
+
+def torchrun(script: Path, *flags: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "--device", "cpu"]
+    return subprocess.run(
+        [sys.executable, *command, *flags],
+        env=os.environ | {"DNCBM_CONFIG": str(folder / "config.py")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def features(folder: Path) -> dict[str, bytes]:
+    """Every array a stage wrote."""
+    out = folder / "out"
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.npy"))}
+
+
+def of(dataset: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if f"/{dataset}/" in name}
+
+
+def manifests(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
+    return {
+        str(path.relative_to(folder)): {
+            key: json.loads(path.read_text())[key] for key in ("settings", "inputs", "outputs")
+        }
+        for path in sorted((folder / "out").rglob("*manifest.json"))
+    }
+
+
+def test_two_processes_make_what_one_makes(made_by_one: Path, fresh: Path) -> None:
+    for script in (STAGE_1, STAGE_5):
+        done = torchrun(script, "--num_workers", "1", folder=fresh)
+        assert done.returncode == 0, done.stderr
+    assert features(fresh) == features(made_by_one)
+    assert manifests(fresh) == manifests(made_by_one)
+    assert not list(fresh.rglob("*.unfinished"))
+
+
+def driver(folder: Path, what: str) -> Path:
+    """Stage 1, in which `what` happens to the second process at its second shard."""
+    path = folder / "driver.py"
+    path.write_text(
+        "import os, runpy, signal\n"
+        "import dncbm.features\n"
+        "from dncbm.errors import UserError\n"
+        "write, calls = dncbm.features._write_shard, []\n"
+        "def write_or_fail(*args):\n"
+        "    calls.append(args)\n"
+        f"    if os.environ['RANK'] == '1' and len(calls) == 2:\n        {what}\n"
+        "    write(*args)\n"
+        "dncbm.features._write_shard = write_or_fail\n"
+        f"runpy.run_path({str(STAGE_1)!r}, run_name='__main__')\n"
+    )
+    return path
+
+
+def test_the_shards_of_a_process_that_died_are_made_by_the_next_run(made_by_one: Path, fresh: Path) -> None:
+    killed = torchrun(driver(fresh, "os.kill(os.getpid(), signal.SIGKILL)"), "--num_workers", "0", folder=fresh)
+    assert killed.returncode != 0
+    left = features(fresh)
+    assert "activations_img/mine/tiny/out/train/00001.npy" in left
+    assert "activations_img/mine/tiny/out/train/00003.npy" not in left
+    assert not list(fresh.rglob("manifest.json"))
+    save_sae_features(load_settings(fresh / "config.py"), "mine", "tiny", "out", Extraction("cpu", num_workers=0))
+    assert of("mine", features(fresh)) == of("mine", features(made_by_one))
+    assert left.items() <= features(fresh).items()
+
+
+def test_the_failure_of_one_process_ends_all_with_one_line(fresh: Path) -> None:
+    failed = torchrun(driver(fresh, "raise UserError('the second failed')"), "--num_workers", "0", folder=fresh)
+    assert failed.returncode != 0
+    assert [line for line in failed.stderr.splitlines() if "error: " in line.lower()[:12]] == [
+        "error: the second failed"
+    ]
+
+
+def test_too_many_bad_images_are_said_once(fresh: Path) -> None:
+    failed = torchrun(STAGE_1, "--num_workers", "0", "--sae_dataset", "spoilt", folder=fresh)
+    assert failed.returncode != 0
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "69 of 131 images are unreadable" in line
+    assert str(fresh / "tars/7.tar") in line
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with joined() as ranks:
+        assert ranks == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some schedulers set it for every job
+    with joined() as ranks:
+        assert ranks == ALONE
+        assert ranks.first_makes(lambda: 5) == 5
+        ranks.wait()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_are_disjoint_and_even(size: int) -> None:
+    shares = [Ranks(rank, size).share_of(list(range(11))) for rank in range(size)]
+    assert sorted(item for share in shares for item in share) == list(range(11))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def named(name: str, local: int) -> str:
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        return device_name(name, Ranks(local + 4, 8))
+
+    assert [named("auto", local) for local in range(4)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert named("cuda", 2) == "cuda:2"
+    assert named("cpu", 2) == "cpu"
+    assert device_name("auto", ALONE) == "auto"
