@@ -16,6 +16,7 @@ vocabulary = "clipdissect_20k"
 
 # Images the SAE is trained on: webdataset shards of each split. Your shard numbers may differ from the paper's (below):
 # `ls` the folders that img2dataset wrote. train_val is held out of the training shards for validation.
+# Or a folder of images, at any depth, divided at random or by its folders train, train_val and val: "mine": "photos".
 sae_datasets = {
     "cc3m": {
         "train": "datasets/cc3m/training/{00000..00299}.tar",
