@@ -13,6 +13,7 @@ from dncbm.encoders import HOOKS, PRECISIONS
 from dncbm.errors import UserError
 from dncbm.features import Extraction, default_workers
 from dncbm.probing import PAPER_SETTINGS, ProbeSchedule
+from dncbm.ranks import world_size
 from dncbm.settings import SPLITS, Settings, load_settings
 from dncbm.tracking import Tracking
 from sparse_autoencoder import (
@@ -244,6 +245,8 @@ def parse(description: str | None, *groups: Group) -> tuple[Settings, argparse.N
         group(parser)
     if {"-h", "--help"} & set(sys.argv[1:]):
         parser.parse_args()
+    if world_size() > 1 and (images not in groups or sae_run in groups):
+        raise UserError("only the stages 1 and 5 run in several processes: start this one without torchrun")
     settings = load_settings()
     _apply_defaults(settings, parser)
     args = parser.parse_args()

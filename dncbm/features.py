@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dncbm.artifacts import DEFAULT_SEED, Artifacts
 from dncbm.datasets import ImageShards, reason_of
 from dncbm.datasets.cc3m import sae_images
-from dncbm.datasets.probe import DATASET_SPLITS, ProbeShards, probe_images, split_train
+from dncbm.datasets.probe import DATASET_SPLITS, ProbeImages, ProbeShards, probe_images, split_train
 from dncbm.devices import resolve_device
 from dncbm.encoders import Encoder, describe_encoder, load_encoder
 from dncbm.errors import UserError
@@ -471,8 +471,8 @@ def save_sae_features(settings: Settings, dataset: str, encoder: str, hook: str,
         UserError: no such dataset, shards or encoder; too many bad images; NaN features.
         StaleArtifact: there are features from other images or another encoder.
     """
-    sources = sae_images(settings, dataset)
     with joined() as ranks:
+        sources = ranks.first_makes(partial(sae_images, settings, dataset))
         return _save_features(settings, "sae_features", dataset, encoder, hook, sources, extraction, ranks)
 
 
@@ -485,6 +485,18 @@ def save_probe_features(
         UserError: no such dataset or encoder; too many bad images; NaN features.
         StaleArtifact: there are labels or features from other images or another encoder.
     """
+    with joined() as ranks:
+        images, indices = ranks.first_makes(partial(_probe_split, settings, dataset, extraction.overwrite))
+        sources: dict[str, ImageShards] = {
+            split: ProbeShards(images["val" if split == "val" else "train"], indices[split]) for split in splits
+        }
+        return _save_features(settings, "probe_features", dataset, encoder, hook, sources, extraction, ranks)
+
+
+def _probe_split(
+    settings: Settings, dataset: str, overwrite: bool
+) -> tuple[dict[str, ProbeImages], dict[str, NDArray[np.int64]]]:
+    """The images of a probe dataset, and the indices of each of our splits; written down with the labels."""
     images = {split: probe_images(settings, dataset, split) for split in DATASET_SPLITS}
     artifacts = Artifacts(settings)
     indices = split_train(len(images["train"].labels), DEFAULT_SEED) | {"val": np.arange(len(images["val"].labels))}
@@ -496,10 +508,7 @@ def save_probe_features(
         {"seed": DEFAULT_SEED},
         {f"{split} images of {dataset}": images[split].content_hash for split in DATASET_SPLITS},
     )
-
-    def write_split() -> None:
-        if begin(split_file, recipe, overwrite=extraction.overwrite) is not Outcome.RAN:
-            return
+    if begin(split_file, recipe, overwrite=overwrite) is Outcome.RAN:
         arrays = {artifacts.labels(dataset, split): images[split].labels for split in DATASET_SPLITS}
         arrays |= {artifacts.split_indices(dataset, split): indices[split] for split in ("train", "train_val")}
         for path, array in arrays.items():
@@ -508,13 +517,7 @@ def save_probe_features(
         sizes = {split: len(indices[split]) for split in SPLITS}
         write_json(split_file, {"class_names": images["train"].class_names, "sizes": sizes})
         finish(split_file, recipe, [split_file, *arrays])
-
-    sources: dict[str, ImageShards] = {
-        split: ProbeShards(images["val" if split == "val" else "train"], indices[split]) for split in splits
-    }
-    with joined() as ranks:
-        ranks.first_makes(write_split)
-        return _save_features(settings, "probe_features", dataset, encoder, hook, sources, extraction, ranks)
+    return images, indices
 
 
 def _save_features(
@@ -527,7 +530,7 @@ def _save_features(
     extraction: Extraction,
     ranks: Ranks,
 ) -> Outcome:
-    description = describe_encoder(settings, encoder_name)
+    description = ranks.first_makes(partial(describe_encoder, settings, encoder_name))
     outcome = Outcome.ALREADY_DONE
     encoder = None
     for split, shards in sources.items():
@@ -542,12 +545,19 @@ def _save_features(
         if begun is Outcome.ALREADY_DONE:
             continue
         outcome = Outcome.RAN
-        encoder = encoder or load_encoder(
-            settings, encoder_name, resolve_device(device_name(extraction.device, ranks)), extraction.precision
-        )
+        if encoder is None:
+            device = device_name(extraction.device, ranks)
+            load = partial(_load, settings, encoder_name, device, extraction.precision)
+            encoder = load() if ranks.rank == 0 else None  # downloads what is not there, or fails, for all
+            ranks.wait()
+            encoder = encoder or load()
         details = extract(shards, encoder, folder, extraction, f"{dataset} {split}", ranks)
         ranks.first_makes(partial(_finish, folder, recipe, details, f"{dataset} {split}"))
     return outcome
+
+
+def _load(settings: Settings, name: str, device: str, precision: str | None) -> Encoder:
+    return load_encoder(settings, name, resolve_device(device), precision)
 
 
 def _finish(folder: Path, recipe: Recipe, details: dict[str, Any], title: str) -> None:

@@ -44,6 +44,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def world_size() -> int:
+    """Number of processes that torchrun started for this command."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """This process among those that torchrun started, told from its environment variables; without them, alone.
@@ -54,7 +59,7 @@ def joined() -> Iterator[Ranks]:
     Raises:
         UserError: the processes do not reach each other.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    size = world_size()
     if size == 1:
         yield ALONE
         return

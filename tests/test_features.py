@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import dncbm.datasets.probe
 import dncbm.features
@@ -19,6 +20,8 @@ from dncbm.errors import StaleArtifact, UserError
 from dncbm.features import (
     Extraction,
     FeatureStore,
+    _Buffers,
+    _Piece,
     extract,
     open_features,
     probe_class_names,
@@ -264,6 +267,30 @@ def test_features_that_are_not_numbers_are_named_and_not_written(
     with refusal("000000014", shards.paths[1]):
         extract(shards, encoder, tmp_path / "features", Extraction("cpu", 4, 0), "images")
     assert sorted(path.name for path in (tmp_path / "features").glob("*.npy")) == ["00000.keys.npy", "00000.npy"]
+
+
+def test_a_buffer_is_used_again_when_its_images_are_encoded_and_not_before() -> None:
+    buffers = _Buffers(batch_size=3)
+    ones, ones_in_use = buffers.stack([torch.ones(3, 2, 2)] * 3)
+    twos, _ = buffers.stack([torch.full((3, 2, 2), 2.0)] * 2)
+    assert (ones == 1).all()
+    assert (twos == 2).all()
+    ones_in_use.fill_(False)
+    threes, _ = buffers.stack([torch.full((3, 2, 2), 3.0)])
+    assert threes.shape == (1, 3, 2, 2)
+    assert threes.data_ptr() == ones.data_ptr()
+    assert (twos == 2).all()
+    assert all(images.is_shared() for images in (ones, twos, threes))
+
+
+def test_a_pinned_batch_leaves_its_buffer(monkeypatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
+    images, in_use = _Buffers(batch_size=2).stack([torch.ones(3, 2, 2)])
+    pinned = pin_memory(_Piece(0, images, in_use, ["a"], None))
+    assert not in_use
+    images.fill_(5)
+    assert (pinned.images == 1).all()
+    assert pinned.keys == ["a"]
 
 
 class DiesAfter(torch.nn.Module):

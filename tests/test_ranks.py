@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from dncbm import arguments
 from dncbm.features import Extraction, save_probe_features, save_sae_features
 from dncbm.ranks import ALONE, Ranks, device_name, joined
 from dncbm.settings import SPLITS, load_settings
@@ -182,6 +183,15 @@ def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
         assert ranks == ALONE
         assert ranks.first_makes(lambda: 5) == 5
         ranks.wait()
+
+
+def test_other_stages_do_not_start_in_several_processes(monkeypatch, refusal) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["a script"])
+    for groups in ((arguments.sae_run,), (), (arguments.images, arguments.sae_data, arguments.sae_run)):
+        with refusal("torchrun", "1 and 5"):
+            arguments.parse("", *groups)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
