@@ -10,6 +10,7 @@ demo: $(VENV)/.installed
 	$(RUN) examples/openmoji/build.py
 	$(DEMO) scripts/run_pipeline.py --overwrite
 	$(DEMO) scripts/07_train_linear_probe.py --overwrite --probe_on_features --probe_lr 1e-3
+	$(DEMO) scripts/10_accuracy_at_nec.py --overwrite
 	$(DEMO) examples/openmoji/summarise.py
 
 test: $(VENV)/.installed

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dncbm.artifacts import Artifacts, ProbeRun, SAERun
 from dncbm.concepts import encode_in_memory
 from dncbm.devices import resolve_device
+from dncbm.errors import UserError
 from dncbm.features import FeatureStore, open_features, probe_class_names
 from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, whole_file
 from dncbm.plotting.nec_curve import nec_curve
@@ -224,6 +225,22 @@ def accuracy_at_nec(
         print(f"{on:<9} ANEC-5 {curve[0]:.1%}, ANEC-avg {np.mean(curve):.1%} on val of {dataset}")
     print(f"accuracy at {NECS[0]} to {NECS[-1]} effective concepts: {table}")
     return Outcome.RAN
+
+
+def read_nec(settings: Settings, run: SAERun, dataset: str) -> dict[str, dict[int, float]]:
+    """Accuracy on `val` (a fraction) at each number of effective concepts, for each kind of input.
+
+    Raises:
+        UserError: it was not measured.
+    """
+    path = Artifacts(settings).nec_table(run, dataset)
+    if not path.is_file():
+        raise UserError(f"no table {path}: make it with `python scripts/10_accuracy_at_nec.py` and the SAE's flags")
+    found: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["on"], {})[int(row["nec"])] = float(row["val_top1"])
+    return found
 
 
 def _random_strengths(

@@ -57,6 +57,7 @@ __all__ = [
     "coverage_counts",
     "evaluate_probe",
     "fit_probe",
+    "fit_prox",
     "initial_weight",
     "linear",
     "load_groups",
@@ -64,11 +65,12 @@ __all__ = [
     "load_probe_data",
     "majority_accuracy",
     "probe_loss",
+    "save_accuracies",
     "save_probe",
     "train_linear_probe",
     "zero_counts",
     "zero_shot_weight",
-]  # fmt: skip
+]
 
 STATE_EVERY_S = 60.0
 """How often the state of an unfinished training is saved."""

@@ -15,7 +15,7 @@ from dncbm.artifacts import Artifacts, SAERun
 from dncbm.concepts import encode_in_memory, load_concept_strengths, save_concept_strengths
 from dncbm.errors import StaleArtifact
 from dncbm.manifests import Outcome, Recipe, begin, finish, write_json
-from dncbm.nec import NECPoint, accuracy_at_nec, nec_points, random_sae, truncate
+from dncbm.nec import NECPoint, accuracy_at_nec, nec_points, random_sae, read_nec, truncate
 from dncbm.plotting.nec_curve import nec_curve
 from dncbm.probe_model import NECS, ProbeData
 from dncbm.results import read_results
@@ -175,6 +175,10 @@ def test_the_stage_writes_a_table_a_figure_and_rows(settings: Settings) -> None:
     assert [(row["on"], int(row["nec"])) for row in table] == [
         (on, nec) for on in ("concepts", "features", "random") for nec in NECS
     ]
+    assert read_nec(settings, RUN, "mine") == {
+        on: {int(row["nec"]): float(row["val_top1"]) for row in table if row["on"] == on}
+        for on in ("concepts", "features", "random")
+    }
     assert max(float(row["nonzero"]) for row in table if row["on"] == "features") <= 5
     with Image.open(artifacts.nec_figure(RUN, "mine")) as image:
         assert min(image.size) > 300
@@ -219,6 +223,8 @@ def test_an_interrupted_stage_goes_on(settings: Settings, monkeypatch) -> None:
 def test_what_is_missing_is_named(settings: Settings, refusal) -> None:
     with refusal("06_save_concept_strengths.py"):
         accuracy_at_nec(settings, SAERun(encoder="other"), "mine", device="cpu")
+    with refusal("10_accuracy_at_nec.py"):
+        read_nec(settings, RUN, "mine")
 
 
 def test_random_strengths_are_of_the_same_images(settings: Settings) -> None:

@@ -182,11 +182,14 @@ def test_probe_on_features_and_its_results_row(finished: Path) -> None:
 def test_summary_holds_what_it_promises(finished: Path) -> None:
     flags = ["--num_epochs", "30", "--probe_epochs", "20"]
     run("scripts/07_train_linear_probe.py", *flags, "--probe_on_features", "--probe_lr", "1e-3", config=finished)
+    run("scripts/10_accuracy_at_nec.py", *flags[:2], config=finished)
     done = run("examples/openmoji/summarise.py", *flags, config=finished)
     summary = json.loads((finished.parent / "run/analysis/summary.json").read_text())
     assert set(summary["sae"]) == {"l0", "explained_variance", "dead_fraction"}
     assert set(summary["probe"]) == {"concepts_top1", "features_top1", "zero_shot_top1", "majority_top1"}
     assert set(summary["encoder"]) == {"retrieval_r1", "retrieval_r5", "retrieval_r10"}
+    assert set(summary["nec"]) == {"concepts", "features", "random"}
+    assert all(list(top1) == ["5", "10", "15", "20", "25", "30"] for top1 in summary["nec"].values())
     assert len(summary["names"]) <= 20
     assert all(set(name) == {"index", "name", "similarity", "top_images"} for name in summary["names"])
     assert set(summary["seconds"]) == {
@@ -194,6 +197,17 @@ def test_summary_holds_what_it_promises(finished: Path) -> None:
     }  # fmt: skip
     assert "on concepts" in done.stdout
     assert (finished.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
+
+
+def test_baselines_and_exact_zeros_land_in_the_papers_table(finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path)
+    config = folder / "config.py"
+    run("scripts/08_zero_shot.py", "--templates", "an emoji of {}", config=config)
+    run("scripts/07_train_linear_probe.py", *SMALL[:2], "--probe_solver", "prox", config=config)
+    done = run("scripts/09_results_table.py", config=config)
+    for line in ("### openmoji_clip", "| Zero-shot | ours |", "| DN-CBM | ours |", "| DN-CBM, exact zeros | ours |"):
+        assert line in done.stdout
+    assert (folder / "run/analysis/results.tex").is_file()
 
 
 def test_wandb_works_offline_and_is_not_needed(finished: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dncbm.explanations import top_activating
 from dncbm.features import probe_class_names
 from dncbm.manifests import read_manifest, write_json
 from dncbm.naming import read_names
+from dncbm.nec import read_nec
 from dncbm.plotting.concept_sheet import concept_sheet
 from dncbm.probing import (
     ProbeData,
@@ -113,6 +114,7 @@ def main() -> None:
         "sae": {key: sae[key] for key in ("l0", "explained_variance", "dead_fraction")},
         "names": names,
         "probe": probe_accuracies(settings, run, probe, on_features),
+        "nec": read_nec(settings, run, probe.dataset),
         "encoder": {
             key: value
             for key, value in json.loads((settings.path.parent / "run/encoder_report.json").read_text()).items()
@@ -128,6 +130,7 @@ def main() -> None:
         ("summary", artifacts.summary()),
         ("the names above with their images", artifacts.concept_sheet()),
         ("all names", artifacts.concept_names(run)),
+        ("accuracy at few weights a class", artifacts.nec_figure(run, probe.dataset)),
         ("SAE", artifacts.sae(run)),
         ("probe", artifacts.probe(run, probe)),
         ("results of every probe", artifacts.probe_results()),
@@ -154,6 +157,9 @@ def print_summary(summary: dict) -> None:
         ("majority_top1", "majority class"),
     ):
         print(f"           {what:<18}{probe[key]:.1%}")
+    print("         weights a category ", "".join(f"{nec:>6}" for nec in summary["nec"]["concepts"]))
+    for on, what in (("concepts", "concepts"), ("features", "raw features"), ("random", "random directions")):
+        print(f"           {what:<18}", "".join(f"{top1:>6.0%}" for top1 in summary["nec"][on].values()))
     print("Names    the best, and what activates them most")
     for name in summary["names"]:
         print(f"  {name['index']:5d} {name['name']:<14}{name['similarity']:.2f}  {'; '.join(name['top_images'])}")
