@@ -159,17 +159,29 @@ class _Buffers:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.n = 0
 
-    def stack(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images as one tensor in a free buffer, and the mark that keeps it from being used again."""
-        shape = (self.batch_size, *images[0].shape)
-        free = (pair for pair in self.buffers if not pair[1] and pair[0].shape == shape)
-        buffer, in_use = next(free, (None, None))
-        if buffer is None or in_use is None:
-            buffer, in_use = torch.empty(shape).share_memory_(), torch.zeros(1, dtype=torch.bool).share_memory_()
-            self.buffers.append((buffer, in_use))
-        in_use.fill_(True)
-        return torch.stack(images, out=buffer[: len(images)]), in_use
+    def add(self, image: torch.Tensor) -> None:
+        """Put an image into the batch that is being filled."""
+        if self.n == 0:
+            self.filling, self.in_use = self._free_buffer((self.batch_size, *image.shape))
+        self.filling[self.n] = image
+        self.n += 1
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images added since the last call, as one tensor, and the mark that keeps their buffer from being used again."""
+        if self.n == 0:
+            return torch.empty(0), torch.zeros(1, dtype=torch.bool)
+        n, self.n = self.n, 0
+        self.in_use.fill_(True)
+        return self.filling[:n], self.in_use
+
+    def _free_buffer(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        for buffer, in_use in self.buffers:
+            if not in_use and buffer.shape == shape:
+                return buffer, in_use
+        self.buffers.append((torch.empty(shape).share_memory_(), torch.zeros(1, dtype=torch.bool).share_memory_()))
+        return self.buffers[-1]
 
 
 class _Reader(IterableDataset[_Piece]):
@@ -187,21 +199,20 @@ class _Reader(IterableDataset[_Piece]):
             yield from self._read(shard, buffers)
 
     def _read(self, shard: int, buffers: _Buffers) -> Iterator[_Piece]:
-        images: list[torch.Tensor] = []
         keys: list[Any] = []
         bad: Counter[str] = Counter()
         bad_keys: list[Any] = []
         for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
             try:
-                images.append(self.preprocess(decode()))
+                buffers.add(self.preprocess(decode()))
             except Exception as error:  # whatever a broken file makes a decoder raise
                 bad[reason_of(error)] += 1
                 bad_keys.append(key)
                 continue
             keys.append(key)
-            if len(images) == self.batch_size:
-                yield _Piece(shard, *buffers.stack(images), keys, None)
-                images, keys = [], []
+            if len(keys) == self.batch_size:
+                yield _Piece(shard, *buffers.take(), keys, None)
+                keys = []
         if bad.total() > len(bad_keys):
             bad_keys.append(None)
         record = {
@@ -211,8 +222,7 @@ class _Reader(IterableDataset[_Piece]):
             "bad": dict(bad),
             "bad_keys": bad_keys,
         }
-        nothing = torch.empty(0), torch.empty(0)
-        yield _Piece(shard, *(buffers.stack(images) if images else nothing), keys, record)
+        yield _Piece(shard, *buffers.take(), keys, record)
 
 
 @dataclass

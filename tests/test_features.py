@@ -271,12 +271,19 @@ def test_features_that_are_not_numbers_are_named_and_not_written(
 
 def test_a_buffer_is_used_again_when_its_images_are_encoded_and_not_before() -> None:
     buffers = _Buffers(batch_size=3)
-    ones, ones_in_use = buffers.stack([torch.ones(3, 2, 2)] * 3)
-    twos, _ = buffers.stack([torch.full((3, 2, 2), 2.0)] * 2)
+
+    def batch(value: float, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for _ in range(n):
+            buffers.add(torch.full((3, 2, 2), value))
+        return buffers.take()
+
+    ones, ones_in_use = batch(1, 3)
+    twos, _ = batch(2, 2)
+    assert len(batch(0, 0)[0]) == 0
     assert (ones == 1).all()
     assert (twos == 2).all()
     ones_in_use.fill_(False)
-    threes, _ = buffers.stack([torch.full((3, 2, 2), 3.0)])
+    threes, _ = batch(3, 1)
     assert threes.shape == (1, 3, 2, 2)
     assert threes.data_ptr() == ones.data_ptr()
     assert (twos == 2).all()
@@ -285,7 +292,9 @@ def test_a_buffer_is_used_again_when_its_images_are_encoded_and_not_before() -> 
 
 def test_a_pinned_batch_leaves_its_buffer(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
-    images, in_use = _Buffers(batch_size=2).stack([torch.ones(3, 2, 2)])
+    buffers = _Buffers(batch_size=2)
+    buffers.add(torch.ones(3, 2, 2))
+    images, in_use = buffers.take()
     pinned = pin_memory(_Piece(0, images, in_use, ["a"], None))
     assert not in_use
     images.fill_(5)
