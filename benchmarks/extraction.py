@@ -78,13 +78,13 @@ def write_tars(folder: Path, n_images: int) -> WebdatasetShards:
     return WebdatasetShards(tuple(paths))
 
 
-def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path) -> None:
-    """Stage 1 for one split."""
+def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path) -> int:
+    """Stage 1 for one split. Returns the number of images."""
     recipe = Recipe("sae_features", {}, {"images": shards.fingerprint()})
     begin(folder, recipe, overwrite=False)
     details = extract(shards, encoder, folder, EXTRACTION, folder.name)
-    assert details["images"] == sum(1 for shard in range(len(shards)) for _ in shards.read(shard, print))
     finish(folder, recipe, folder.glob(ARRAYS), details)
+    return int(details["images"])
 
 
 def efficiency(n_images: int, rounds: int) -> dict[str, float]:
@@ -107,8 +107,9 @@ def efficiency(n_images: int, rounds: int) -> dict[str, float]:
             seconds["encode"].append(time.perf_counter() - start)
             del batches
             start = time.perf_counter()
-            stage(shards, encoder, folder / f"round {number}")
+            n_encoded = stage(shards, encoder, folder / f"round {number}")
             seconds["stage"].append(time.perf_counter() - start)
+            assert n_encoded == n_images
     ratios = [(d + e) / s for d, e, s in zip(*seconds.values(), strict=True)]
     return {
         "efficiency": round(statistics.median(ratios), 3),

@@ -204,11 +204,12 @@ class _Reader(IterableDataset[_Piece]):
         bad_keys: list[Any] = []
         for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
             try:
-                buffers.add(self.preprocess(decode()))
+                image = self.preprocess(decode())
             except Exception as error:  # whatever a broken file makes a decoder raise
                 bad[reason_of(error)] += 1
                 bad_keys.append(key)
                 continue
+            buffers.add(image)
             keys.append(key)
             if len(keys) == self.batch_size:
                 yield _Piece(shard, *buffers.take(), keys, None)
@@ -380,7 +381,7 @@ def _one_line_errors() -> Iterator[None]:
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("dncbm.errors.UserError: ")) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "shared memory")):
             raise
         raise UserError(
             "a process that decodes images was killed, perhaps for lack of memory or of shared memory (/dev/shm): "

@@ -1,5 +1,8 @@
+import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +270,24 @@ def test_features_that_are_not_numbers_are_named_and_not_written(
     with refusal("000000014", shards.paths[1]):
         extract(shards, encoder, tmp_path / "features", Extraction("cpu", 4, 0), "images")
     assert sorted(path.name for path in (tmp_path / "features").glob("*.npy")) == ["00000.keys.npy", "00000.npy"]
+
+
+def test_a_decoding_process_that_is_killed_is_an_error_of_one_line(
+    tmp_path: Path, shards, make_encoder, refusal
+) -> None:
+    def die(image: Image.Image) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    with refusal("a process that decodes images was killed", "--num_workers"):
+        extract(shards, replace(make_encoder(), preprocess=die), tmp_path / "f", Extraction("cpu", 2, 1), "images")
+
+
+def test_a_tar_that_is_gone_is_an_error_of_one_line(tmp_path: Path, shards, make_encoder, refusal) -> None:
+    shards.paths[1].unlink()
+    for num_workers in (0, 1):
+        with refusal(f"cannot read {shards.paths[1]}", "No such file"):
+            extract(shards, make_encoder(), tmp_path / "f", Extraction("cpu", 2, num_workers), "images")
 
 
 def test_a_buffer_is_used_again_when_its_images_are_encoded_and_not_before() -> None:
