@@ -144,7 +144,7 @@ def main() -> None:
     if args.peak_rss_of:
         print_peak_rss(args.peak_rss_of)
         return
-    n_images, rounds, n = (1024, 3, 128) if args.quick else (2048, 7, 1024)
+    n_images, rounds, n = (1024, 3, 128) if args.quick else (2048, 5, 1024)
     of_n, of_8n = peak_rss(n), peak_rss(8 * n)
     found = efficiency(n_images, rounds)
     print(
