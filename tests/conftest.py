@@ -11,8 +11,10 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+import sklearn
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 from dncbm.encoders import Encoder
 from dncbm.errors import UserError
@@ -149,3 +151,16 @@ def make_store() -> Callable[..., FeatureStore]:
         return FeatureStore(folder, "a command")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saga() -> Callable[..., np.ndarray]:
+    """scikit-learn's weights (C x inputs) that minimise strength * sum of cross-entropies + sum of |W|, without a bias."""
+    new = tuple(int(part) for part in sklearn.__version__.split(".")[:2]) >= (1, 8)
+    l1: dict[str, Any] = {"l1_ratio": 1.0} if new else {"penalty": "l1"}
+
+    def solve(x: np.ndarray, labels: np.ndarray, strength: float, tolerance: float) -> np.ndarray:
+        model = LogisticRegression(solver="saga", C=strength, fit_intercept=False, tol=tolerance, max_iter=20_000, **l1)
+        return model.fit(x.astype(np.float64), labels).coef_
+
+    return solve

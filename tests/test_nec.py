@@ -1,5 +1,4 @@
 import csv
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import scipy.sparse
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 
 import dncbm.nec
 from dncbm.artifacts import Artifacts, SAERun
@@ -71,20 +69,15 @@ def test_every_number_of_effective_concepts_has_its_point(points: list[NECPoint]
     assert points[1].val_top1 > 0.6 > 1.5 / C
 
 
-def test_the_path_is_that_of_scikit_learns_saga(splits: dict[str, ProbeData], points: list[NECPoint]) -> None:
+def test_the_path_is_that_of_scikit_learns_saga(splits: dict[str, ProbeData], points: list[NECPoint], saga) -> None:
     """On inputs divided by their root mean square, with as many non-zero weights; and an accuracy like that of its largest."""
     x, y = splits["train"].inputs.toarray().astype(np.float64), splits["train"].labels.numpy()
     scale = np.sqrt((x**2).mean(axis=0))
     for point in points[:3]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saga = LogisticRegression(
-                penalty="l1", solver="saga", C=60 * C / (point.path_lambda * len(x)), fit_intercept=False, tol=1e-6,
-                max_iter=5000,
-            ).fit(x / scale, y)  # fmt: skip
-        assert (np.abs(saga.coef_) > 1e-4).sum() / C == pytest.approx(point.path_nonzero, rel=0.1)
+        coefficients = saga(x / scale, y, 60 * C / (point.path_lambda * len(x)), 1e-6)
+        assert (np.abs(coefficients) > 1e-4).sum() / C == pytest.approx(point.path_nonzero, rel=0.1)
         for split, found in (("train_val", point.train_val_top1), ("val", point.val_top1)):
-            logits = splits[split].inputs.toarray() / scale @ saga.coef_.T
+            logits = splits[split].inputs.toarray() / scale @ coefficients.T
             assert found == pytest.approx((logits.argmax(axis=1) == splits[split].labels.numpy()).mean(), abs=0.1)
 
 
