@@ -522,11 +522,16 @@ def _probe_split(
     if begin(split_file, recipe, overwrite=overwrite) is Outcome.RAN:
         arrays = {artifacts.labels(dataset, split): images[split].labels for split in DATASET_SPLITS}
         arrays |= {artifacts.split_indices(dataset, split): indices[split] for split in ("train", "train_val")}
+        for split, found in images.items():
+            if found.groups is not None:
+                arrays[artifacts.groups(dataset, split)] = found.groups
         for path, array in arrays.items():
             with whole_file(path) as temporary:
                 np.save(temporary, array)
-        sizes = {split: len(indices[split]) for split in SPLITS}
-        write_json(split_file, {"class_names": images["train"].class_names, "sizes": sizes})
+        about: dict[str, Any] = {"class_names": images["train"].class_names}
+        if images["train"].group_names:
+            about["group_names"] = images["train"].group_names
+        write_json(split_file, about | {"sizes": {split: len(indices[split]) for split in SPLITS}})
         finish(split_file, recipe, [split_file, *arrays])
     return images, indices
 

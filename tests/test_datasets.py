@@ -1,4 +1,5 @@
 import csv
+import json
 import pickle
 import tarfile
 from collections import Counter
@@ -12,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dncbm import features
+from dncbm.artifacts import Artifacts
 from dncbm.datasets.cc3m import WebdatasetShards, sae_images
 from dncbm.datasets.probe import SHARD_SIZE, ProbeImages, ProbeShards, display_name, probe_images, split_train
+from dncbm.features import Extraction, save_probe_features
+from dncbm.manifests import Outcome
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -330,6 +335,20 @@ class TestWaterbirds:
         settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
         assert_holds(probe_images(settings, "waterbirds100", "train"), [(a, "waterbird"), (b, "landbird")])
         assert_holds(probe_images(settings, "waterbirds100", "val"), [(d, "landbird")])
+
+    def test_groups_are_birds_on_backgrounds_and_saved_beside_the_labels(
+        self, make_settings, root: Path, put, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for i, name in enumerate(("001.Albatross/a.jpg", "002.Sparrow/b.jpg", "002.Sparrow/d.jpg")):
+            put(root / name, i)
+        settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
+        monkeypatch.setattr(features, "_save_features", lambda *_: Outcome.RAN)
+        save_probe_features(settings, "waterbirds100", "enc", "out", ("val",), Extraction("cpu"))
+        artifacts = Artifacts(settings)
+        names = json.loads(artifacts.probe_split("waterbirds100").read_text())["group_names"]
+        found = {split: np.load(artifacts.groups("waterbirds100", split)) for split in ("train", "val")}
+        assert [names[group] for group in found["train"]] == ["waterbird on water", "landbird on land"]
+        assert [names[group] for group in found["val"]] == ["landbird on water"]
 
     def test_a_table_without_its_columns_is_refused(self, make_settings, root: Path, refusal) -> None:
         settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})

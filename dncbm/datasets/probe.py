@@ -3,7 +3,7 @@
 import csv
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ class ProbeImages:
     content_hash: str
     root: Path = Path()
     """What `image_names` are relative to."""
+    groups: NDArray[np.int64] | None = None
+    """Group of each image, for a dataset that has groups beside its classes."""
+    group_names: tuple[str, ...] = ()
 
     def image_name(self, index: int) -> str:
         return self.image_names[index] if self.image_names else f"{index:06d}"
@@ -137,7 +140,14 @@ def _waterbirds(root: Path, dataset: str, split: str) -> ProbeImages:
     with (root / "metadata.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == wanted]
     samples = [(str(root / row["img_filename"]), int(row["y"])) for row in rows]
-    return _from_files(samples, ("landbird", "waterbird"), root)
+    groups = np.asarray([2 * int(row["y"]) + int(row["place"]) for row in rows], dtype=np.int64)
+    found = _from_files(samples, ("landbird", "waterbird"), root)
+    return replace(
+        found,
+        groups=groups,
+        group_names=("landbird on land", "landbird on water", "waterbird on land", "waterbird on water"),
+        content_hash=text_hash([found.content_hash, *map(str, groups)]),
+    )
 
 
 def _from_files(samples: list[tuple[str, int]], class_names: tuple[str, ...], root: Path) -> ProbeImages:
