@@ -80,10 +80,13 @@ class WebdatasetShards:
 
 
 def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, suffix and, for images, content of the files in a tar, named as webdataset does: `KEY.SUFFIX`, KEY up to a dot.
+    """Key, suffix and, for images, content of the files in a tar, named as webdataset names them.
 
-    Ends at the first damage, after calling `on_damage` once.
+    Ends at the first damage, after calling `on_damage` once. (webdataset's own reader passes over a cut-off end in
+    silence, and stops at a duplicate.)
     """
+    from webdataset.tariterators import base_plus_ext
+
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             size = os.fstat(file.fileno()).st_size
@@ -91,14 +94,13 @@ def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep every member
                 if member.size < 0 or tar.offset <= member.offset or member.offset_data + member.size > size:
                     raise tarfile.ReadError("a member does not fit into the file")
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if member.isreg() and stem and suffix:
+                key, suffix = base_plus_ext(member.name)
+                if member.isreg() and key and suffix:
                     encoded = None
                     if suffix.lower() in IMAGE_SUFFIXES:
                         file.seek(member.offset_data)
                         encoded = file.read(member.size)
-                    yield folder + slash + stem, suffix.lower(), encoded
+                    yield key, suffix.lower(), encoded
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what ends every tar
                 raise tarfile.ReadError("the end is missing")
