@@ -43,12 +43,12 @@ class Encoder:
             images: N x 3 x H x W.
 
         Returns:
-            N x D on the CPU, float16 where the precision is fp16, else float32 (numpy has no bfloat16).
+            N x D on the device, float16 where the precision is fp16, else float32 (numpy has no bfloat16).
         """
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with self._autocast():
             features: torch.Tensor = self.model.encode_image(images)  # type: ignore[operator]
-        return features.to(torch.float16 if self.precision == "fp16" else torch.float32).cpu()
+        return features.to(torch.float16 if self.precision == "fp16" else torch.float32)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -93,7 +93,6 @@ def load_encoder(settings: Settings, name: str, device: torch.device, precision:
         )
         if openai:
             model.load_state_dict(openai)
-        tokenizer = open_clip.get_tokenizer(entry.model)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -101,9 +100,30 @@ def load_encoder(settings: Settings, name: str, device: torch.device, precision:
             f"on first use; without internet, name a checkpoint file in `encoders` of {settings.path}"
         ) from error
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Encoder(
-        name, model, preprocess, tokenizer, device, precision or ("fp16" if device.type == "cuda" else "fp32")
-    )
+    precision = precision or ("fp16" if device.type == "cuda" else "fp32")
+    return Encoder(name, model, preprocess, _Tokenizer(entry.model), device, precision)
+
+
+@dataclass
+class _Tokenizer:
+    """An encoder's tokenizer, loaded when the first text comes: some are downloaded, and images need none."""
+
+    model: str
+    loaded: Callable[[Sequence[str]], torch.Tensor] | None = None
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        import open_clip
+
+        if self.loaded is None:
+            try:
+                self.loaded = open_clip.get_tokenizer(self.model)
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"cannot load the tokenizer of {self.model}: {reason}. It is downloaded on first use; load it once where "
+                    "there is internet, with HF_HOME on a shared disk"
+                ) from error
+        return self.loaded(texts)
 
 
 def describe_encoder(settings: Settings, name: str) -> dict[str, Any]:

@@ -283,9 +283,7 @@ def extract(
                 piece.in_use.fill_(False)
                 grown.keys += piece.keys
                 on_their_way.append(grown.features[-1])
-                if (
-                    len(on_their_way) > 2
-                ):  # the GPU has its next batch while the last one is copied; more would fill memory
+                if len(on_their_way) > 2:  # enough for a GPU to encode while it copies; more would fill memory
                     on_their_way.popleft()()
                 progress.encoded(len(piece.keys))
             if piece.record:

@@ -211,3 +211,25 @@ def test_what_cannot_be_loaded_is_an_error_of_one_line(make_settings, tmp_path: 
 def test_an_unknown_encoder_is_refused_before_anything_is_built(make_settings, refusal) -> None:
     with refusal("'clip_RN51'", "clip_RN50"):
         load_encoder(make_settings(encoders={"clip_RN50": ("RN50", "openai")}), "clip_RN51", CPU)
+
+
+def test_siglip_encodes_images_before_its_tokenizer_is_there(
+    make_settings, random_image, refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SigLIP's tokenizer lies on a hub: stage 1 does not wait for it, and the vocabulary stage says what is missing."""
+
+    def offline(*_: object) -> None:
+        raise OSError("no connection\nand a second line")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
+    encoder = load_encoder(make_settings(encoders={"siglip": ("ViT-B-32-SigLIP2-256", None)}), "siglip", CPU)
+    image = random_image(8, (300, 200))
+    pixels = encoder.preprocess(image)[None]
+    assert pixels.shape == (1, 3, 256, 256)
+    with torch.inference_mode():
+        expected = encoder.model.encode_image(pixels, normalize=False)
+    features = encoder.encode_images(pixels)
+    assert features.shape == (1, 768)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    with refusal("tokenizer of ViT-B-32-SigLIP2-256", "no connection", "HF_HOME"):
+        encoder.encode_texts(["dog"])
