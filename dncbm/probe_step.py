@@ -101,13 +101,13 @@ def update_inputs(
         weight: inputs x C, changed in place.
         mean: Adam's first moment of it.
         variance: Adam's second moment.
-        rates: penalty of a weight, 1 - beta_1, beta_2, 1 - beta_2, the step size, the square root of the second bias
+        rates: penalty of a weight, 1 - beta_1, beta_2, 1 - beta_2, the step size, the inverse square root of the second bias
             correction, epsilon; all float32.
 
     Returns:
         The sum of |W| before the step.
     """
-    penalty, rise, keep, square_rise, size, correction, epsilon = rates
+    penalty, rise, keep, square_rise, size, inverse_root, epsilon = rates
     n_classes = weight.shape[1]
     gradient = np.empty(n_classes, dtype=np.float32)
     total = 0.0
@@ -126,7 +126,7 @@ def update_inputs(
             g = gradient[c]
             m[c] += rise * (g - m[c])
             v[c] = keep * v[c] + square_rise * g * g
-            w[c] -= size * m[c] / (np.sqrt(v[c]) / correction + epsilon)
+            w[c] -= size * m[c] / (np.sqrt(v[c]) * inverse_root + epsilon)
     return total
 
 
@@ -255,7 +255,7 @@ class SparseAdamStep:
         group: dict[str, Any] = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         size = group["lr"] / (1 - beta1**step)
-        rates = (self.penalty, 1 - beta1, beta2, 1 - beta2, size, (1 - beta2**step) ** 0.5, group["eps"])
+        rates = (self.penalty, 1 - beta1, beta2, 1 - beta2, size, (1 - beta2**step) ** -0.5, group["eps"])
         return tuple(np.float32(rate) for rate in rates)
 
     def close(self) -> None:
