@@ -69,8 +69,8 @@ class FeatureStore:
             UserError: it is not there or not finished.
         """
         if not (folder / "manifest.json").is_file():
-            state = "is not finished" if folder.is_dir() else "is not there"
-            raise UserError(f"the features {folder} {state}: make it with `{made_by}`")
+            state = "are not finished" if folder.is_dir() else "are not there"
+            raise UserError(f"the features {folder} {state}: make them with `{made_by}`")
         self.folder = folder
         paths = sorted(path for path in folder.glob(ARRAYS) if not path.name.endswith(".keys.npy"))
         maps = [np.load(path, mmap_mode="r") for path in paths]
