@@ -35,7 +35,8 @@ from PIL import Image
 from dncbm.datasets.cc3m import WebdatasetShards
 from dncbm.devices import keep_freed_memory
 from dncbm.encoders import Encoder, load_encoder
-from dncbm.features import ARRAYS, Extraction, extract
+from dncbm.extraction import Extraction, extract
+from dncbm.features import ARRAYS
 from dncbm.manifests import Recipe, begin, finish
 from dncbm.settings import load_settings
 

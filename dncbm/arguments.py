@@ -11,7 +11,8 @@ from dncbm.artifacts import DEFAULT_SEED, ProbeRun, SAERun
 from dncbm.devices import keep_freed_memory
 from dncbm.encoders import HOOKS, PRECISIONS
 from dncbm.errors import UserError
-from dncbm.features import Extraction, default_workers
+from dncbm.extraction import Extraction
+from dncbm.features import default_workers
 from dncbm.probing import PAPER_SETTINGS, ProbeSchedule
 from dncbm.ranks import world_size
 from dncbm.settings import SPLITS, Settings, load_settings

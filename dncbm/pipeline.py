@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from dncbm.artifacts import ProbeRun, SAERun
 from dncbm.concepts import save_concept_strengths
 from dncbm.errors import StaleArtifact, UserError
-from dncbm.features import Extraction, save_probe_features, save_sae_features
+from dncbm.extraction import Extraction
+from dncbm.features import save_probe_features, save_sae_features
 from dncbm.manifests import Outcome
 from dncbm.naming import assign_names
 from dncbm.probing import ProbeSchedule, train_linear_probe

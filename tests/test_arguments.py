@@ -23,7 +23,7 @@ import dncbm.zero_shot
 from dncbm.artifacts import ProbeRun, SAERun
 from dncbm.devices import resolve_device
 from dncbm.errors import UserError
-from dncbm.features import Extraction
+from dncbm.extraction import Extraction
 from dncbm.probing import ProbeSchedule
 from dncbm.settings import SPLITS
 from dncbm.tracking import Tracking

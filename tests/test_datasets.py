@@ -17,7 +17,8 @@ from dncbm import features
 from dncbm.artifacts import Artifacts
 from dncbm.datasets.cc3m import WebdatasetShards, sae_images
 from dncbm.datasets.probe import SHARD_SIZE, ProbeImages, ProbeShards, display_name, probe_images, split_train
-from dncbm.features import Extraction, save_probe_features
+from dncbm.extraction import Extraction
+from dncbm.features import save_probe_features
 from dncbm.manifests import Outcome
 
 

@@ -20,12 +20,9 @@ from dncbm.datasets.cc3m import WebdatasetShards
 from dncbm.datasets.probe import split_train
 from dncbm.encoders import Encoder
 from dncbm.errors import StaleArtifact, UserError
+from dncbm.extraction import Extraction, _Buffers, _Piece, extract
 from dncbm.features import (
-    Extraction,
     FeatureStore,
-    _Buffers,
-    _Piece,
-    extract,
     open_features,
     probe_class_names,
     probe_labels,

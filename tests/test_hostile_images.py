@@ -24,7 +24,8 @@ from dncbm.datasets import BadImage, file_states, open_image
 from dncbm.datasets.cc3m import FolderShards, WebdatasetShards, sae_images
 from dncbm.encoders import Encoder
 from dncbm.errors import StaleArtifact, UserError
-from dncbm.features import Extraction, extract, open_features, save_probe_features, save_sae_features
+from dncbm.extraction import Extraction, extract
+from dncbm.features import open_features, save_probe_features, save_sae_features
 from dncbm.manifests import read_manifest
 from dncbm.settings import SPLITS
 

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dncbm import arguments
-from dncbm.features import Extraction, save_probe_features, save_sae_features
+from dncbm.extraction import Extraction
+from dncbm.features import save_probe_features, save_sae_features
 from dncbm.ranks import ALONE, Ranks, device_name, joined
 from dncbm.settings import SPLITS, load_settings
 
@@ -132,14 +133,14 @@ def driver(folder: Path, what: str) -> Path:
     path = folder / "driver.py"
     path.write_text(
         "import os, runpy, signal\n"
-        "import dncbm.features\n"
+        "import dncbm.extraction\n"
         "from dncbm.errors import UserError\n"
-        "write, calls = dncbm.features._write_shard, []\n"
+        "write, calls = dncbm.extraction._write_shard, []\n"
         "def write_or_fail(*args):\n"
         "    calls.append(args)\n"
         f"    if os.environ['RANK'] == '1' and len(calls) == 2:\n        {what}\n"
         "    write(*args)\n"
-        "dncbm.features._write_shard = write_or_fail\n"
+        "dncbm.extraction._write_shard = write_or_fail\n"
         f"runpy.run_path({str(STAGE_1)!r}, run_name='__main__')\n"
     )
     return path
