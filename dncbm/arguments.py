@@ -74,6 +74,11 @@ def _suffix(text: str) -> str:
     return text
 
 
+# What argparse calls a value it cannot convert: "invalid whole number value: 'abc'".
+_positive_int.__name__ = _count.__name__ = "whole number"
+_positive_float.__name__ = _amount.__name__ = "number"
+
+
 # ----------------------------------------------------------------------------------------------------- groups of flags
 
 

@@ -459,3 +459,8 @@ def test_no_flag_is_spelled_twice() -> None:
     for group in dncbm.arguments.GROUPS:
         group(parser)  # argparse raises when a flag is there already
     assert len(parser._actions) > 30
+
+
+def test_a_value_that_is_no_number_is_named_in_words(stage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid number value: 'abc'" in rejected(stage, "train_linear_probe.py --probe_lr abc", capsys)
+    assert "invalid whole number value: '1.5'" in rejected(stage, "train_linear_probe.py --probe_epochs 1.5", capsys)
