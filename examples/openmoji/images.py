@@ -25,7 +25,6 @@ SOURCE_URL = "https://raw.githubusercontent.com/hfg-gmuend/openmoji/{version}/co
 # The tars of the training emoji. Their number is fixed, whatever the number of images, so that shard ranges in a
 # configuration hold for every build: 00000-00004 train, 00005 train_val. Validation emoji fill one tar, 00000.
 TRAIN_TARS = 5
-TRAIN_VAL_TAR = TRAIN_TARS
 
 
 @dataclass(frozen=True)

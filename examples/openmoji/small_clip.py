@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 TRUNK = "tf_efficientnet_lite0"  # the variant with TensorFlow's padding, which the weights were trained with
-TRUNK_WIDTH = 1280
 EMBED_DIM = 384  # MiniLM's width; the text tower has no projection of its own
 CONTEXT_LENGTH = 32  # tokens; names are short, and time grows with it
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
