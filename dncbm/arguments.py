@@ -6,15 +6,19 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from dncbm.artifacts import DEFAULT_SEED, ProbeRun, SAERun
 from dncbm.devices import keep_freed_memory
+from dncbm.dumps import Selection
 from dncbm.encoders import HOOKS, PRECISIONS
 from dncbm.errors import UserError
 from dncbm.extraction import Extraction
-from dncbm.features import default_workers
+from dncbm.features import default_cores, default_workers
+from dncbm.plotting.pages import Drawing
 from dncbm.probing import PAPER_SETTINGS, ProbeSchedule
 from dncbm.ranks import world_size
+from dncbm.runs import find_explanation, find_probe, find_sae
 from dncbm.settings import SPLITS, Settings, load_settings
 from dncbm.tracking import Tracking
 from sparse_autoencoder import (
@@ -226,6 +230,92 @@ def probe_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def explained(parser: argparse.ArgumentParser) -> None:
+    """What is explained: an SAE and a probe, by the flags of their training, and a split."""
+    probe_data(parser)
+    _explained(parser)
+
+
+def explained_latents(parser: argparse.ArgumentParser) -> None:
+    """The same where the latents alone are explained, by images of several data sets."""
+    parser.add_argument(
+        "--probe_dataset",
+        dest="shown_datasets",
+        type=_names,
+        default=(),
+        help="names of probe_datasets in config.py, separated by commas; by default all that have strengths",
+    )
+    _explained(parser)
+
+
+def _explained(parser: argparse.ArgumentParser) -> None:
+    for group in (sae_data, sae_run, probe_run):
+        group(parser)
+    add = parser.add_argument
+    add("--probe_split", choices=SPLITS, default="val", help="split whose images are explained")
+    add("--method_name", type=_ours, default="ours", help="ours, the method of this library")
+    add("--which_ckpt", type=_final, default="final", help="final, the trained probe")
+
+
+def _ours(text: str) -> str:
+    if text != "ours":
+        raise argparse.ArgumentTypeError(f"only `ours`, DN-CBM, is here to explain; {text!r} is another method")
+    return text
+
+
+def _final(text: str) -> str:
+    if text != "final":
+        raise argparse.ArgumentTypeError(f"only the `final` probe is explained, not {text!r}")
+    return text
+
+
+def selection(*what: str) -> Group:
+    """What is drawn.
+
+    Args:
+        what: of what `--indices` are, and, where they apply, `classes` and `concepts`.
+    """
+
+    def flags(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--limit", type=_positive_int, default=None, help="at most so many figures")
+        add("--indices", type=_indices, default=(), help=f"numbers of {what[0]}, separated by commas")
+        if "classes" in what:
+            add("--classes", type=_names, default=(), help="names of classes, separated by commas")
+        if "concepts" in what:
+            add("--concepts", type=_names, default=(), help="names of latents, separated by commas")
+
+    return flags
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from None
+
+
+def clusters(parser: argparse.ArgumentParser) -> None:
+    """How many meta clusters."""
+    parser.add_argument(
+        "--n_clusters",
+        type=_positive_int,
+        default=None,
+        help="clusters of K-means; by default the paper's for the data set, else two a class",
+    )
+
+
+def drawing(parser: argparse.ArgumentParser) -> None:
+    """How figures are drawn."""
+    add = parser.add_argument
+    add("--use_latex", action="store_true", help="let LaTeX set the text; it has to be installed")
+    add("--num_workers", type=_count, default=default_cores(), help="processes that draw")
+
+
 GROUPS: tuple[Group, ...] = (
     common, images, sae_data, sae_run, sae_training, reporting, probe_data, probe_splits, probe_run,
 )  # fmt: skip
@@ -256,7 +346,7 @@ def parse(description: str | None, *groups: Group) -> tuple[Settings, argparse.N
     settings = load_settings()
     _apply_defaults(settings, parser)
     args = parser.parse_args()
-    if getattr(args, "preset", None):
+    if getattr(args, "preset", None) and hasattr(args, "probe_dataset"):
         parser.set_defaults(**_paper_probe(args.probe_dataset))  # flags that are given stay
         args = parser.parse_args()
         chosen = ", ".join(f"--{name} {getattr(args, name)}" for name in _paper_probe(args.probe_dataset))
@@ -353,6 +443,76 @@ def probe_from(args: argparse.Namespace) -> ProbeRun:
         seed=args.seed,
         solver=args.probe_solver,
     )
+
+
+SAE_FLAGS = (
+    "lr", "sae_type", "l1_coeff", "k", "l0_coeff", "expansion_factor", "num_epochs", "resample_freq", "train_sae_bs",
+    "input_transform", "save_suffix", "seed",
+)  # fmt: skip
+PROBE_FLAGS = ("preset", "probe_lr", "probe_sparsity_loss_lambda", "probe_solver", "probe_epochs", "probe_train_bs")
+
+
+def _said(args: argparse.Namespace, flags: tuple[str, ...]) -> bool:
+    """Whether the command line has one of these flags."""
+    return any(f"--{flag}" == word.split("=")[0] for flag in flags for word in sys.argv[1:] if hasattr(args, flag))
+
+
+def explained_sae(settings: Settings, args: argparse.Namespace) -> SAERun:
+    """The SAE that the flags name; without one, the paper's (or that of `defaults` in config.py), or the only one there."""
+    run = sae_from(args)
+    if _said(args, SAE_FLAGS):
+        return run
+    return find_sae(settings, run, _preset_name(settings, SAE_FLAGS))
+
+
+def explained_probe(settings: Settings, args: argparse.Namespace, run: SAERun) -> ProbeRun:
+    """The probe that the flags name; without one, that of `wanted_probe`, or the only one there."""
+    probe = wanted_probe(settings, args)
+    if _said(args, PROBE_FLAGS):
+        return probe
+    return find_probe(settings, run, probe, _preset_name(settings, PROBE_FLAGS))
+
+
+def wanted_probe(settings: Settings, args: argparse.Namespace) -> ProbeRun:
+    """The probe that the flags name; without one, the paper's for a data set it has, or that of `defaults` in config.py."""
+    if args.probe_on_features:
+        raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
+    if (
+        args.probe_dataset in PAPER_SETTINGS
+        and not _said(args, PROBE_FLAGS)
+        and not set(PROBE_FLAGS) & set(settings.defaults)
+    ):
+        args = argparse.Namespace(**vars(args) | _paper_probe(args.probe_dataset))
+    return probe_from(args)
+
+
+def _preset_name(settings: Settings, flags: tuple[str, ...]) -> str:
+    return "as `defaults` of config.py say" if set(flags) & set(settings.defaults) else "the paper's settings"
+
+
+def computed(settings: Settings, args: argparse.Namespace, wanted: Path, script: str, *, last: str = "") -> Path:
+    """The folder of what was computed: `wanted`, or, where no flag names another, the only one like it.
+
+    Args:
+        settings: the config.
+        args: the flags.
+        wanted: the folder by the flags and presets.
+        script: the script that computes it.
+        last: what its last part is named by: `probe`, `n_clusters` or nothing.
+    """
+    said = {"probe": _said(args, PROBE_FLAGS), "n_clusters": _said(args, ("n_clusters",))}.get(last, True)
+    return find_explanation(settings, wanted, script, any_sae=not _said(args, SAE_FLAGS), any_last=not said)
+
+
+def selection_from(args: argparse.Namespace) -> Selection:
+    """From the flags `selection`."""
+    flags = vars(args)
+    return Selection(args.limit, args.indices, flags.get("classes", ()), flags.get("concepts", ()))
+
+
+def drawing_from(args: argparse.Namespace) -> Drawing:
+    """From the flags `drawing`."""
+    return Drawing(args.use_latex, args.num_workers, args.overwrite)
 
 
 def schedule_from(args: argparse.Namespace) -> ProbeSchedule:

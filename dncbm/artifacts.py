@@ -3,10 +3,12 @@
 The layout is the one of the paper's code, so that its published files can be put in place and found.
 """
 
+import glob
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dncbm.settings import LOCAL_DIR, OPEN_CLIP, Settings
 from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK, TrainingSettings
@@ -53,6 +55,29 @@ class SAERun:
             name += f"_input{self.input_transform}"
         return name + _seed_suffix(t.seed) + self.suffix
 
+    def with_config_name(self, name: str) -> "SAERun | None":
+        """The run on the same features whose folder has this name; None if it is no name of a run. Settings that a name
+        does not show are the defaults."""
+        found = _SAE_NAME.fullmatch(name)
+        if found is None:
+            return None
+        training = TrainingSettings(
+            lr=float(found["lr"]),
+            resample_freq=int(found["resample"]),
+            batch_size=int(found["batch"]),
+            epochs=int(found["epochs"]),
+            seed=int(found["seed"] or DEFAULT_SEED),
+        )
+        run = replace(
+            self,
+            sparsity=_sparsity(found["sparsity"]),
+            expansion_factor=int(found["expansion"]),
+            input_transform=found["transform"] or "none",
+            suffix=found["suffix"],
+            training=training,
+        )
+        return run if run.config_name == name else None
+
 
 @dataclass(frozen=True)
 class ProbeRun:
@@ -74,6 +99,23 @@ class ProbeRun:
         steps = f"lr{self.lr}_bs{self.batch_size}" if self.solver == "adam" else self.solver
         return f"{steps}_epo{self.epochs}_nobias_clCE_spL1_spl{self.sparsity_lambda}{_seed_suffix(self.seed)}"
 
+    def with_config_name(self, name: str) -> "ProbeRun | None":
+        """The probe of the same data set and inputs whose folder has this name; None if it is no name of a probe."""
+        found = _PROBE_NAME.fullmatch(name)
+        if found is None:
+            return None
+        steps: dict[str, Any] = {"solver": "prox"}
+        if not found["solver"]:
+            steps = {"solver": "adam", "lr": float(found["lr"]), "batch_size": int(found["batch"])}
+        run = replace(
+            self,
+            epochs=int(found["epochs"]),
+            sparsity_lambda=float(found["lambda"]),
+            seed=int(found["seed"] or DEFAULT_SEED),
+            **steps,
+        )
+        return run if run.config_name == name else None
+
     @property
     def inputs(self) -> str:
         """`concepts`, or `features` for the linear-probe baseline."""
@@ -93,6 +135,35 @@ def _sparsity_name(sparsity: Sparsity) -> str:
             return f"jumprelu{sparsity.l0_coeff}"
         case Matryoshka():
             return f"matryoshka_{_sparsity_name(sparsity.code)}"
+
+
+def _sparsity(name: str) -> Sparsity:
+    """The inverse of `_sparsity_name`."""
+    kind, number = re.fullmatch(r"(matryoshka_|l1coeff|topk|batchtopk|jumprelu)(.+)", name).groups()  # type: ignore[union-attr]
+    match kind:
+        case "l1coeff":
+            return ReLU(l1_coeff=float(number))
+        case "topk":
+            return TopK(int(number))
+        case "batchtopk":
+            return BatchTopK(int(number))
+        case "jumprelu":
+            return JumpReLU(l0_coeff=float(number))
+    code = _sparsity(number)
+    assert isinstance(code, TopK | BatchTopK)
+    return Matryoshka(code)
+
+
+_NUMBER = r"[\d.]+(?:e[+-]?\d+)?"
+_SAE_NAME = re.compile(
+    rf"lr(?P<lr>{_NUMBER})_(?P<sparsity>(?:l1coeff|jumprelu){_NUMBER}|(?:matryoshka_)?(?:batch)?topk\d+)"
+    r"_ef(?P<expansion>\d+)_rf(?P<resample>\d+)_hook[^_]+_bs(?P<batch>\d+)_epo(?P<epochs>\d+)"
+    r"(?:_input(?P<transform>centre|unit_norm))?(?:_seed(?P<seed>\d+))?(?P<suffix>[\w.-]*)"
+)
+_PROBE_NAME = re.compile(
+    rf"(?:lr(?P<lr>{_NUMBER})_bs(?P<batch>\d+)|(?P<solver>prox))_epo(?P<epochs>\d+)_nobias_clCE_spL1"
+    rf"_spl(?P<lambda>{_NUMBER})(?:_seed(?P<seed>\d+))?"
+)
 
 
 def _seed_suffix(seed: int) -> str:
@@ -161,6 +232,12 @@ class Artifacts:
         published = self.published_sae(run)
         return published if published.is_file() and not self.sae(run).is_file() else self.sae(run)
 
+    def sae_runs(self, run: SAERun) -> list[SAERun]:
+        """All SAEs that are trained, or were put there, on the features of `run`."""
+        names = sorted(path.name for path in (self.settings.sae_dir / "SAEImg" / self._run(run)).parent.glob("*"))
+        runs = [found for name in names if (found := run.with_config_name(name))]
+        return [found for found in runs if self.sae_in_use(found).is_file()]
+
     def sae_intermediate(self, run: SAERun, items_seen: int) -> Path:
         return self._sae_checkpoints(run) / f"sparse_autoencoder_{items_seen}.safetensors"
 
@@ -189,6 +266,12 @@ class Artifacts:
 
     def probe(self, run: SAERun, probe: ProbeRun) -> Path:
         return self._probe_folder(run, probe) / f"on_{probe.inputs}_final_{probe.config_name}.safetensors"
+
+    def probe_runs(self, run: SAERun, probe: ProbeRun) -> list[ProbeRun]:
+        """All probes that are trained on the inputs and the data set of `probe`."""
+        names = sorted(path.name for path in self._probed(run, probe.dataset).glob("*"))
+        probes = [found for name in names if (found := probe.with_config_name(name))]
+        return [found for found in probes if self.probe(run, found).is_file()]
 
     def probe_intermediate(self, run: SAERun, probe: ProbeRun, epoch: int) -> Path:
         return self._probe_folder(run, probe) / f"on_{probe.inputs}_epoch{epoch}_{probe.config_name}.safetensors"
@@ -239,6 +322,51 @@ class Artifacts:
     @staticmethod
     def _run(run: SAERun) -> Path:
         return Path(run.dataset, encoder_folder(run.encoder), run.hook, run.config_name)
+
+    # Explanations: a folder each, in which `data` is computed and `vis` drawn from it
+
+    def task_agnosticity(self, run: SAERun, split: str) -> Path:
+        return self._explanation("task_agnosticity", run, split)
+
+    def meta_clusters(self, run: SAERun, dataset: str, split: str, n_clusters: int) -> Path:
+        return self._explanation("meta_clusters", run, dataset, split, f"k{n_clusters}")
+
+    def local_explanations(self, run: SAERun, probe: ProbeRun, split: str) -> Path:
+        return self._explanation("local_explanations", run, probe.dataset, split, probe.config_name)
+
+    def global_explanations(self, run: SAERun, probe: ProbeRun, split: str) -> Path:
+        return self._explanation("global_explanations", run, probe.dataset, split, probe.config_name)
+
+    def explanations_like(self, folder: Path, *, any_sae: bool, any_last: bool) -> list[Path]:
+        """Finished explanations of the kind, encoder, data and split of `folder`.
+
+        Args:
+            folder: an explanation's folder.
+            any_sae: of every SAE on the same features; else of the folder's own.
+            any_last: with every probe, or number of clusters; else with the folder's own.
+        """
+        kind, encoder, dataset, hook, sae, *rest = folder.relative_to(self.settings.analysis_dir).parts
+        if any_last and len(rest) > 1:
+            rest[-1] = "*"
+        saes = self.settings.analysis_dir / kind / encoder / dataset / hook
+        pattern = Path("*" if any_sae else glob.escape(sae), *rest)
+        return sorted(found for found in saes.glob(str(pattern)) if (self.dump(found) / "manifest.json").is_file())
+
+    def dump(self, folder: Path) -> Path:
+        """What an explanation's figures are drawn from."""
+        return folder / "data"
+
+    def clustering(self, folder: Path) -> Path:
+        """The cluster of every image, which names and figures do not change."""
+        return folder / "clustering"
+
+    def figures(self, folder: Path) -> Path:
+        """An explanation's figures."""
+        return folder / "vis"
+
+    def _explanation(self, kind: str, run: SAERun, *parts: str) -> Path:
+        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
+        return self.settings.analysis_dir.joinpath(kind, sae, *parts)
 
     # Figures and summaries
 

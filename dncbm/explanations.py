@@ -1,12 +1,26 @@
-"""What explains a latent or a prediction, as numbers; drawing is left to others."""
+"""What explains a latent, an image, a class or a group of images, as numbers (METHOD section 5). Drawing is left to others.
+
+Strengths stay sparse: what is computed of them has their entries, or is one row a class or cluster.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
+import torch
 from numpy.typing import NDArray
 
+from dncbm import probe_model
+from dncbm.probe_model import ProbeData
 
-def top_activating(strengths: scipy.sparse.csr_matrix, latents: NDArray[np.int64], k: int) -> list[NDArray[np.int64]]:
-    """The images that activate each latent most (METHOD section 5), strongest first; never one with zero activation.
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+def top_activating(strengths: scipy.sparse.csr_matrix, latents: Integers, k: int) -> list[Integers]:
+    """The images that activate each latent most, strongest first; never one with zero activation.
 
     Args:
         strengths: images x F.
@@ -24,3 +38,171 @@ def top_activating(strengths: scipy.sparse.csr_matrix, latents: NDArray[np.int64
         order = np.argsort(-values, kind="stable")
         tops.append(rows[order][values[order] > 0][:k])
     return tops
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a probe says of each image; one entry an image."""
+
+    classes: Integers
+    """The predicted class."""
+    logits: Floats
+    """Its logit."""
+    probabilities: Floats
+    """Its softmax probability."""
+    true_logits: Floats
+    """The logit of the true class."""
+
+
+@torch.inference_mode()
+def predict(
+    strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, labels: Integers, batch_size: int = 4096
+) -> Predictions:
+    """Predictions of a probe. Memory beyond the result is batch_size x C.
+
+    Args:
+        strengths: images x F.
+        weight: F x C.
+        labels: the true class of each image.
+        batch_size: images at a time.
+    """
+    data = ProbeData(strengths, torch.from_numpy(labels))
+    parts = []
+    for batch, truth in data.batches(batch_size, weight.device):
+        logits = probe_model.linear(batch, weight)
+        highest, classes = logits.max(dim=1)
+        probability = (highest - logits.logsumexp(dim=1)).exp()
+        parts.append((classes, highest, probability, logits.gather(1, truth[:, None])[:, 0]))
+    return Predictions(*(torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)))
+
+
+def contributions(
+    strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, classes: Integers
+) -> scipy.sparse.csr_matrix:
+    """Contribution of each active concept to one class a row, z_f * W[f, c]; its rows sum to that class's logits.
+
+    Args:
+        strengths: rows x F; images, or the means of classes.
+        weight: F x C.
+        classes: the class of each row.
+
+    Returns:
+        rows x F, with the entries of `strengths`.
+    """
+    batch, _ = ProbeData(strengths, torch.zeros(strengths.shape[0], dtype=torch.int64)).batch(
+        np.arange(strengths.shape[0]), weight.device
+    )
+    values = probe_model.contributions(batch, weight, torch.from_numpy(classes).to(weight.device)).cpu().numpy()
+    return scipy.sparse.csr_matrix((values, strengths.indices, strengths.indptr), shape=strengths.shape)
+
+
+class Leading(NamedTuple):
+    """The leading entries of each row of a matrix."""
+
+    concepts: Integers
+    """rows x n, column numbers, the leading one first; -1 where a row has fewer."""
+    values: Floats
+    """rows x n; 0 where a row has fewer."""
+    remaining: Floats
+    """The sum of a row's other entries: with the leading ones it makes the row's sum."""
+    n_remaining: Integers
+    """How many other entries are not 0."""
+
+
+def leading(matrix: scipy.sparse.csr_matrix, n: int, *, by_magnitude: bool = False) -> Leading:
+    """The n largest entries of each row that are above 0; with `by_magnitude` the n largest in absolute value.
+
+    Of equal ones the lower column comes first.
+    """
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    rank_by = np.abs(matrix.data) if by_magnitude else matrix.data
+    order = np.lexsort((matrix.indices, -rank_by, row))
+    place = np.arange(len(order)) - matrix.indptr[row]  # rows are in order, so an entry's place is its rank in its row
+    shown = (place < n) & (rank_by[order] > 0)
+    at = row[shown], place[shown]
+    concepts = np.full((matrix.shape[0], n), -1, dtype=np.int64)
+    values = np.zeros((matrix.shape[0], n), dtype=np.float32)
+    concepts[at], values[at] = matrix.indices[order[shown]], matrix.data[order[shown]]
+    rest = matrix.data[order[~shown]].astype(np.float64)
+    remaining = np.bincount(row[~shown], weights=rest, minlength=matrix.shape[0]).astype(np.float32)
+    n_remaining = np.bincount(row[~shown][rest != 0], minlength=matrix.shape[0])
+    return Leading(concepts, values, remaining, n_remaining)
+
+
+# -------------------------------------------------------------------------------------------------- classes, clusters
+
+
+def mean_strengths(strengths: scipy.sparse.csr_matrix, groups: Integers, n_groups: int) -> scipy.sparse.csr_matrix:
+    """Mean concept strengths of the images of each group (class or cluster), n_groups x F; 0 for a group of no image."""
+    sizes = np.bincount(groups, minlength=n_groups)
+    n_images = len(groups)
+    shares = (1 / np.maximum(sizes, 1)).astype(np.float64)[groups]
+    membership = scipy.sparse.csr_matrix((shares, (groups, np.arange(n_images))), shape=(n_groups, n_images))
+    means = (membership @ strengths.astype(np.float64)).tocsr().astype(np.float32)
+    means.sort_indices()
+    return means
+
+
+def mean_centred(group_means: scipy.sparse.csr_matrix, strengths: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    """Group means minus the mean of all images, at the concepts that a group has; all its others are at or below 0."""
+    overall = np.asarray(strengths.mean(axis=0, dtype=np.float64)).ravel()
+    centred = (group_means.data - overall[group_means.indices]).astype(np.float32)
+    return scipy.sparse.csr_matrix((centred, group_means.indices, group_means.indptr), shape=group_means.shape)
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """K-means after some iterations."""
+
+    centres: Floats
+    """k x F."""
+    labels: Integers
+    """The nearest centre of each image."""
+    iterations: int
+    inertia: float
+    """Sum of squared distances to the nearest centre."""
+    ended: bool
+    """Whether images no longer change clusters, centres hardly move, or MAX_ITERATIONS were made."""
+
+
+MAX_ITERATIONS = 300
+ITERATIONS_AT_ONCE = 10
+
+
+def kmeans(
+    strengths: scipy.sparse.csr_matrix,
+    n_clusters: int,
+    seed: int,
+    *,
+    begun: Clustering | None = None,
+    on_progress: Callable[[Clustering], None] | None = None,
+) -> Clustering:
+    """K-means on sparse strengths: scikit-learn's Lloyd iterations from k-means++, a few at a time.
+
+    Args:
+        strengths: images x F; never made dense. Centres are, n_clusters x F.
+        n_clusters: k, at most the number of images.
+        seed: of k-means++.
+        begun: where an interrupted run was; going on from it gives the same clusters.
+        on_progress: called with what there is after every ITERATIONS_AT_ONCE.
+    """
+    from sklearn.cluster import KMeans, kmeans_plusplus
+
+    if begun is None:
+        chosen, _ = kmeans_plusplus(strengths, n_clusters, random_state=seed)
+        centres = np.asarray(chosen.todense()) if scipy.sparse.issparse(chosen) else chosen
+        begun = Clustering(centres, np.zeros(strengths.shape[0], dtype=np.int64), 0, float("inf"), False)
+    now = begun
+    while not now.ended:
+        steps = min(ITERATIONS_AT_ONCE, MAX_ITERATIONS - now.iterations)
+        model = KMeans(n_clusters, init=now.centres, n_init=1, max_iter=steps).fit(strengths)
+        done = now.iterations + model.n_iter_
+        ended = model.n_iter_ < steps or done >= MAX_ITERATIONS
+        labels = model.labels_.astype(np.int64)
+        now = Clustering(model.cluster_centers_.astype(np.float32), labels, done, float(model.inertia_), ended)
+        if on_progress is not None:
+            on_progress(now)
+    return now

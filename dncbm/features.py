@@ -245,5 +245,9 @@ def probe_class_names(settings: Settings, dataset: str) -> list[str]:
 
 def default_workers() -> int:
     """Worker processes that leave the encoder cores: half of those this process may use and shares, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return max(1, min(16, cores // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(16, default_cores() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def default_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

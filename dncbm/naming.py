@@ -1,10 +1,14 @@
 """Each latent gets the word whose text embedding is nearest to its decoder column."""
 
 import csv
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dncbm.artifacts import Artifacts, SAERun
 from dncbm.errors import UserError
@@ -110,3 +114,29 @@ def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:
         return [ConceptName(int(row[0]), row[1], float(row[2]) if len(row) > 2 else float("nan")) for row in rows]
     except (IndexError, ValueError) as error:
         raise UserError(f"{path} is not a CSV of index,name,similarity: {error}") from error
+
+
+def concept_labels(names: Sequence[ConceptName]) -> list[str]:
+    """What figures call each latent: its name, with its index where latents share the name (`dog #17`)."""
+    times = Counter(name.name for name in names)
+    return [name.name if times[name.name] == 1 else f"{name.name} #{name.index}" for name in names]
+
+
+def name_similarities(settings: Settings, run: SAERun, names: Sequence[ConceptName]) -> NDArray[np.float64]:
+    """Cosine of each latent's name and its decoder column; computed where the authors' files leave it out.
+
+    Raises:
+        UserError: it has to be computed, and the SAE or the vocabulary is not there or lacks a name.
+    """
+    given = np.array([name.similarity for name in names])
+    if not np.isnan(given).any():
+        return given
+    vocabulary = load_vocabulary(settings, run.encoder)
+    place = {word: i for i, word in enumerate(vocabulary.words)}
+    try:
+        words = torch.tensor([place[name.name] for name in names])
+    except KeyError as error:
+        path = Artifacts(settings).concept_names(run)
+        raise UserError(f"{path} has the name {error}, which is no word of {Artifacts(settings).words()}") from error
+    directions = torch.nn.functional.normalize(load_sae(settings, run).dictionary.detach().float(), dim=-1)
+    return (directions * vocabulary.embeddings[words]).sum(dim=1).double().numpy()

@@ -118,25 +118,45 @@ def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> to
         rows x len(COVERAGES), int64; 0 for a row with nothing to cover.
     """
     predicted = linear(batch, weight).argmax(dim=1)
-    contributions = _contributions(batch, weight, predicted)
-    contributions = contributions.abs() if absolute else contributions.clamp(min=0)
-    reached = contributions.sort(dim=1, descending=True).values.double().cumsum(dim=1)
+    found = _rows(batch, contributions(batch, weight, predicted))
+    found = found.abs() if absolute else found.clamp(min=0)
+    reached = found.sort(dim=1, descending=True).values.double().cumsum(dim=1)
     shares = torch.tensor(COVERAGES, dtype=torch.float64, device=reached.device)
     wanted = reached[:, -1:] * shares if reached.shape[1] else reached.new_zeros(len(reached), len(shares))
     return torch.stack([(reached < wanted[:, [i]]).sum(dim=1) + (wanted[:, i] > 0) for i in range(len(shares))], dim=1)
 
 
-def _contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Contributions to one class a row, padded with zeros: rows x the most entries of a row."""
+def contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Contribution of concept f to class c, z_f * W[f, c], for one class a row (METHOD section 5).
+
+    Args:
+        batch: rows of the inputs.
+        weight: inputs x C.
+        classes: int64, the class of each row.
+
+    Returns:
+        One for each entry of a sparse batch; rows x inputs for a dense one.
+    """
     if isinstance(batch, torch.Tensor):
         return batch * weight.T[classes]
-    n_rows = len(batch.offsets)
+    row, _ = _places(batch)
+    return batch.values * weight[batch.indices, classes[row]]
+
+
+def _places(batch: SparseRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row of each entry, and its number in that row."""
     ends = torch.cat([batch.offsets[1:], torch.tensor([len(batch.indices)], device=batch.offsets.device)])
-    lengths = ends - batch.offsets
-    row = torch.repeat_interleave(torch.arange(n_rows, device=lengths.device), lengths)
-    slot = torch.arange(len(batch.indices), device=lengths.device) - batch.offsets[row]
-    padded = batch.values.new_zeros(n_rows, int(lengths.max()) if n_rows else 0)
-    padded[row, slot] = batch.values * weight[batch.indices, classes[row]]
+    row = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), ends - batch.offsets)
+    return row, torch.arange(len(batch.indices), device=ends.device) - batch.offsets[row]
+
+
+def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
+    """One number for each entry, as rows padded with zeros to the most entries of a row."""
+    if isinstance(batch, torch.Tensor):
+        return entries
+    row, slot = _places(batch)
+    padded = entries.new_zeros(len(batch.offsets), int(slot.max()) + 1 if len(slot) else 0)
+    padded[row, slot] = entries
     return padded
 
 

@@ -1,0 +1,38 @@
+"""Global explanations: a class, images of it, and the concepts that lead it."""
+
+from dncbm.dumps.global_explanations import Page
+from dncbm.plotting.canvas import COLUMN, FAINT, REST, Canvas, bar_rows, fitted, sign_colour, signed
+from dncbm.plotting.local_explanations import others
+
+MARGIN, GRID, GAP, ROW, HEAD = 0.06, 1.32, 0.03, 0.155, 0.38
+
+
+def draw(page: Page, *, use_latex: bool = False) -> Canvas:
+    """A column wide: the class above; three by three images; bars that sum to the mean logit."""
+    by_contribution = page.rank_by == "contribution"
+    rows = [(label, value, sign_colour(value)) for label, value in page.concepts]
+    if by_contribution:
+        rows.append((others(page.n_remaining), page.remaining, REST))
+    body = max(GRID, (len(rows) + 1) * ROW + 0.03)
+    canvas = Canvas(COLUMN, HEAD + body + 2 * MARGIN, use_latex=use_latex)
+
+    images = f"{page.size} image{'' if page.size == 1 else 's'}"
+    canvas.text(MARGIN, 0.13, fitted(page.class_name, COLUMN - 2 * MARGIN, 9, bold=True)[0], size=9, bold=True)
+    ranking = "mean contribution" if by_contribution else "strength above the mean"
+    canvas.text(MARGIN, 0.31, f"{images}, {page.recall:.0%} predicted right", colour=FAINT)
+    canvas.text(COLUMN - MARGIN, 0.31, ranking, colour=FAINT, align="right")
+
+    top = HEAD + MARGIN
+    side = (GRID - 2 * GAP) / 3
+    for place, image in enumerate(page.images):
+        canvas.image(image, MARGIN + place % 3 * (side + GAP), top + place // 3 * (side + GAP), side)
+    left = MARGIN + GRID + 0.08
+    width = COLUMN - MARGIN - left
+    end = top
+    if rows:
+        end = bar_rows(canvas, left, top, width, rows, label_width=0.86, row_height=ROW)
+    if by_contribution:
+        canvas.line(left, end + 0.015, left + width, end + 0.015)
+        canvas.text(left + 0.86, end + 0.03 + ROW / 2, "mean logit", align="right", bold=True)
+        canvas.text(left + width, end + 0.03 + ROW / 2, signed(page.mean_logit), align="right", bold=True)
+    return canvas
