@@ -462,7 +462,7 @@ def explained_sae(settings: Settings, args: argparse.Namespace) -> SAERun:
     run = sae_from(args)
     if _said(args, SAE_FLAGS):
         return run
-    return find_sae(settings, run, _preset_name(settings, SAE_FLAGS))
+    return find_sae(settings, run, _preset_name(settings, SAE_FLAGS, paper=True))
 
 
 def explained_probe(settings: Settings, args: argparse.Namespace, run: SAERun) -> ProbeRun:
@@ -470,7 +470,8 @@ def explained_probe(settings: Settings, args: argparse.Namespace, run: SAERun) -
     probe = wanted_probe(settings, args)
     if _said(args, PROBE_FLAGS):
         return probe
-    return find_probe(settings, run, probe, _preset_name(settings, PROBE_FLAGS))
+    paper = args.probe_dataset in PAPER_SETTINGS
+    return find_probe(settings, run, probe, _preset_name(settings, PROBE_FLAGS, paper=paper))
 
 
 def wanted_probe(settings: Settings, args: argparse.Namespace) -> ProbeRun:
@@ -486,8 +487,10 @@ def wanted_probe(settings: Settings, args: argparse.Namespace) -> ProbeRun:
     return probe_from(args)
 
 
-def _preset_name(settings: Settings, flags: tuple[str, ...]) -> str:
-    return "as `defaults` of config.py say" if set(flags) & set(settings.defaults) else "the paper's settings"
+def _preset_name(settings: Settings, flags: tuple[str, ...], *, paper: bool) -> str:
+    if set(flags) & set(settings.defaults):
+        return "as `defaults` of config.py say"
+    return "the paper's settings" if paper else "the flags' defaults"
 
 
 def computed(settings: Settings, args: argparse.Namespace, wanted: Path, script: str, *, last: str = "") -> Path:

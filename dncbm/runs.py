@@ -59,9 +59,10 @@ def find_explanation(settings: Settings, wanted: Path, script: str, *, any_sae: 
     if len(found) == 1:
         print(f"drawn from the only one computed: {artifacts.dump(found[0])}")
         return found[0]
+    place = wanted.parent if any_last else wanted
     others = f", or name one of {', '.join(map(str, found))} by its flags" if found else ""
     raise UserError(
-        f"nothing to draw in {wanted.parent if any_last else wanted}: run `python scripts/visualization/{script}` with the same flags{others}"
+        f"nothing to draw in {place}: run `python scripts/visualization/{script}` with the same flags{others}"
     )
 
 

@@ -118,14 +118,19 @@ def make_dump(folder: Path, recipe: Recipe, compute: Callable[[], Computed], *, 
 
 
 def choose(
-    settings: Settings, dump: Dump, items: Sequence[int], images: Callable[[Iterable[int]], Mapping[str, Integers]]
+    settings: Settings,
+    dump: Dump,
+    what: str,
+    items: Sequence[int],
+    images: Callable[[Iterable[int]], Mapping[str, Integers]],
 ) -> None:
     """Add the thumbnails that some items need to a dump, and note that they were chosen.
 
     Args:
         settings: the config, which says where the images are.
         dump: a finished dump.
-        items: latents, clusters, images or classes, in the order of the figures.
+        what: latents, clusters, images or classes.
+        items: their numbers, in the order of the figures.
         images: items -> dataset -> the indices of its images.
 
     Raises:
@@ -137,7 +142,7 @@ def choose(
     earlier = dump.chosen
     known = set(earlier)
     write_json(dump.folder / "chosen.json", earlier + [int(item) for item in items if int(item) not in known])
-    print(f"numbers of everything, and images of {len(items)} of it, to draw from: {dump.folder}")
+    print(f"{len(items)} {what} to draw: {dump.folder}")
 
 
 def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, missing: list[int]) -> None:

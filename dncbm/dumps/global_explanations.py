@@ -137,7 +137,7 @@ def dump(
 
     folder = artifacts.dump(artifacts.global_explanations(run, probe, split))
     made = make_dump(folder, recipe, compute, overwrite=overwrite)
-    choose(settings, made, items(made, selection or Selection()), lambda classes: _images(made, classes))
+    choose(settings, made, "classes", items(made, selection or Selection()), lambda classes: _images(made, classes))
     return folder
 
 

@@ -125,9 +125,8 @@ def dump(
 
     folder = artifacts.dump(artifacts.local_explanations(run, probe, split))
     made = make_dump(folder, recipe, compute, overwrite=overwrite)
-    choose(
-        settings, made, items(made, selection or Selection()), lambda images: {probe.dataset: np.array(list(images))}
-    )
+    chosen = items(made, selection or Selection())
+    choose(settings, made, "images", chosen, lambda images: {probe.dataset: np.array(list(images))})
     return folder
 
 

@@ -203,7 +203,7 @@ def dump(
         sources.inputs | {"split": fingerprint(artifacts.probe_split(dataset))},
     )
     made = make_dump(artifacts.dump(place), recipe, compute, overwrite=overwrite)
-    choose(settings, made, items(made, selection or Selection()), lambda clusters: _images(made, clusters))
+    choose(settings, made, "clusters", items(made, selection or Selection()), lambda clusters: _images(made, clusters))
     return made.folder
 
 

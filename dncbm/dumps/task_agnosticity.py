@@ -61,6 +61,7 @@ class Page:
     name: str
     title: str
     datasets: tuple[str, ...]
+    split: str
     latents: tuple[LatentImages, ...]
 
 
@@ -122,7 +123,7 @@ def dump(
     recipe = Recipe("task_agnosticity", {"datasets": list(datasets), "stored": N_STORED}, inputs)
     folder = artifacts.dump(artifacts.task_agnosticity(run, split))
     made = make_dump(folder, recipe, compute, overwrite=overwrite)
-    choose(settings, made, items(made, selection or Selection()), lambda latents: _images(made, latents))
+    choose(settings, made, "latents", items(made, selection or Selection()), lambda latents: _images(made, latents))
     return folder
 
 
@@ -164,7 +165,7 @@ def pages(dump: Dump, latents: Sequence[int]) -> list[Page]:
             for latent in members
         )
         title = ", ".join(latent.label for latent in shown)
-        found.append(Page("latents_" + "_".join(map(str, members)), title, datasets, shown))
+        found.append(Page("latents_" + "_".join(map(str, members)), title, datasets, dump.about["split"], shown))
     return found
 
 

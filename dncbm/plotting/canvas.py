@@ -1,7 +1,7 @@
 """A page in inches: text that is measured, images, bars. Everything lies where it is put, so nothing overlaps by chance."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,15 @@ def need_latex() -> None:
         )
 
 
-def signed(value: float) -> str:
-    """`+1.23`, `−0.40`; a minus as long as the plus. As many digits as make three, at most four behind the point."""
-    if value == 0:
-        return "0"
-    digits = min(4, max(0, 2 - int(np.floor(np.log10(abs(value))))))
-    return f"{value:+.{min(digits, 2) if abs(value) >= 0.1 else digits}f}".replace("-", "−")
+def decimals(values: Iterable[float]) -> int:
+    """Digits behind the point for the numbers of a figure, so that they have about three in all."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return min(4, max(1, 2 - int(np.floor(np.log10(largest * 2))))) if largest else 2
+
+
+def signed(value: float, digits: int) -> str:
+    """`+1.23`, `−0.40`; a minus as long as the plus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def bar_rows(
@@ -188,8 +191,9 @@ def bar_rows(
     *,
     label_width: float,
     row_height: float,
-) -> float:
-    """Rows of a label, a bar from a common zero and its value. Returns where they end.
+    total: tuple[str, float] | None = None,
+) -> None:
+    """Rows of a label, a bar from a common zero and its value.
 
     Args:
         canvas: the page.
@@ -199,9 +203,12 @@ def bar_rows(
         rows: label, value and colour.
         label_width: of the longest label.
         row_height: from one row to the next.
+        total: label and value of a last row below a line, without a bar.
     """
     value_width = 0.38
-    low, high = min(0.0, *(value for _, value, _ in rows)), max(0.0, *(value for _, value, _ in rows))
+    values = [0.0, *(value for _, value, _ in rows)]
+    low, high = min(values), max(values)
+    digits = decimals([*values, total[1] if total else 0.0])
     room = width - label_width - value_width - 0.12
     scale = room / ((high - low) or 1)
     zero = x + label_width + 0.06 - low * scale
@@ -209,10 +216,14 @@ def bar_rows(
         middle = y + row_height / 2
         canvas.text(x + label_width, middle, fitted_label(label, label_width), align="right")
         canvas.rectangle(zero, y + row_height * 0.16, value * scale, row_height * 0.68, colour)
-        canvas.text(x + width, middle, signed(value), align="right")
+        canvas.text(x + width, middle, signed(value, digits), align="right")
         y += row_height
     canvas.line(zero, y - row_height * len(rows), zero, y, INK, 0.6)
-    return y
+    if total is not None:
+        canvas.line(x, y + 0.015, x + width, y + 0.015)
+        middle = y + 0.03 + row_height / 2
+        canvas.text(x + label_width, middle, total[0], align="right", bold=True)
+        canvas.text(x + width, middle, signed(total[1], digits), align="right", bold=True)
 
 
 def sign_colour(value: float) -> str:

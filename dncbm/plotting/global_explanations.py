@@ -1,10 +1,10 @@
 """Global explanations: a class, images of it, and the concepts that lead it."""
 
 from dncbm.dumps.global_explanations import Page
-from dncbm.plotting.canvas import COLUMN, FAINT, REST, Canvas, bar_rows, fitted, sign_colour, signed
+from dncbm.plotting.canvas import COLUMN, FAINT, REST, Canvas, bar_rows, fitted, sign_colour
 from dncbm.plotting.local_explanations import others
 
-MARGIN, GRID, GAP, ROW, HEAD = 0.06, 1.32, 0.03, 0.155, 0.38
+MARGIN, GRID, GAP, ROW, HEAD = 0.06, 1.4, 0.03, 0.14, 0.38
 
 
 def draw(page: Page, *, use_latex: bool = False) -> Canvas:
@@ -28,11 +28,6 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
         canvas.image(image, MARGIN + place % 3 * (side + GAP), top + place // 3 * (side + GAP), side)
     left = MARGIN + GRID + 0.08
     width = COLUMN - MARGIN - left
-    end = top
-    if rows:
-        end = bar_rows(canvas, left, top, width, rows, label_width=0.86, row_height=ROW)
-    if by_contribution:
-        canvas.line(left, end + 0.015, left + width, end + 0.015)
-        canvas.text(left + 0.86, end + 0.03 + ROW / 2, "mean logit", align="right", bold=True)
-        canvas.text(left + width, end + 0.03 + ROW / 2, signed(page.mean_logit), align="right", bold=True)
+    total = ("mean logit", page.mean_logit) if by_contribution else None
+    bar_rows(canvas, left, top, width, rows, label_width=0.82, row_height=ROW, total=total)
     return canvas

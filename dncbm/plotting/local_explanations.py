@@ -17,7 +17,7 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     share = f"{page.probability:.0%}"
     for y, what, name, more in (
         (0.12, "predicted", page.predicted, share),
-        (0.28, "true", page.true, "" if page.right else f"logit {signed(page.true_logit)}"),
+        (0.28, "true", page.true, "" if page.right else f"logit {signed(page.true_logit, 2)}"),
     ):
         right = badge - 0.08 if what == "predicted" else COLUMN - MARGIN
         canvas.text(MARGIN, y, what, colour=FAINT)
@@ -29,10 +29,7 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     canvas.image(page.image, MARGIN, top, IMAGE)
     left = MARGIN + IMAGE + 0.08
     width = COLUMN - MARGIN - left
-    end = bar_rows(canvas, left, top, width, rows, label_width=0.88, row_height=ROW)
-    canvas.line(left, end + 0.015, left + width, end + 0.015)
-    canvas.text(left + 0.88, end + 0.03 + ROW / 2, "logit", align="right", bold=True)
-    canvas.text(left + width, end + 0.03 + ROW / 2, signed(page.logit), align="right", bold=True)
+    bar_rows(canvas, left, top, width, rows, label_width=0.88, row_height=ROW, total=("logit", page.logit))
     return canvas
 
 

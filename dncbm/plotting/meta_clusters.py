@@ -22,8 +22,7 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
         for number, image in enumerate(cluster.images):
             canvas.image(image, MARGIN + number % 3 * (side + GAP), top + HEAD + number // 3 * (side + GAP), side)
         rows = [(label, value, sign_colour(value)) for label, value in cluster.concepts]
-        if rows:
-            bar_rows(canvas, left, top + HEAD, COLUMN - MARGIN - left, rows, label_width=0.95, row_height=ROW)
+        bar_rows(canvas, left, top + HEAD, COLUMN - MARGIN - left, rows, label_width=0.95, row_height=ROW)
         if place:
             canvas.line(MARGIN, top + 0.02, COLUMN - MARGIN, top + 0.02, "#d0d0d0")
     return canvas

@@ -20,7 +20,7 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     canvas = Canvas(width, HEAD + block * len(page.latents) + MARGIN, use_latex=use_latex)
     for column, dataset in enumerate(page.datasets):
         x = MARGIN + column * (cell + BETWEEN)
-        canvas.text(x + cell / 2, HEAD / 2, fitted(dataset, cell)[0], align="center", colour=FAINT)
+        canvas.text(x + cell / 2, HEAD / 2, fitted(f"{dataset} ({page.split})", cell)[0], align="center", colour=FAINT)
     for row, latent in enumerate(page.latents):
         top = HEAD + row * block
         if row or n:
