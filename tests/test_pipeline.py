@@ -199,6 +199,24 @@ def test_summary_holds_what_it_promises(finished: Path) -> None:
     assert (finished.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
 
 
+def test_explanations_are_drawn_of_the_pipelines_output(finished: Path) -> None:
+    """Through the scripts, by the flags of training; what is drawn needs only the dumps."""
+    flags = ["--num_epochs", "30", "--probe_epochs", "20", "--limit", "2"]
+    pages = {"task_agnosticity": 2, "meta_clustering": 1, "local_explanations": 2, "global_explanations": 2}
+    analysis = finished.parent / "run/analysis"
+    for kind, n_pages in pages.items():
+        more = ["--n_clusters", "2"] if kind == "meta_clustering" else []
+        more += [] if kind == "task_agnosticity" else ["--probe_split", "train"]
+        run(f"scripts/visualization/vis_{kind}_dump.py", *flags, *more, config=finished)
+        done = run(f"scripts/visualization/vis_{kind}_plot.py", *flags, *more, config=finished)
+        folder = Path(done.stdout.splitlines()[-1].removeprefix("contact sheet: ")).parent
+        assert folder.is_relative_to(analysis)
+        assert len(list(folder.glob("*.pdf"))) == len(list(folder.glob("*.png"))) == n_pages
+        assert (folder / "index.html").is_file()
+        again = run(f"scripts/visualization/vis_{kind}_plot.py", *flags, *more, config=finished)
+        assert f"0 pages drawn, {n_pages} were there" in again.stdout
+
+
 def test_baselines_and_exact_zeros_land_in_the_papers_table(finished: Path, tmp_path: Path) -> None:
     folder = copy_of(finished, tmp_path)
     config = folder / "config.py"

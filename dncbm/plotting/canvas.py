@@ -172,9 +172,9 @@ def need_latex() -> None:
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Digits behind the point for the numbers of a figure, so that they have about three in all."""
+    """Digits behind the point for the numbers of a figure, so that the largest has three in all."""
     largest = max((abs(value) for value in values), default=0.0)
-    return min(4, max(1, 2 - int(np.floor(np.log10(largest * 2))))) if largest else 2
+    return min(4, max(1, 2 - int(np.floor(np.log10(largest))))) if largest else 2
 
 
 def signed(value: float, digits: int) -> str:

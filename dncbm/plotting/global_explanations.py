@@ -11,7 +11,7 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     """A column wide: the class above; three by three images; bars that sum to the mean logit."""
     by_contribution = page.rank_by == "contribution"
     rows = [(label, value, sign_colour(value)) for label, value in page.concepts]
-    if by_contribution:
+    if by_contribution and page.n_remaining:
         rows.append((others(page.n_remaining), page.remaining, REST))
     body = max(GRID, (len(rows) + 1) * ROW + 0.03)
     canvas = Canvas(COLUMN, HEAD + body + 2 * MARGIN, use_latex=use_latex)

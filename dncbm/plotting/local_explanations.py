@@ -9,7 +9,8 @@ MARGIN, IMAGE, ROW, HEAD = 0.06, 1.2, 0.165, 0.36
 def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     """A column wide: predicted and true class above; the image; bars that sum to the logit."""
     rows = [(label, value, sign_colour(value)) for label, value in page.concepts]
-    rows.append((others(page.n_remaining), page.remaining, REST))
+    if page.n_remaining:
+        rows.append((others(page.n_remaining), page.remaining, REST))
     height = HEAD + 2 * MARGIN + max(IMAGE, (len(rows) + 1) * ROW + 0.03)
     canvas = Canvas(COLUMN, height, use_latex=use_latex)
 
