@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,8 +93,9 @@ def plot(
         description = _description(page, dump, number, drawing.use_latex)
         if drawing.overwrite or _read_description(figures / f"{page.name}.png").get("key") != description["key"]:
             todo[page] = json.dumps(description)
-    _draw_all(todo, partial(_draw_page, draw, figures, drawing.use_latex), drawing.workers, figures.parent.parts[-1])
-    sheet = contact_sheet(figures, f"{kind.__name__.rsplit('.', 1)[-1].replace('_', ' ')}, {dump.about['encoder']}")
+    title = kind.__name__.rsplit(".", 1)[-1].replace("_", " ")
+    draw_all(todo, draw, figures, use_latex=drawing.use_latex, workers=drawing.workers, title=title)
+    sheet = contact_sheet(figures, f"{title}, {dump.about['encoder']}")
     kept = len(pages) - len(todo)
     print(f"{len(todo)} pages drawn{f', {kept} were there' if kept else ''}: {figures}")
     print(f"contact sheet: {sheet}")
@@ -103,6 +104,8 @@ def plot(
 
 def _to_draw(dump: Dump, kind: ModuleType, selection: Selection) -> list[int]:
     chosen = dump.chosen
+    if not chosen:
+        raise UserError(f"no images in {dump.folder} yet: run the _dump.py of this figure again, it was interrupted")
     if not selection:
         return chosen
     if selection == Selection(limit=selection.limit):
@@ -119,7 +122,7 @@ def _to_draw(dump: Dump, kind: ModuleType, selection: Selection) -> list[int]:
 
 
 def _description(page: Page, dump: Dump, number: int, use_latex: bool) -> dict[str, Any]:
-    content = json.dumps(asdict(page), default=str)  # type: ignore[call-overload]
+    content = json.dumps(asdict(page), default=lambda path: path.name)  # type: ignore[call-overload]
     key = text_hash([content, dump.fingerprint, str(use_latex), str(STYLE)])
     return {"key": key, "dump": dump.fingerprint, "title": page.title, "number": number}
 
@@ -145,21 +148,27 @@ def _remove_old(figures: Path, dump: Dump) -> None:
         print(f"removed {len(old)} pages of an earlier dump")
 
 
-def _draw_page(draw: Draw, figures: Path, use_latex: bool, page: Page, description: str) -> None:
-    canvas = draw(page, use_latex=use_latex)
-    canvas.save(figures / f"{page.name}.pdf", figures / f"{page.name}.png", description)
+def draw_all(pages: Mapping[Any, str], draw: Draw, figures: Path, *, use_latex: bool, workers: int, title: str) -> None:
+    """Draw pages as `<name>.pdf` and `<name>.png`; in parallel where there are many.
 
-
-def _draw_all(todo: dict[Page, str], draw_page: Callable[[Page, str], None], workers: int, title: str) -> None:
-    with tqdm(desc=title, total=len(todo), unit="page", disable=not todo) as bar:
-        if workers < 2 or len(todo) <= FEW:
-            for page, description in todo.items():
+    Args:
+        pages: page -> what its PNG says of it.
+        draw: page -> Canvas.
+        figures: the folder.
+        use_latex: let LaTeX set the text.
+        workers: processes.
+        title: of the progress bar.
+    """
+    draw_page = partial(_draw_page, draw, figures, use_latex)
+    with tqdm(desc=title, total=len(pages), unit="page", disable=not pages) as bar:
+        if workers < 2 or len(pages) <= FEW:
+            for page, description in pages.items():
                 draw_page(page, description)
                 bar.update()
             return
         # Not forked: torch and matplotlib have threads here.
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(draw_page, page, description) for page, description in todo.items()]
+        with ProcessPoolExecutor(min(workers, len(pages)), mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(draw_page, page, description) for page, description in pages.items()]
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -167,6 +176,11 @@ def _draw_all(todo: dict[Page, str], draw_page: Callable[[Page, str], None], wor
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _draw_page(draw: Draw, figures: Path, use_latex: bool, page: Page, description: str) -> None:
+    canvas = draw(page, use_latex=use_latex)
+    canvas.save(figures / f"{page.name}.pdf", figures / f"{page.name}.png", description)
 
 
 def contact_sheet(figures: Path, title: str) -> Path:

@@ -400,3 +400,8 @@ class TestPages:
         monkeypatch.setattr("shutil.which", lambda _: None)
         with refusal("--use_latex", "dvipng"):
             draw(use_latex=True)
+
+    def test_a_dump_without_images_is_refused(self, draw, folder: Path, refusal) -> None:
+        (folder / "data" / "chosen.json").unlink()
+        with refusal("no images", folder / "data", "_dump.py"):
+            draw()
