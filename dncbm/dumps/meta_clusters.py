@@ -1,6 +1,6 @@
 """Meta clusters (METHOD section 5): groups of images with similar concept strengths, and the concepts that set them apart.
 
-Arrays of `numbers.npz`, a row for each cluster that is large enough, the largest first:
+Arrays of `numbers.npz`, a row for each cluster that is large enough, first the one whose leading concept stands out most:
 
 - `cluster`, `size`: its number, and of how many images.
 - `concepts`, `strengths`: the N_CONCEPTS latents of largest mean-centred strength; -1 where there are fewer.
@@ -170,13 +170,14 @@ def dump(
         )
         classes = probe_labels(settings, dataset, split, strengths.keys)
         sizes = np.bincount(labels, minlength=n_clusters)
-        clusters = np.argsort(-sizes, kind="stable")
-        clusters = clusters[sizes[clusters] >= MIN_IMAGES]
+        clusters = np.flatnonzero(sizes >= MIN_IMAGES)
         if not len(clusters):
             raise UserError(
                 f"none of the {n_clusters} clusters has {MIN_IMAGES} images: ask for fewer with --n_clusters"
             )
         centred = mean_centred(mean_strengths(strengths.matrix, labels, n_clusters), strengths.matrix)
+        outstanding = leading(centred, 1).values[clusters, 0]
+        clusters = clusters[np.argsort(-outstanding, kind="stable")]
         top = leading(centred[clusters], N_CONCEPTS)
         images, frequent, shares = [], [], []
         for cluster in clusters:
@@ -208,8 +209,8 @@ def dump(
 
 
 def items(dump: Dump, selection: Selection) -> list[int]:
-    """The clusters to draw, the largest first. A class chooses those in which it is the most frequent, a concept those that it
-    leads with others.
+    """The clusters to draw, the most outstanding first. A class chooses those in which it is the most frequent, a concept those
+    that it leads with others.
 
     Raises:
         UserError: a selection names what is not there.

@@ -158,7 +158,8 @@ def fitted_label(label: str, width: float, size: float = TEXT) -> str:
 def latex_escaped(text: str) -> str:
     """A text that LaTeX prints as it is."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "…": r"\dots{}"}
-    special |= {character: "\\" + character for character in "&%$#_{}"} | {"−": "$-$", "·": r"$\cdot$", "–": "--"}
+    special |= {character: "\\" + character for character in "&%$#_{}"} | {"−": "$-$"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
     return "".join(special.get(character, character) for character in text)
 
 

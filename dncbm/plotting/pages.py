@@ -180,7 +180,13 @@ def draw_all(pages: Mapping[Any, str], draw: Draw, figures: Path, *, use_latex: 
 
 def _draw_page(draw: Draw, figures: Path, use_latex: bool, page: Page, description: str) -> None:
     canvas = draw(page, use_latex=use_latex)
-    canvas.save(figures / f"{page.name}.pdf", figures / f"{page.name}.png", description)
+    try:
+        canvas.save(figures / f"{page.name}.pdf", figures / f"{page.name}.png", description)
+    except RuntimeError as error:  # what matplotlib makes of LaTeX's failure
+        if not use_latex:
+            raise
+        reason = next((line for line in str(error).splitlines() if line.startswith("!")), str(error).splitlines()[0])
+        raise UserError(f"LaTeX cannot set the page {page.name} ({reason}): leave --use_latex out") from error
 
 
 def contact_sheet(figures: Path, title: str) -> Path:

@@ -155,11 +155,12 @@ class TestClusters:
         dump = clusters(world)
         labels = np.load(dump.folder.parent / "clustering" / "labels.npy")
         centred = world.z.astype(np.float64) - world.z.mean(axis=0)
-        assert dump.numbers["size"].tolist() == sorted(
-            (size for size in np.bincount(labels).tolist() if size >= 9), reverse=True
-        )
+        assert set(dump.numbers["cluster"]) == set(np.flatnonzero(np.bincount(labels) >= 9))
+        leads = [centred[labels == cluster].mean(axis=0).max() for cluster in dump.numbers["cluster"]]
+        assert leads == sorted(leads, reverse=True), "the one that stands out most comes first"
         for row, cluster in enumerate(dump.numbers["cluster"]):
             members = labels == cluster
+            assert dump.numbers["size"][row] == members.sum()
             means = centred[members].mean(axis=0)
             leading = [f for f in np.argsort(-means, kind="stable") if means[f] > 0][:6]
             shown = [concept for concept in dump.numbers["concepts"][row] if concept >= 0]

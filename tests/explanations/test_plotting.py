@@ -268,6 +268,7 @@ class TestFitting:
 
     def test_latex_prints_it_as_it_is(self) -> None:
         assert latex_escaped("50%_of_$1 & #2") == r"50\%\_of\_\$1 \& \#2"
+        assert latex_escaped("<a>|") == r"\textless{}a\textgreater{}\textbar{}"
         assert latex_escaped("a\\b~^{}") == r"a\textbackslash{}b\textasciitilde{}\textasciicircum{}\{\}"
 
 
@@ -405,3 +406,13 @@ class TestPages:
         (folder / "data" / "chosen.json").unlink()
         with refusal("no images", folder / "data", "_dump.py"):
             draw()
+
+    def test_latex_that_fails_is_one_line(self, draw, monkeypatch, refusal) -> None:
+        monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/latex")
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("latex was not able to process\n! Undefined control sequence.\nmore")
+
+        monkeypatch.setattr(Canvas, "save", fails)
+        with refusal("image_", "! Undefined control sequence.", "--use_latex"):
+            draw(use_latex=True)
