@@ -209,8 +209,9 @@ def dump(
 
 
 def items(dump: Dump, selection: Selection) -> list[int]:
-    """The clusters to draw, the most outstanding first. A class chooses those in which it is the most frequent, a concept those
-    that it leads with others.
+    """The clusters to draw, the most outstanding first.
+
+    A class chooses those in which it is the most frequent, a concept those that it leads with others.
 
     Raises:
         UserError: a selection names what is not there.

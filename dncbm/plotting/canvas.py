@@ -159,7 +159,7 @@ def latex_escaped(text: str) -> str:
     """A text that LaTeX prints as it is."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "…": r"\dots{}"}
     special |= {character: "\\" + character for character in "&%$#_{}"} | {"−": "$-$"}
-    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''"}
     return "".join(special.get(character, character) for character in text)
 
 
