@@ -9,7 +9,7 @@ data_dir = "data"  # image features, labels and splits
 sae_dir = "SAE"  # sparse autoencoders and the names of their latents
 probe_dir = "probe"  # concept strengths, linear probes, probe_results.csv
 vocab_dir = "vocab"  # <vocabulary>.txt, one word a line, and its text embeddings
-analysis_dir = "analysis"  # figures and summaries
+analysis_dir = "analysis"  # explanations, figures and summaries
 
 # The vocabulary that names the latents: vocab_dir/<vocabulary>.txt
 vocabulary = "clipdissect_20k"

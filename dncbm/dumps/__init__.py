@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dncbm.artifacts import Artifacts, SAERun
+from dncbm.artifacts import Artifacts, ProbeRun, SAERun
 from dncbm.concepts import ConceptStrengths, load_concept_strengths
 from dncbm.datasets.probe import display_name, probe_images
 from dncbm.errors import UserError
-from dncbm.features import default_cores, probe_class_names
+from dncbm.features import default_cores, probe_class_names, probe_labels
 from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, manifest_path, whole_file, write_json
 from dncbm.naming import ConceptName, concept_labels, read_names
+from dncbm.probing import load_probe
 from dncbm.settings import Settings
 
 Integers = NDArray[np.int64]
@@ -212,6 +214,33 @@ def read_sources(settings: Settings, run: SAERun, dataset: str, split: str) -> S
     return Sources(strengths, names, inputs)
 
 
+@dataclass(frozen=True)
+class ProbedSources(Sources):
+    """The same with a probe on the concepts, and the labels of the images."""
+
+    weight: torch.Tensor
+    """F x C."""
+    labels: Integers
+
+
+def read_probed_sources(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> ProbedSources:
+    """Read what predictions are explained from. Raises as `read_sources`, and UserError where there is no probe for it."""
+    artifacts = Artifacts(settings)
+    weight = load_probe(settings, run, probe)
+    sources = read_sources(settings, run, probe.dataset, split)
+    if len(weight) != len(sources.names):
+        raise UserError(
+            f"{artifacts.probe(run, probe)} weighs {len(weight)} concepts and the strengths have {len(sources.names)}: "
+            "train it again with `python scripts/07_train_linear_probe.py --overwrite`"
+        )
+    inputs = sources.inputs | {
+        "probe": fingerprint(artifacts.probe(run, probe)),
+        "split": fingerprint(artifacts.probe_split(probe.dataset)),
+    }
+    labels = probe_labels(settings, probe.dataset, split, sources.strengths.keys)
+    return ProbedSources(sources.strengths, sources.names, inputs, weight, labels)
+
+
 def about_run(run: SAERun, split: str, names: Sequence[ConceptName]) -> dict[str, Any]:
     """The texts of every dump."""
     return {
@@ -284,3 +313,29 @@ def known_indices(selection: Selection, known: Integers, what: str) -> Integers:
     if len(unknown):
         raise UserError(f"--indices: there is no {what} {unknown[0]}")
     return wanted
+
+
+def narrowed(
+    dump: Dump, selection: Selection, of: Integers, what: str, classes: NDArray[Any], concepts: NDArray[Any]
+) -> list[int]:
+    """What a selection chooses among all that a dump explains.
+
+    Args:
+        dump: the dump.
+        selection: indices, and names of classes and concepts, one of each of which it has to have.
+        of: the number of each item.
+        what: what a number is of, for the error.
+        classes: items x any, the classes that an item has.
+        concepts: items x any, the concepts that an item has.
+
+    Raises:
+        UserError: it chooses nothing, or names what is not there.
+    """
+    items = known_indices(selection, of, what) if selection.indices else of
+    for wanted, having in ((chosen_classes(dump, selection), classes), (chosen_concepts(dump, selection), concepts)):
+        if wanted is not None:
+            items = items[np.isin(items, of[np.isin(having, wanted).any(axis=1)])]
+    if not len(items):
+        raise UserError("--classes, --concepts: nothing has all that was chosen")
+    numbers: list[int] = items.tolist()
+    return numbers

@@ -24,18 +24,13 @@ from dncbm.dumps import (
     Selection,
     about_run,
     choose,
-    chosen_classes,
-    chosen_concepts,
     class_texts,
-    known_indices,
     make_dump,
-    read_sources,
+    narrowed,
+    read_probed_sources,
 )
-from dncbm.errors import UserError
 from dncbm.explanations import contributions, leading, mean_centred, mean_strengths, predict
-from dncbm.features import probe_labels
-from dncbm.manifests import Recipe, fingerprint
-from dncbm.probing import load_probe
+from dncbm.manifests import Recipe
 from dncbm.settings import Settings
 
 N_CONCEPTS = 10
@@ -88,23 +83,13 @@ def dump(
         UserError: no probe, strengths or names.
         StaleArtifact: there is a dump from other inputs.
     """
-    artifacts = Artifacts(settings)
-    weight = load_probe(settings, run, probe)
-    sources = read_sources(settings, run, probe.dataset, split)
+    sources = read_probed_sources(settings, run, probe, split)
     seed = run.training.seed
-    recipe = Recipe(
-        "global_explanations",
-        {"concepts": N_CONCEPTS, "seed": seed},
-        sources.inputs
-        | {
-            "probe": fingerprint(artifacts.probe(run, probe)),
-            "split": fingerprint(artifacts.probe_split(probe.dataset)),
-        },
-    )
+    recipe = Recipe("global_explanations", {"concepts": N_CONCEPTS, "seed": seed}, sources.inputs)
 
     def compute() -> Computed:
         strengths, keys = sources.strengths.matrix, sources.strengths.keys
-        labels = probe_labels(settings, probe.dataset, split, keys)
+        weight, labels = sources.weight, sources.labels
         n_classes = weight.shape[1]
         sizes = np.bincount(labels, minlength=n_classes)
         classes = np.flatnonzero(sizes)
@@ -135,6 +120,7 @@ def dump(
         texts = about_run(run, split, sources.names) | class_texts(settings, probe.dataset)
         return arrays, texts | {"probe": probe.config_name}
 
+    artifacts = Artifacts(settings)
     folder = artifacts.dump(artifacts.global_explanations(run, probe, split))
     made = make_dump(folder, recipe, compute, overwrite=overwrite)
     choose(settings, made, "classes", items(made, selection or Selection()), lambda classes: _images(made, classes))
@@ -148,19 +134,10 @@ def items(dump: Dump, selection: Selection) -> list[int]:
         UserError: a selection names what is not there.
     """
     numbers = dump.numbers
-    classes: Integers = numbers["class_number"]
-    if selection.indices:
-        classes = known_indices(
-            selection, classes, f"class with images in the {dump.about['split']} split and the number"
-        )
-    if (named := chosen_classes(dump, selection)) is not None:
-        classes = classes[np.isin(classes, named)]
-    if (concepts := chosen_concepts(dump, selection)) is not None:
-        led = np.isin(np.hstack([numbers["concepts"], numbers["strength_concepts"]]), concepts).any(axis=1)
-        classes = classes[np.isin(classes, numbers["class_number"][led])]
-    if not len(classes):
-        raise UserError("--classes, --concepts: no class with images has what was chosen")
-    return limited(classes.tolist(), selection.limit)
+    classes = numbers["class_number"]
+    what = f"class with images in the {dump.about['split']} split and the number"
+    concepts = np.hstack([numbers["concepts"], numbers["strength_concepts"]])
+    return limited(narrowed(dump, selection, classes, what, classes[:, None], concepts), selection.limit)
 
 
 def limited(classes: list[int], n_figures: int | None) -> list[int]:

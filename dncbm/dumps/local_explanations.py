@@ -19,22 +19,16 @@ from dncbm.artifacts import Artifacts, ProbeRun, SAERun
 from dncbm.dumps import (
     Computed,
     Dump,
-    Integers,
     Selection,
     about_run,
     choose,
-    chosen_classes,
-    chosen_concepts,
     class_texts,
-    known_indices,
     make_dump,
-    read_sources,
+    narrowed,
+    read_probed_sources,
 )
-from dncbm.errors import UserError
 from dncbm.explanations import contributions, leading, predict
-from dncbm.features import probe_labels
-from dncbm.manifests import Recipe, fingerprint
-from dncbm.probing import load_probe
+from dncbm.manifests import Recipe
 from dncbm.settings import Settings
 
 N_CONCEPTS = 5
@@ -90,27 +84,16 @@ def dump(
         UserError: no probe, strengths or names.
         StaleArtifact: there is a dump from other inputs.
     """
-    artifacts = Artifacts(settings)
-    weight = load_probe(settings, run, probe)
-    sources = read_sources(settings, run, probe.dataset, split)
-    recipe = Recipe(
-        "local_explanations",
-        {"concepts": N_CONCEPTS},
-        sources.inputs
-        | {
-            "probe": fingerprint(artifacts.probe(run, probe)),
-            "split": fingerprint(artifacts.probe_split(probe.dataset)),
-        },
-    )
+    sources = read_probed_sources(settings, run, probe, split)
+    recipe = Recipe("local_explanations", {"concepts": N_CONCEPTS}, sources.inputs)
 
     def compute() -> Computed:
-        strengths, keys = sources.strengths.matrix, sources.strengths.keys
-        labels = probe_labels(settings, probe.dataset, split, keys)
-        predictions = predict(strengths, weight, labels)
+        strengths, weight = sources.strengths.matrix, sources.weight
+        predictions = predict(strengths, weight, sources.labels)
         top = leading(contributions(strengths, weight, predictions.classes), N_CONCEPTS, by_magnitude=True)
         arrays = {
-            "image": keys,
-            "true_class": labels,
+            "image": sources.strengths.keys,
+            "true_class": sources.labels,
             "predicted_class": predictions.classes,
             "logit": predictions.logits,
             "probability": predictions.probabilities,
@@ -123,6 +106,7 @@ def dump(
         texts = about_run(run, split, sources.names) | class_texts(settings, probe.dataset)
         return arrays, texts | {"probe": probe.config_name}
 
+    artifacts = Artifacts(settings)
     folder = artifacts.dump(artifacts.local_explanations(run, probe, split))
     made = make_dump(folder, recipe, compute, overwrite=overwrite)
     chosen = items(made, selection or Selection())
@@ -137,18 +121,9 @@ def items(dump: Dump, selection: Selection) -> list[int]:
         UserError: a selection names what is not there.
     """
     numbers = dump.numbers
-    images: Integers = numbers["image"]
-    if selection.indices:
-        images = known_indices(selection, images, f"image in the {dump.about['split']} split with the index")
-    for wanted, having in (
-        (chosen_classes(dump, selection), numbers["true_class"][:, None]),
-        (chosen_concepts(dump, selection), numbers["concepts"]),
-    ):
-        if wanted is not None:
-            images = images[np.isin(images, numbers["image"][np.isin(having, wanted).any(axis=1)])]
-    if not len(images):
-        raise UserError("--classes, --concepts: no image has what was chosen")
-    return limited(images.tolist(), selection.limit or (None if selection.indices else FIGURES))
+    what = f"image in the {dump.about['split']} split with the index"
+    images = narrowed(dump, selection, numbers["image"], what, numbers["true_class"][:, None], numbers["concepts"])
+    return limited(images, selection.limit or (None if selection.indices else FIGURES))
 
 
 def limited(images: list[int], n_figures: int | None) -> list[int]:

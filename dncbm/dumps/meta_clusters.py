@@ -25,11 +25,9 @@ from dncbm.dumps import (
     Selection,
     about_run,
     choose,
-    chosen_classes,
-    chosen_concepts,
     class_texts,
-    known_indices,
     make_dump,
+    narrowed,
     read_sources,
 )
 from dncbm.errors import UserError
@@ -217,18 +215,9 @@ def items(dump: Dump, selection: Selection) -> list[int]:
         UserError: a selection names what is not there.
     """
     numbers = dump.numbers
-    clusters: Integers = numbers["cluster"]
-    if selection.indices:
-        clusters = known_indices(selection, clusters, f"cluster of {MIN_IMAGES} images with the number")
-    for wanted, having in (
-        (chosen_classes(dump, selection), numbers["class_number"][:, None]),
-        (chosen_concepts(dump, selection), numbers["concepts"]),
-    ):
-        if wanted is not None:
-            clusters = clusters[np.isin(clusters, numbers["cluster"][np.isin(having, wanted).any(axis=1)])]
-    if not len(clusters):
-        raise UserError("--classes, --concepts: no cluster has what was chosen")
-    return limited(clusters.tolist(), selection.limit)
+    what = f"cluster of {MIN_IMAGES} images with the number"
+    classes = numbers["class_number"][:, None]
+    return limited(narrowed(dump, selection, numbers["cluster"], what, classes, numbers["concepts"]), selection.limit)
 
 
 def limited(clusters: list[int], n_figures: int | None) -> list[int]:

@@ -380,6 +380,15 @@ class TestFolder:
         with refusal("13 latents", "14", "04_assign_names.py"):
             local(world)
 
+    def test_a_probe_of_another_width_is_refused(self, world, refusal) -> None:
+        import torch
+
+        from dncbm.probing import save_probe
+
+        save_probe(torch.from_numpy(world.weight[:-1]), world.artifacts.probe(world.run, world.probe))
+        with refusal("13 concepts", "14", "07_train_linear_probe.py"):
+            local(world)
+
     def test_an_unfinished_dump_is_refused(self, world, refusal) -> None:
         dump = local(world, limit=2)
         (dump.folder / "manifest.json").unlink()
