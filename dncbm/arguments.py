@@ -251,6 +251,11 @@ def explained_latents(parser: argparse.ArgumentParser) -> None:
 def _explained(parser: argparse.ArgumentParser) -> None:
     for group in (sae_data, sae_run, probe_run):
         group(parser)
+    known = len(parser._actions)
+    for group in (sae_training, reporting):
+        group(parser)
+    for action in parser._actions[known:]:
+        action.help = argparse.SUPPRESS  # they name no run; a line of training flags can be pasted all the same
     add = parser.add_argument
     add("--probe_split", choices=SPLITS, default="val", help="split whose images are explained")
     add("--method_name", type=_ours, default="ours", help="ours, the method of this library")

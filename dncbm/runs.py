@@ -67,7 +67,7 @@ def find_explanation(settings: Settings, wanted: Path, script: str, *, any_sae: 
 
 
 def _choose(kind: str, preset: Run, found: list[Run], which: str, folder: Path, script: str) -> tuple[Run, str]:
-    if preset in found:
+    if preset.config_name in [run.config_name for run in found]:
         return preset, which
     if len(found) == 1:
         return found[0], f"the only one there; {which} would be {preset.config_name}"

@@ -88,7 +88,11 @@ def test_the_flags_of_training_name_the_runs(world, script, capsys) -> None:
     sae = "--lr 5e-4 --l1_coeff 3e-5 --expansion_factor 8 --num_epochs 200 --resample_freq 10 --train_sae_bs 4096"
     losses = "--probe_sparsity_loss_lambda 2.0 --probe_classification_loss CE --probe_sparsity_loss L1"
     probe = f"--probe_lr 0.5 --probe_epochs 7 --probe_eval_coverage_freq 50 {losses}"
-    flags = [*sae.split(), *probe.split(), "--limit", "1"]
+    flags = [
+        *sae.split(),
+        *probe.split(),
+        *["--ckpt_freq", "0", "--val_freq", "1", "--adam_beta_1", "0.9", "--limit", "1"],
+    ]
     script("vis_local_explanations_dump.py", *flags)
     assert "paper's" not in capsys.readouterr().out
     script("vis_local_explanations_plot.py", *flags)
@@ -172,3 +176,17 @@ def test_nothing_of_torch_is_pickled(world, script) -> None:
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".npz", ".jpg"}
     assert json.loads((folder / "manifest.json").read_text())["stage"] == "global_explanations"
+
+
+def test_defaults_of_the_config_are_the_preset(world, script, capsys) -> None:
+    """They name the probe, as a flag would; the SAE is the paper's still."""
+    with world.settings.path.open("a") as file:
+        file.write("defaults = {'probe_lr': 0.5, 'probe_dataset': 'places365', 'adam_beta_1': 0.8}\n")
+    other = ProbeRun("places365", lr=0.5)
+    save_probe(torch.from_numpy(-world.weight), world.artifacts.probe(world.run, other))
+    script("vis_global_explanations_dump.py", "--limit", "1")
+    said = capsys.readouterr().out
+    assert f"SAE: {SAERun().config_name} (the paper's settings)" in said
+    assert f"probe: {other.config_name} (as `defaults` of config.py say)" in said
+    script("vis_global_explanations_plot.py")
+    assert other.config_name in capsys.readouterr().out
