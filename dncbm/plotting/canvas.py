@@ -21,6 +21,8 @@ POSITIVE, NEGATIVE, RIGHT, WRONG = "#0072B2", "#D55E00", "#009E73", "#D55E00"
 REST, INK, FAINT = "#8c8c8c", "#1a1a1a", "#6b6b6b"
 COLUMN = 3.35
 """Width of a paper's column in inches."""
+DPI = 200
+"""Pixels of an inch of the PNG, and of the images in the PDF."""
 TEXT = 7.0
 """Points of ordinary text."""
 LINE = 1.25
@@ -78,10 +80,13 @@ class Canvas:
         self.axes.plot([x0, x1], [y0, y1], color=colour, linewidth=width, solid_capstyle="butt")
 
     def image(self, path: Path, x: float, y: float, side: float) -> None:
-        """A square image."""
+        """A square image, of no more pixels than are printed."""
+        pixels = round(side * DPI)
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self.axes.imshow(pixels, extent=(x, x + side, y + side, y), aspect="auto", interpolation="antialiased")
+            small = image.convert("RGB")
+            if small.width > pixels:
+                small = small.resize((pixels, pixels), Image.Resampling.LANCZOS)
+        self.axes.imshow(np.asarray(small), extent=(x, x + side, y + side, y), aspect="auto")
 
     def badge(self, x: float, y: float, text: str, colour: str, *, size: float = 6.5) -> float:
         """White text on a colour, its middle at height y and its right end at x. Returns where it begins."""
@@ -94,11 +99,18 @@ class Canvas:
     def save(self, pdf: Path, png: Path, description: str) -> None:
         """As PDF, then as PNG, whose `Description` lets the page be recognised."""
         with matplotlib.rc_context({"pdf.fonttype": 42, "text.usetex": self.use_latex}):
+            # Interpolated pixels would be half transparent at the edges, which viewers of PDFs show as hairlines.
+            self._interpolate("none")
             with whole_file(pdf) as temporary:
-                self.figure.savefig(temporary, format="pdf", dpi=200, metadata={"CreationDate": None})
+                self.figure.savefig(temporary, format="pdf", dpi=DPI, metadata={"CreationDate": None})
+            self._interpolate("antialiased")
             with whole_file(png) as temporary:
                 metadata: Mapping[str, Any] = {"Description": description, "Software": None}
-                self.figure.savefig(temporary, format="png", dpi=200, metadata=dict(metadata))
+                self.figure.savefig(temporary, format="png", dpi=DPI, metadata=dict(metadata))
+
+    def _interpolate(self, how: str) -> None:
+        for image in self.axes.images:
+            image.set_interpolation(how)
 
 
 @cache

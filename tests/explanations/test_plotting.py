@@ -166,6 +166,22 @@ class TestTexts:
         assert float(reader.pages[0].mediabox.width) / 72 == pytest.approx(3.35)
 
 
+def test_images_of_the_pdf_are_whole_and_opaque(tmp_path: Path) -> None:
+    """Half transparent edges, which interpolation gives, are hairlines in viewers."""
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(large)
+    canvas = draw_global.draw(global_page(large))
+    canvas.save(tmp_path / "a.pdf", tmp_path / "a.png", "{}")
+    objects = PdfReader(tmp_path / "a.pdf").pages[0]["/Resources"]["/XObject"]
+    images = [objects[name] for name in objects if objects[name]["/Subtype"] == "/Image"]
+    assert len(images) == 9
+    sides = {(image["/Width"], image["/Height"]) for image in images}
+    assert len(sides) == 1
+    width, height = sides.pop()
+    assert width == height == round(200 * (draw_global.GRID - 2 * draw_global.GAP) / 3)
+    assert not any("/SMask" in image for image in images)
+
+
 def hard_pages(picture: Path) -> list[Canvas]:
     """With names that do not fit, numbers of every size, and nothing at all."""
     hard = ((LONG, 120.0), (WORD, -3e-5), (f"{LONG} #12345", -77.0), ("a", 9.0), ("", 0.5))
