@@ -1,4 +1,4 @@
-"""Build the embedded default: captioned emoji, the same by category, a small CLIP and a vocabulary.
+"""Build the embedded default: captioned emoji, the same by category, their outlines, a small CLIP and a vocabulary.
 
 python examples/openmoji/build.py [--output DIR] [--limit N]
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = "build.json"
-FOLDERS = ("webdataset", "categories", "clip", "vocab")  # what a build owns in its output folder
+FOLDERS = ("webdataset", "categories", "outlines", "clip", "vocab")  # what a build owns in its output folder
 REPORT = "encoder_report.json"
 SOURCES = ("build.py", "emoji_data.py", "images.py", "nouns.py", "small_clip.py")
 # Module to import -> package to install.
@@ -125,6 +125,8 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
     pictures = images.render_all(records)
     tars = images.write_webdataset(pictures, output / "webdataset")
     images.write_categories(pictures, output / "categories")
+    outlines = images.render_all(images.outlined(records), images.outline)
+    images.write_categories(outlines, output / "outlines")
     step_done("images")
 
     words = nouns.write_nouns(output / "vocab" / "openmoji_nouns.txt")
@@ -151,6 +153,7 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
 
     counts = {
         "images": dict(Counter(record.split for record in records)),
+        "outlines": dict(Counter(picture.emoji.split for picture in outlines)),
         "families": len({record.family for record in records}),
         "categories": len({record.category for record in records}),
         "tars": len(tars),
@@ -166,6 +169,7 @@ def print_result(output: Path) -> None:
     counts = dict(manifest["counts"])  # type: ignore[call-overload]
     print(f"images, webdataset tars      {output / 'webdataset'}  {counts['images']}")
     print(f"images by category           {output / 'categories'}  ({counts['categories']} categories)")
+    print(f"their outlines, no flags     {output / 'outlines'}  {counts['outlines']}")
     print(f"encoder, open_clip name      local-dir:{output / 'clip'}")
     print(f"vocabulary                   {output / 'vocab' / 'openmoji_nouns.txt'}  ({counts['words']} words)")
     print(f"Finding a held-out emoji's caption among {report['n_held_out']}, fitted on {report['n_training']} others:")

@@ -21,6 +21,7 @@ sae_datasets = {
 
 probe_datasets = {
     "openmoji_categories": "run/categories",
+    "openmoji_outlines": "run/outlines",
 }
 
 encoders = {

