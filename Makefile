@@ -11,7 +11,10 @@ demo: $(VENV)/.installed
 	$(DEMO) scripts/run_pipeline.py --overwrite
 	$(DEMO) scripts/07_train_linear_probe.py --overwrite --probe_on_features --probe_lr 1e-3
 	$(DEMO) scripts/10_accuracy_at_nec.py --overwrite
+	$(DEMO) scripts/05_save_probe_features.py --overwrite --probe_dataset openmoji_outlines
+	$(DEMO) scripts/06_save_concept_strengths.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) examples/openmoji/summarise.py
+	$(DEMO) examples/openmoji/explain.py
 
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .

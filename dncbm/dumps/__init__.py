@@ -164,12 +164,13 @@ def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, missing: list[
         with whole_file(dump.image(dataset, index)) as temporary:
             thumbnail.save(temporary, "JPEG", quality=92)
 
-    with (
-        ThreadPoolExecutor(default_cores()) as pool,
-        tqdm(desc=f"images of {dataset}", total=len(missing), unit="image") as bar,
-    ):
-        for _ in pool.map(add, missing):
-            bar.update()
+    with ThreadPoolExecutor(default_cores()) as pool:
+        try:
+            for _ in tqdm(pool.map(add, missing), desc=f"images of {dataset}", total=len(missing), unit="image"):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or leaving would wait for all the others
+            raise
 
 
 def square(image: Image.Image) -> Image.Image:

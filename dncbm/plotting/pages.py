@@ -2,8 +2,10 @@
 
 import html
 import json
+import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -166,13 +168,19 @@ def draw_all(pages: Mapping[Any, str], draw: Draw, figures: Path, *, use_latex: 
                 draw_page(page, description)
                 bar.update()
             return
-        # Not forked: torch and matplotlib have threads here.
-        with ProcessPoolExecutor(min(workers, len(pages)), mp_context=get_context("spawn")) as pool:
+        # Not forked: torch and matplotlib have threads here. An interruption is dealt with in this process.
+        ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(pages)), context, ignore_interrupts) as pool:
             futures = [pool.submit(draw_page, page, description) for page, description in pages.items()]
             try:
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a process that draws was killed, for want of memory perhaps: ask for fewer with --num_workers"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.cluster import KMeans
 
+import dncbm.dumps
 import dncbm.dumps.meta_clusters
 from dncbm.dumps import (
     Dump,
@@ -363,6 +364,27 @@ class TestFolder:
             == []
         )
         assert local(world, indices=(5,)).chosen == [5], "what is there can be chosen"
+
+    def test_an_interruption_does_not_wait_for_all_images(self, world, monkeypatch) -> None:
+        """And what it left is not read again."""
+        read: list[int] = []
+        real = dncbm.dumps.square
+
+        def dies_at_the_fourth(image: Image.Image) -> Image.Image:
+            read.append(1)
+            if len(read) == 4:
+                raise KeyboardInterrupt
+            return real(image)
+
+        monkeypatch.setattr(dncbm.dumps, "default_cores", lambda: 1)
+        monkeypatch.setattr(dncbm.dumps, "square", dies_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            local(world)
+        assert len(read) < 10
+        read.clear()
+        monkeypatch.setattr(dncbm.dumps, "square", lambda image: (read.append(1), real(image))[1])
+        assert len(local(world).chosen) == 60
+        assert 50 < len(read) <= 57
 
     def test_a_dump_of_another_probe_is_refused(self, world) -> None:
         import torch

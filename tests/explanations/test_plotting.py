@@ -377,6 +377,21 @@ class TestPages:
         draw(workers=2, overwrite=True)
         assert {page: page.read_bytes() for page in one} == one
 
+    def test_a_process_that_dies_is_one_line(self, world, draw, monkeypatch, refusal) -> None:
+        from concurrent.futures import Future
+        from concurrent.futures.process import BrokenProcessPool
+
+        local_explanations.dump(world.settings, world.run, world.probe, "val", Selection(limit=20))
+
+        def dead(*_: object) -> Future[None]:
+            future: Future[None] = Future()
+            future.set_exception(BrokenProcessPool("killed"))
+            return future
+
+        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", dead)
+        with refusal("killed", "--num_workers"):
+            draw(workers=2)
+
     def test_an_interruption_leaves_whole_pages(self, draw, folder: Path, monkeypatch) -> None:
         real, drawn = Canvas.save, []
 
