@@ -159,12 +159,8 @@ def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[
     return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
 
 
-def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
-    """The concept strengths of a split.
-
-    Raises:
-        UserError: they are not there or not finished.
-    """
+def finished_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> Path:
+    """The folder of a split's concept strengths. Raises UserError if they are not there or not finished."""
     folder = Artifacts(settings).strengths(run, dataset, split)
     if not manifest_path(folder).is_file():
         state = "are not finished" if folder.is_dir() else "are not there"
@@ -172,6 +168,21 @@ def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split:
             f"the concept strengths {folder} {state}: make them with `python scripts/06_save_concept_strengths.py "
             f"--probe_dataset {dataset} --probe_split {split}` and the SAE's flags"
         )
+    return folder
+
+
+def strengths_width(folder: Path) -> int:
+    """F of finished strengths, by their first part alone. Raises UserError if it is damaged."""
+    return int(map_part(min(folder.glob(PARTS)))["shape"][1])
+
+
+def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
+    """The concept strengths of a split.
+
+    Raises:
+        UserError: they are not there, not finished or damaged.
+    """
+    folder = finished_strengths(settings, run, dataset, split)
     parts = [map_part(path) for path in sorted(folder.glob(PARTS))]
     try:
         return merge_parts(parts)

@@ -18,6 +18,9 @@ from dncbm.probe_model import ProbeData
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+BATCH = 4096
+"""Rows that are worked on at a time."""
+
 
 def top_activating(strengths: scipy.sparse.csr_matrix, latents: Integers, k: int) -> list[Integers]:
     """The images that activate each latent most, strongest first; never one with zero activation.
@@ -59,7 +62,7 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(
-    strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, labels: Integers, batch_size: int = 4096
+    strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, labels: Integers, batch_size: int = BATCH
 ) -> Predictions:
     """Predictions of a probe. Memory beyond the result is batch_size x C.
 
@@ -92,10 +95,11 @@ def contributions(
     Returns:
         rows x F, with the entries of `strengths`.
     """
-    batch, _ = ProbeData(strengths, torch.zeros(strengths.shape[0], dtype=torch.int64)).batch(
-        np.arange(strengths.shape[0]), weight.device
-    )
-    values = probe_model.contributions(batch, weight, torch.from_numpy(classes).to(weight.device)).cpu().numpy()
+    data = ProbeData(strengths, torch.from_numpy(classes))
+    parts = [
+        probe_model.contributions(batch, weight, of).cpu().numpy() for batch, of in data.batches(BATCH, weight.device)
+    ]
+    values = np.concatenate([*parts, np.empty(0, dtype=np.float32)])
     return scipy.sparse.csr_matrix((values, strengths.indices, strengths.indptr), shape=strengths.shape)
 
 
@@ -117,6 +121,12 @@ def leading(matrix: scipy.sparse.csr_matrix, n: int, *, by_magnitude: bool = Fal
 
     Of equal ones the lower column comes first.
     """
+    starts = range(0, max(matrix.shape[0], 1), BATCH)
+    parts = [_leading(matrix[start : start + BATCH], n, by_magnitude) for start in starts]
+    return Leading(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _leading(matrix: scipy.sparse.csr_matrix, n: int, by_magnitude: bool) -> Leading:
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     rank_by = np.abs(matrix.data) if by_magnitude else matrix.data
     order = np.lexsort((matrix.indices, -rank_by, row))
@@ -141,7 +151,7 @@ def mean_strengths(strengths: scipy.sparse.csr_matrix, groups: Integers, n_group
     n_images = len(groups)
     shares = (1 / np.maximum(sizes, 1)).astype(np.float64)[groups]
     membership = scipy.sparse.csr_matrix((shares, (groups, np.arange(n_images))), shape=(n_groups, n_images))
-    means = (membership @ strengths.astype(np.float64)).tocsr().astype(np.float32)
+    means = (membership @ strengths).tocsr().astype(np.float32)  # summed in float64, as the shares are
     means.sort_indices()
     return means
 

@@ -139,22 +139,20 @@ def contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> 
     """
     if isinstance(batch, torch.Tensor):
         return batch * weight.T[classes]
-    row, _ = _places(batch)
-    return batch.values * weight[batch.indices, classes[row]]
+    return batch.values * weight[batch.indices, classes[_row_of_entries(batch)]]
 
 
-def _places(batch: SparseRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row of each entry, and its number in that row."""
+def _row_of_entries(batch: SparseRows) -> torch.Tensor:
     ends = torch.cat([batch.offsets[1:], torch.tensor([len(batch.indices)], device=batch.offsets.device)])
-    row = torch.repeat_interleave(torch.arange(len(ends), device=ends.device), ends - batch.offsets)
-    return row, torch.arange(len(batch.indices), device=ends.device) - batch.offsets[row]
+    return torch.repeat_interleave(torch.arange(len(ends), device=ends.device), ends - batch.offsets)
 
 
 def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
     """One number for each entry, as rows padded with zeros to the most entries of a row."""
     if isinstance(batch, torch.Tensor):
         return entries
-    row, slot = _places(batch)
+    row = _row_of_entries(batch)
+    slot = torch.arange(len(row), device=row.device) - batch.offsets[row]
     padded = entries.new_zeros(len(batch.offsets), int(slot.max()) + 1 if len(slot) else 0)
     padded[row, slot] = entries
     return padded

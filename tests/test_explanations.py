@@ -116,6 +116,19 @@ def test_leading_entries_by_brute_force(rows: int, columns: int, k: int, seed: i
         assert found.n_remaining[row] == np.count_nonzero(others)
 
 
+def test_what_is_worked_on_in_batches_is_the_same(monkeypatch) -> None:
+    z, weight = strengths_and_weight(11, 8, 3, 0)
+    classes = np.arange(11) % 3
+    whole = contributions(sparse(z), torch.from_numpy(weight), classes)
+    top = leading(whole, 3)
+    monkeypatch.setattr(dncbm.explanations, "BATCH", 4)
+    np.testing.assert_array_equal(
+        contributions(sparse(z), torch.from_numpy(weight), classes).toarray(), whole.toarray()
+    )
+    for found, expected in zip(leading(whole, 3), top, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_leading_entries_do_not_need_sorted_columns() -> None:
     shuffled = scipy.sparse.csr_matrix(
         (np.array([1, 3, 2], np.float32), np.array([4, 0, 2]), np.array([0, 2, 3])), shape=(2, 5)
@@ -146,7 +159,7 @@ def topics(n: int, f: int, seed: int) -> scipy.sparse.csr_matrix:
     return sparse(rng.exponential(size=(n, f)) * (rng.random((n, f)) < 0.3))
 
 
-def test_kmeans_is_scikit_learns(monkeypatch) -> None:
+def test_kmeans_is_scikit_learns() -> None:
     """Whole and dense, from the same first centres."""
     strengths = topics(300, 20, 0)
     found = kmeans(strengths, 7, 3)

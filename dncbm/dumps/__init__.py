@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dncbm.artifacts import Artifacts, ProbeRun, SAERun
-from dncbm.concepts import ConceptStrengths, load_concept_strengths
+from dncbm.concepts import ConceptStrengths, finished_strengths, load_concept_strengths, strengths_width
 from dncbm.datasets.probe import display_name, probe_images
 from dncbm.errors import UserError
 from dncbm.features import default_cores, probe_class_names, probe_labels
@@ -186,60 +186,61 @@ def square(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Sources:
-    """The strengths of a split and the names of their concepts."""
+    """The strengths of a split, which are read only when they are asked for, and the names of their concepts."""
 
-    strengths: ConceptStrengths
+    settings: Settings
+    run: SAERun
+    dataset: str
+    split: str
     names: list[ConceptName]
     inputs: dict[str, str]
-    """Their fingerprints, for a recipe."""
+    """Fingerprints of all that is read, for a recipe."""
+
+    def strengths(self) -> ConceptStrengths:
+        """Read them. Raises UserError where they are damaged."""
+        return load_concept_strengths(self.settings, self.run, self.dataset, self.split)
+
+    def labels(self, strengths: ConceptStrengths) -> Integers:
+        """The true class of each image."""
+        return probe_labels(self.settings, self.dataset, self.split, strengths.keys)
 
 
-def read_sources(settings: Settings, run: SAERun, dataset: str, split: str) -> Sources:
-    """Read what explanations are computed from.
+def sources_of(settings: Settings, run: SAERun, dataset: str, split: str) -> Sources:
+    """What latents are explained from, in a split of a dataset.
 
     Raises:
-        UserError: it is not there, or names and strengths are of different SAEs.
+        UserError: some of it is not there, or names and strengths are of different SAEs.
     """
-    artifacts = Artifacts(settings)
-    strengths = load_concept_strengths(settings, run, dataset, split)
-    names = read_names(settings, run)
-    if len(names) != strengths.matrix.shape[1]:
+    folder = finished_strengths(settings, run, dataset, split)
+    names, path = read_names(settings, run), Artifacts(settings).concept_names(run)
+    if len(names) != (n_latents := strengths_width(folder)):
         raise UserError(
-            f"{artifacts.concept_names(run)} names {len(names)} latents and the strengths have {strengths.matrix.shape[1]}: "
+            f"{path} names {len(names)} latents and the strengths have {n_latents}: "
             "make the names again with `python scripts/04_assign_names.py --overwrite`"
         )
-    inputs = {
-        f"{dataset} {split} strengths": fingerprint(artifacts.strengths(run, dataset, split)),
-        "names": fingerprint(artifacts.concept_names(run)),
-    }
-    return Sources(strengths, names, inputs)
+    inputs = {f"{dataset} {split} strengths": fingerprint(folder), "names": fingerprint(path)}
+    return Sources(settings, run, dataset, split, names, inputs)
 
 
-@dataclass(frozen=True)
-class ProbedSources(Sources):
-    """The same with a probe on the concepts, and the labels of the images."""
+def probed_sources_of(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> tuple[Sources, torch.Tensor]:
+    """What predictions are explained from, and the probe's weights, F x C.
 
-    weight: torch.Tensor
-    """F x C."""
-    labels: Integers
-
-
-def read_probed_sources(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> ProbedSources:
-    """Read what predictions are explained from. Raises as `read_sources`, and UserError where there is no probe for it."""
+    Raises:
+        UserError: some of it is not there, or the probe is of another SAE.
+    """
     artifacts = Artifacts(settings)
     weight = load_probe(settings, run, probe)
-    sources = read_sources(settings, run, probe.dataset, split)
+    sources = sources_of(settings, run, probe.dataset, split)
     if len(weight) != len(sources.names):
         raise UserError(
             f"{artifacts.probe(run, probe)} weighs {len(weight)} concepts and the strengths have {len(sources.names)}: "
             "train it again with `python scripts/07_train_linear_probe.py --overwrite`"
         )
-    inputs = sources.inputs | {
+    inputs = {
         "probe": fingerprint(artifacts.probe(run, probe)),
         "split": fingerprint(artifacts.probe_split(probe.dataset)),
     }
-    labels = probe_labels(settings, probe.dataset, split, sources.strengths.keys)
-    return ProbedSources(sources.strengths, sources.names, inputs, weight, labels)
+    return replace(sources, inputs=sources.inputs | inputs), weight
 
 
 def about_run(run: SAERun, split: str, names: Sequence[ConceptName]) -> dict[str, Any]:

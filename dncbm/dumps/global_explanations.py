@@ -27,7 +27,7 @@ from dncbm.dumps import (
     class_texts,
     make_dump,
     narrowed,
-    read_probed_sources,
+    probed_sources_of,
 )
 from dncbm.explanations import contributions, leading, mean_centred, mean_strengths, predict
 from dncbm.manifests import Recipe
@@ -83,13 +83,13 @@ def dump(
         UserError: no probe, strengths or names.
         StaleArtifact: there is a dump from other inputs.
     """
-    sources = read_probed_sources(settings, run, probe, split)
+    sources, weight = probed_sources_of(settings, run, probe, split)
     seed = run.training.seed
     recipe = Recipe("global_explanations", {"concepts": N_CONCEPTS, "seed": seed}, sources.inputs)
 
     def compute() -> Computed:
-        strengths, keys = sources.strengths.matrix, sources.strengths.keys
-        weight, labels = sources.weight, sources.labels
+        found = sources.strengths()
+        strengths, keys, labels = found.matrix, found.keys, sources.labels(found)
         n_classes = weight.shape[1]
         sizes = np.bincount(labels, minlength=n_classes)
         classes = np.flatnonzero(sizes)

@@ -25,7 +25,7 @@ from dncbm.dumps import (
     class_texts,
     make_dump,
     narrowed,
-    read_probed_sources,
+    probed_sources_of,
 )
 from dncbm.explanations import contributions, leading, predict
 from dncbm.manifests import Recipe
@@ -84,16 +84,18 @@ def dump(
         UserError: no probe, strengths or names.
         StaleArtifact: there is a dump from other inputs.
     """
-    sources = read_probed_sources(settings, run, probe, split)
+    sources, weight = probed_sources_of(settings, run, probe, split)
     recipe = Recipe("local_explanations", {"concepts": N_CONCEPTS}, sources.inputs)
 
     def compute() -> Computed:
-        strengths, weight = sources.strengths.matrix, sources.weight
-        predictions = predict(strengths, weight, sources.labels)
-        top = leading(contributions(strengths, weight, predictions.classes), N_CONCEPTS, by_magnitude=True)
+        strengths = sources.strengths()
+        labels = sources.labels(strengths)
+        predictions = predict(strengths.matrix, weight, labels)
+        found = contributions(strengths.matrix, weight, predictions.classes)
+        top = leading(found, N_CONCEPTS, by_magnitude=True)
         arrays = {
-            "image": sources.strengths.keys,
-            "true_class": sources.labels,
+            "image": strengths.keys,
+            "true_class": labels,
             "predicted_class": predictions.classes,
             "logit": predictions.logits,
             "probability": predictions.probabilities,

@@ -28,11 +28,11 @@ from dncbm.dumps import (
     class_texts,
     make_dump,
     narrowed,
-    read_sources,
+    sources_of,
 )
 from dncbm.errors import UserError
 from dncbm.explanations import MAX_ITERATIONS, Clustering, kmeans, leading, mean_centred, mean_strengths
-from dncbm.features import probe_class_names, probe_labels
+from dncbm.features import probe_class_names
 from dncbm.manifests import Outcome, Recipe, begin, fingerprint, finish, whole_file
 from dncbm.settings import Settings
 
@@ -155,18 +155,18 @@ def dump(
         StaleArtifact: there is a dump or a clustering from other inputs.
     """
     artifacts = Artifacts(settings)
-    sources = read_sources(settings, run, dataset, split)
+    sources = sources_of(settings, run, dataset, split)
     n_clusters = n_clusters or default_clusters(settings, dataset)
     place = artifacts.meta_clusters(run, dataset, split, n_clusters)
     seed = run.training.seed
 
     def compute() -> Computed:
-        strengths = sources.strengths
+        strengths = sources.strengths()
         made_from = fingerprint(artifacts.strengths(run, dataset, split))
         labels = cluster_images(
             artifacts.clustering(place), strengths, n_clusters, seed, made_from, overwrite=overwrite
         )
-        classes = probe_labels(settings, dataset, split, strengths.keys)
+        classes = sources.labels(strengths)
         sizes = np.bincount(labels, minlength=n_clusters)
         clusters = np.flatnonzero(sizes >= MIN_IMAGES)
         if not len(clusters):

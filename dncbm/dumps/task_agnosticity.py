@@ -25,7 +25,7 @@ from dncbm.dumps import (
     chosen_concepts,
     known_indices,
     make_dump,
-    read_sources,
+    sources_of,
 )
 from dncbm.errors import UserError
 from dncbm.explanations import top_activating
@@ -103,7 +103,7 @@ def dump(
             )
         left_out = [name for name in settings.probe_datasets if name not in datasets]
         print(f"data sets: {', '.join(datasets)}" + (f" (no strengths of {', '.join(left_out)})" if left_out else ""))
-    sources = {dataset: read_sources(settings, run, dataset, split) for dataset in datasets}
+    sources = {dataset: sources_of(settings, run, dataset, split) for dataset in datasets}
     inputs = {key: value for source in sources.values() for key, value in source.inputs.items()}
     names = next(iter(sources.values())).names
     similarity = name_similarities(settings, run, names)
@@ -112,8 +112,9 @@ def dump(
         arrays: dict[str, Any] = {"similarity": similarity}
         n_shown = np.zeros(len(names), dtype=np.int64)
         for dataset, source in sources.items():
-            tops = top_activating(source.strengths.matrix, np.arange(len(names)), N_STORED)
-            arrays[f"top_{dataset}"] = source.strengths.keys[np.concatenate(tops)]
+            strengths = source.strengths()
+            tops = top_activating(strengths.matrix, np.arange(len(names)), N_STORED)
+            arrays[f"top_{dataset}"] = strengths.keys[np.concatenate(tops)]
             arrays[f"ends_{dataset}"] = np.cumsum([len(top) for top in tops])
             n_shown += [len(top) for top in tops]
         order = np.argsort(-similarity, kind="stable")

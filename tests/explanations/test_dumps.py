@@ -186,7 +186,7 @@ class TestClusters:
         assert len({cluster.concepts for cluster in found}) == len(found)
 
     def test_clusters_are_scikit_learns_on_dense_strengths(self, world) -> None:
-        """From the same first centres; nearest centres are checked by hand."""
+        """From the same first centres."""
         from sklearn.cluster import kmeans_plusplus
 
         dump = clusters(world)
@@ -239,7 +239,7 @@ class TestClusters:
         whole = np.load(clusters(world, 5).folder.parent / "clustering" / "labels.npy")
         place = world.artifacts.meta_clusters(world.run, "places365", "val", 6)
         begun = place.with_name("k5b")
-        strengths = dncbm.dumps.meta_clusters.read_sources(world.settings, world.run, "places365", "val").strengths
+        strengths = dncbm.dumps.sources_of(world.settings, world.run, "places365", "val").strengths()
         real, calls = dncbm.dumps.meta_clusters.kmeans, []
 
         def dies(*args, on_progress, **kwargs):
@@ -348,6 +348,7 @@ class TestFolder:
         dump = local(world, indices=(7, 5))
         before = (dump.folder / "numbers.npz").stat().st_mtime_ns, dump.image("places365", 7).stat().st_mtime_ns
         monkeypatch.setattr(local_explanations, "predict", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr(dncbm.dumps, "load_concept_strengths", lambda *_: pytest.fail("read again"))
         assert local(world, indices=(7, 9)).chosen == [7, 5, 9]
         assert before == (
             (dump.folder / "numbers.npz").stat().st_mtime_ns,
