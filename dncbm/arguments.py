@@ -251,6 +251,9 @@ def explained_latents(parser: argparse.ArgumentParser) -> None:
 def _explained(parser: argparse.ArgumentParser) -> None:
     for group in (sae_data, sae_run, probe_run):
         group(parser)
+    for action in parser._actions:
+        if action.dest == "device":
+            action.help = "taken as by the other scripts; explanations are computed on the CPU"
     known = len(parser._actions)
     for group in (sae_training, reporting):
         group(parser)
@@ -299,7 +302,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _indices(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(number) for number in _names(text))
+        return tuple(dict.fromkeys(int(number) for number in _names(text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, not {text!r}") from None
 
@@ -314,15 +317,19 @@ def clusters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def latex(parser: argparse.ArgumentParser) -> None:
+    """Who sets the text of figures."""
+    parser.add_argument("--use_latex", action="store_true", help="let LaTeX set the text; it has to be installed")
+
+
 def drawing(parser: argparse.ArgumentParser) -> None:
     """How figures are drawn."""
-    add = parser.add_argument
-    add("--use_latex", action="store_true", help="let LaTeX set the text; it has to be installed")
-    add("--num_workers", type=_count, default=default_cores(), help="processes that draw")
+    latex(parser)
+    parser.add_argument("--num_workers", type=_count, default=default_cores(), help="processes that draw")
 
 
 GROUPS: tuple[Group, ...] = (
-    common, images, sae_data, sae_run, sae_training, reporting, probe_data, probe_splits, probe_run,
+    common, images, sae_data, sae_run, sae_training, reporting, probe_data, probe_splits, probe_run, clusters, latex,
 )  # fmt: skip
 
 
@@ -457,15 +464,15 @@ SAE_FLAGS = (
 PROBE_FLAGS = ("preset", "probe_lr", "probe_sparsity_loss_lambda", "probe_solver", "probe_epochs", "probe_train_bs")
 
 
-def _said(args: argparse.Namespace, flags: tuple[str, ...]) -> bool:
+def _said(flags: tuple[str, ...]) -> bool:
     """Whether the command line has one of these flags."""
-    return any(f"--{flag}" == word.split("=")[0] for flag in flags for word in sys.argv[1:] if hasattr(args, flag))
+    return any(f"--{flag}" == word.split("=")[0] for flag in flags for word in sys.argv[1:])
 
 
 def explained_sae(settings: Settings, args: argparse.Namespace) -> SAERun:
     """The SAE that the flags name; without one, the paper's (or that of `defaults` in config.py), or the only one there."""
     run = sae_from(args)
-    if _said(args, SAE_FLAGS):
+    if _said(SAE_FLAGS):
         return run
     return find_sae(settings, run, _preset_name(settings, SAE_FLAGS, paper=True))
 
@@ -473,7 +480,7 @@ def explained_sae(settings: Settings, args: argparse.Namespace) -> SAERun:
 def explained_probe(settings: Settings, args: argparse.Namespace, run: SAERun) -> ProbeRun:
     """The probe that the flags name; without one, that of `wanted_probe`, or the only one there."""
     probe = wanted_probe(settings, args)
-    if _said(args, PROBE_FLAGS):
+    if _said(PROBE_FLAGS):
         return probe
     paper = args.probe_dataset in PAPER_SETTINGS
     return find_probe(settings, run, probe, _preset_name(settings, PROBE_FLAGS, paper=paper))
@@ -485,7 +492,7 @@ def wanted_probe(settings: Settings, args: argparse.Namespace) -> ProbeRun:
         raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
     if (
         args.probe_dataset in PAPER_SETTINGS
-        and not _said(args, PROBE_FLAGS)
+        and not _said(PROBE_FLAGS)
         and not set(PROBE_FLAGS) & set(settings.defaults)
     ):
         args = argparse.Namespace(**vars(args) | _paper_probe(args.probe_dataset))
@@ -498,18 +505,17 @@ def _preset_name(settings: Settings, flags: tuple[str, ...], *, paper: bool) -> 
     return "the paper's settings" if paper else "the flags' defaults"
 
 
-def computed(settings: Settings, args: argparse.Namespace, wanted: Path, script: str, *, last: str = "") -> Path:
+def computed(settings: Settings, wanted: Path, script: str, *, last: str = "") -> Path:
     """The folder of what was computed: `wanted`, or, where no flag names another, the only one like it.
 
     Args:
         settings: the config.
-        args: the flags.
         wanted: the folder by the flags and presets.
         script: the script that computes it.
         last: what its last part is named by: `probe`, `n_clusters` or nothing.
     """
-    said = {"probe": _said(args, PROBE_FLAGS), "n_clusters": _said(args, ("n_clusters",))}.get(last, True)
-    return find_explanation(settings, wanted, script, any_sae=not _said(args, SAE_FLAGS), any_last=not said)
+    said = {"probe": _said(PROBE_FLAGS), "n_clusters": _said(("n_clusters",))}.get(last, True)
+    return find_explanation(settings, wanted, script, any_sae=not _said(SAE_FLAGS), any_last=not said)
 
 
 def selection_from(args: argparse.Namespace) -> Selection:

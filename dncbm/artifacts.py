@@ -345,11 +345,12 @@ class Artifacts:
             any_sae: of every SAE on the same features; else of the folder's own.
             any_last: with every probe, or number of clusters; else with the folder's own.
         """
-        kind, encoder, dataset, hook, sae, *rest = folder.relative_to(self.settings.analysis_dir).parts
+        kind, encoder, dataset, hook, *names = folder.relative_to(self.settings.analysis_dir).parts
+        sae, *rest = map(glob.escape, names)
         if any_last and len(rest) > 1:
             rest[-1] = "*"
         saes = self.settings.analysis_dir / kind / encoder / dataset / hook
-        pattern = Path("*" if any_sae else glob.escape(sae), *rest)
+        pattern = Path("*" if any_sae else sae, *rest)
         return sorted(found for found in saes.glob(str(pattern)) if (self.dump(found) / "manifest.json").is_file())
 
     def dump(self, folder: Path) -> Path:

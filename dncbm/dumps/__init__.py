@@ -7,6 +7,7 @@
 
 import difflib
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -64,14 +65,14 @@ class Dump:
     @cached_property
     def about(self) -> dict[str, Any]:
         """Texts: encoder, sae, dataset and split, names of latents (`labels`, one for each) and of classes."""
-        loaded: dict[str, Any] = json.loads(self._file("about.json").read_text(encoding="utf-8"))
+        loaded: dict[str, Any] = self._read("about.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
         return loaded
 
     @cached_property
     def numbers(self) -> dict[str, NDArray[Any]]:
         """What the module of the kind says."""
-        with np.load(self._file("numbers.npz")) as arrays:  # which reads no pickles
-            return dict(arrays)
+        loaded: dict[str, NDArray[Any]] = self._read("numbers.npz", lambda path: dict(np.load(path)))  # no pickles
+        return loaded
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,15 +86,18 @@ class Dump:
     @property
     def chosen(self) -> list[int]:
         """What was chosen to be drawn so far, in the order of the figures."""
-        path = self.folder / "chosen.json"
-        found: list[int] = json.loads(path.read_text()) if path.is_file() else []
+        if not (self.folder / "chosen.json").is_file():
+            return []
+        found: list[int] = self._read("chosen.json", lambda path: json.loads(path.read_text()))
         return found
 
-    def _file(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: make the dump again with --overwrite")
-        return path
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.folder / name)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"cannot read {self.folder / name} ({type(error).__name__}): make the dump again with --overwrite"
+            ) from error
 
 
 def open_dump(folder: Path) -> Dump:
@@ -156,9 +160,10 @@ def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, missing: list[
     def add(index: int) -> None:
         try:
             thumbnail = square(images.image(index).convert("RGB"))
-        except (OSError, IndexError) as error:
+        except Exception as error:  # decoders raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"cannot read image {index} of the {split} split of {dataset}: {error}; probe_datasets[{dataset!r}] in "
+                f"cannot read image {index} of the {split} split of {dataset}: {reason}; probe_datasets[{dataset!r}] in "
                 f"{settings.path} names its folder"
             ) from error
         with whole_file(dump.image(dataset, index)) as temporary:
@@ -310,11 +315,10 @@ def known_indices(selection: Selection, known: Integers, what: str) -> Integers:
     Raises:
         UserError: one is not among `known`.
     """
-    wanted = np.array(selection.indices, dtype=np.int64)
-    unknown = wanted[~np.isin(wanted, known)]
-    if len(unknown):
+    unknown = [index for index in selection.indices if not (known == index).any()]
+    if unknown:
         raise UserError(f"--indices: there is no {what} {unknown[0]}")
-    return wanted
+    return np.array(selection.indices, dtype=np.int64)
 
 
 def narrowed(

@@ -25,8 +25,8 @@ DPI = 200
 """Pixels of an inch of the PNG, and of the images in the PDF."""
 TEXT = 7.0
 """Points of ordinary text."""
-LINE = 1.25
-"""Height of a line of text, in its size."""
+LINE = 1.25 / 72
+"""Inches from one line of text to the next, for a point of its size."""
 FONT = "DejaVu Sans"
 """Comes with matplotlib, so pages are the same everywhere."""
 
@@ -35,7 +35,7 @@ class Canvas:
     """A page that is drawn on. Lengths are inches from the upper left corner, sizes of text are points."""
 
     def __init__(self, width: float, height: float, *, use_latex: bool = False) -> None:
-        self.width, self.height, self.use_latex = width, height, use_latex
+        self.use_latex = use_latex
         self.figure = Figure(figsize=(width, height))
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
@@ -82,10 +82,15 @@ class Canvas:
     def image(self, path: Path, x: float, y: float, side: float) -> None:
         """A square image, of no more pixels than are printed."""
         pixels = round(side * DPI)
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-            if small.width > pixels:
-                small = small.resize((pixels, pixels), Image.Resampling.LANCZOS)
+        try:
+            with Image.open(path) as image:
+                small = image.convert("RGB")
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: remove it, and the _dump.py of this figure makes it again with the same flags"
+            ) from error
+        if small.width > pixels:
+            small = small.resize((pixels, pixels), Image.Resampling.LANCZOS)
         self.axes.imshow(np.asarray(small), extent=(x, x + side, y + side, y), aspect="auto")
 
     def badge(self, x: float, y: float, text: str, colour: str, *, size: float = 6.5) -> float:
@@ -156,15 +161,13 @@ def fitted(text: str, width: float, size: float = TEXT, *, lines: int = 1, bold:
     return broken or [""]
 
 
-def fitted_label(label: str, width: float, size: float = TEXT) -> str:
+def fitted_label(label: str, width: float, size: float = TEXT, *, bold: bool = False) -> str:
     """A latent's label in one line; where it is shortened, the index that tells it apart stays."""
-    if text_width(label, size) <= width:
-        return label
     name, mark, index = label.rpartition(" #")
-    if not mark:
-        return fitted(label, width, size)[0]
-    room = width - text_width(mark + index, size)
-    return fitted(name, room, size)[0] + mark + index
+    if not mark or text_width(label, size, bold=bold) <= width:
+        return fitted(label, width, size, bold=bold)[0]
+    room = width - text_width(mark + index, size, bold=bold)
+    return fitted(name, room, size, bold=bold)[0] + mark + index
 
 
 def latex_escaped(text: str) -> str:

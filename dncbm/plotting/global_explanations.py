@@ -1,10 +1,12 @@
 """Global explanations: a class, images of it, and the concepts that lead it."""
 
 from dncbm.dumps.global_explanations import Page
-from dncbm.plotting.canvas import COLUMN, FAINT, REST, Canvas, bar_rows, fitted, sign_colour
+from dncbm.plotting.canvas import COLUMN, FAINT, LINE, REST, Canvas, bar_rows, fitted, sign_colour
 from dncbm.plotting.local_explanations import others
 
 MARGIN, GRID, GAP, ROW, HEAD = 0.06, 1.4, 0.03, 0.14, 0.38
+SIZE = 9
+"""Points of the class name."""
 
 
 def draw(page: Page, *, use_latex: bool = False) -> Canvas:
@@ -13,16 +15,19 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     rows = [(label, value, sign_colour(value)) for label, value in page.concepts]
     if by_contribution and page.n_remaining:
         rows.append((others(page.n_remaining), page.remaining, REST))
+    title = fitted(page.class_name, COLUMN - 2 * MARGIN, SIZE, lines=2, bold=True)
+    head = HEAD + (len(title) - 1) * SIZE * LINE
     body = max(GRID, (len(rows) + 1) * ROW + 0.03)
-    canvas = Canvas(COLUMN, HEAD + body + 2 * MARGIN, use_latex=use_latex)
+    canvas = Canvas(COLUMN, head + body + 2 * MARGIN, use_latex=use_latex)
 
+    for number, line in enumerate(title):
+        canvas.text(MARGIN, 0.13 + number * SIZE * LINE, line, size=SIZE, bold=True)
     images = f"{page.size} image{'' if page.size == 1 else 's'}"
-    canvas.text(MARGIN, 0.13, fitted(page.class_name, COLUMN - 2 * MARGIN, 9, bold=True)[0], size=9, bold=True)
     ranking = "mean contribution" if by_contribution else "strength above the mean"
-    canvas.text(MARGIN, 0.31, f"{images}, {page.recall:.0%} predicted right", colour=FAINT)
-    canvas.text(COLUMN - MARGIN, 0.31, ranking, colour=FAINT, align="right")
+    canvas.text(MARGIN, head - 0.07, f"{images}, {page.recall:.0%} predicted right", colour=FAINT)
+    canvas.text(COLUMN - MARGIN, head - 0.07, ranking, colour=FAINT, align="right")
 
-    top = HEAD + MARGIN
+    top = head + MARGIN
     side = (GRID - 2 * GAP) / 3
     for place, image in enumerate(page.images):
         canvas.image(image, MARGIN + place % 3 * (side + GAP), top + place // 3 * (side + GAP), side)

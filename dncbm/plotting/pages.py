@@ -134,8 +134,12 @@ def _read_description(png: Path) -> dict[str, Any]:
     try:
         with Image.open(png) as image:
             found: dict[str, Any] = json.loads(image.info["Description"])
-            return found if png.with_suffix(".pdf").is_file() else {}
-    except (OSError, KeyError, ValueError):
+            return (
+                found
+                if {"key", "dump", "title", "number"} <= found.keys() and png.with_suffix(".pdf").is_file()
+                else {}
+            )
+    except (OSError, KeyError, ValueError, AttributeError):
         return {}
 
 

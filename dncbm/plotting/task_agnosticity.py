@@ -1,7 +1,7 @@
 """Task agnosticity: one latent's images in several data sets, which the SAE was not trained for."""
 
 from dncbm.dumps.task_agnosticity import N_SHOWN, Page
-from dncbm.plotting.canvas import COLUMN, FAINT, Canvas, fitted, fitted_label, text_width
+from dncbm.plotting.canvas import COLUMN, FAINT, TEXT, Canvas, fitted, fitted_label, text_width
 
 MARGIN, GAP, BETWEEN, HEAD, TITLE = 0.06, 0.03, 0.1, 0.2, 0.2
 WIDE = 4.8
@@ -23,12 +23,11 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
         canvas.text(x + cell / 2, HEAD / 2, fitted(f"{dataset} ({page.split})", cell)[0], align="center", colour=FAINT)
     for row, latent in enumerate(page.latents):
         top = HEAD + row * block
-        if row or n:
-            canvas.line(MARGIN, top, width - MARGIN, top, "#d0d0d0")
+        canvas.line(MARGIN, top, width - MARGIN, top, "#d0d0d0")
         about = f"latent {latent.index}, similarity {latent.similarity:.2f}"
         canvas.text(width - MARGIN, top + TITLE / 2 + 0.01, about, align="right", colour=FAINT)
-        room = width - 2 * MARGIN - text_width(about, 7) - 0.1
-        canvas.text(MARGIN, top + TITLE / 2 + 0.01, fitted_label(latent.label, room * 0.9, 8), size=8, bold=True)
+        room = width - 2 * MARGIN - text_width(about, TEXT) - 0.1
+        canvas.text(MARGIN, top + TITLE / 2 + 0.01, fitted_label(latent.label, room, 8, bold=True), size=8, bold=True)
         for column, images in enumerate(latent.images):
             x = MARGIN + column * (cell + BETWEEN)
             for place, image in enumerate(images):

@@ -24,7 +24,7 @@ def main() -> None:
     )
     run, probe = arguments.sae_from(args), arguments.wanted_probe(settings, args)
     wanted = Artifacts(settings).global_explanations(run, probe, args.probe_split)
-    folder = arguments.computed(settings, args, wanted, "vis_global_explanations_dump.py", last="probe")
+    folder = arguments.computed(settings, wanted, "vis_global_explanations_dump.py", last="probe")
     plot(
         settings,
         folder,

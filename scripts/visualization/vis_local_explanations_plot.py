@@ -13,7 +13,7 @@ def main() -> None:
     )
     run, probe = arguments.sae_from(args), arguments.wanted_probe(settings, args)
     wanted = Artifacts(settings).local_explanations(run, probe, args.probe_split)
-    folder = arguments.computed(settings, args, wanted, "vis_local_explanations_dump.py", last="probe")
+    folder = arguments.computed(settings, wanted, "vis_local_explanations_dump.py", last="probe")
     plot(settings, folder, local_explanations, draw, arguments.selection_from(args), arguments.drawing_from(args))
 
 

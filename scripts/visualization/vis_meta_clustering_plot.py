@@ -19,7 +19,7 @@ def main() -> None:
     wanted = Artifacts(settings).meta_clusters(
         arguments.sae_from(args), args.probe_dataset, args.probe_split, n_clusters
     )
-    folder = arguments.computed(settings, args, wanted, "vis_meta_clustering_dump.py", last="n_clusters")
+    folder = arguments.computed(settings, wanted, "vis_meta_clustering_dump.py", last="n_clusters")
     plot(settings, folder, meta_clusters, draw, arguments.selection_from(args), arguments.drawing_from(args))
 
 

@@ -12,7 +12,7 @@ def main() -> None:
         __doc__, arguments.explained_latents, arguments.selection("latents", "concepts"), arguments.drawing
     )
     wanted = Artifacts(settings).task_agnosticity(arguments.sae_from(args), args.probe_split)
-    folder = arguments.computed(settings, args, wanted, "vis_task_agnosticity_dump.py")
+    folder = arguments.computed(settings, wanted, "vis_task_agnosticity_dump.py")
     plot(settings, folder, task_agnosticity, draw, arguments.selection_from(args), arguments.drawing_from(args))
 
 

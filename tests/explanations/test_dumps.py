@@ -98,6 +98,8 @@ class TestLocal:
             local(world, concepts=("dig",))
         with refusal("--indices", "3", "val"):  # the unreadable one
             local(world, indices=(3,))
+        with refusal("--indices", 10**30):
+            local(world, indices=(5, 10**30))
 
 
 class TestGlobal:
@@ -365,6 +367,9 @@ class TestFolder:
             == []
         )
         assert local(world, indices=(5,)).chosen == [5], "what is there can be chosen"
+        (tmp_path / "places/val_256/0008.jpg").write_bytes(b"")
+        with refusal("image 8", "empty file"):
+            local(world, indices=(8,))
 
     def test_an_interruption_does_not_wait_for_all_images(self, world, monkeypatch) -> None:
         """And what it left is not read again."""

@@ -130,6 +130,13 @@ class TestTexts:
             assert expected in found, expected
         assert all(f"name{i}" in found for i in range(10))
 
+    def test_a_long_class_name_is_wrapped(self, picture: Path) -> None:
+        long = "a museum of natural history with an unusually long name"
+        canvas = draw_global.draw(global_page(picture, class_name=long))
+        lines = [text.get_text() for text in canvas.axes.texts if text.get_size() == draw_global.SIZE]
+        assert len(lines) == 2
+        assert " ".join(lines) == long
+
     def test_the_authors_ranking_is_named_and_sums_to_nothing(self, picture: Path) -> None:
         found = texts(draw_global.draw(global_page(picture, rank_by="strength")))
         assert "strength above the mean" in found
@@ -376,6 +383,34 @@ class TestPages:
         assert len(one) >= 20
         draw(workers=2, overwrite=True)
         assert {page: page.read_bytes() for page in one} == one
+
+    def test_what_is_damaged_is_named(self, draw, folder: Path, refusal) -> None:
+        chosen = open_dump(folder / "data").chosen
+        thumbnail = folder / "data" / "images" / "places365" / f"{chosen[2]}.jpg"
+        thumbnail.write_bytes(b"no image")
+        with refusal(thumbnail, "_dump.py"):
+            draw()
+        thumbnail.unlink()
+        with refusal(thumbnail):
+            draw()
+        numbers = (folder / "data" / "numbers.npz").read_bytes()
+        (folder / "data" / "numbers.npz").write_bytes(b"no numbers")
+        with refusal(folder / "data" / "numbers.npz", "--overwrite"):
+            draw()
+        (folder / "data" / "numbers.npz").write_bytes(numbers)
+        (folder / "data" / "about.json").unlink()
+        with refusal(folder / "data" / "about.json", "--overwrite"):
+            draw()
+
+    def test_pictures_of_others_are_left_alone(self, draw, folder: Path) -> None:
+        from PIL.PngImagePlugin import PngInfo
+
+        about = PngInfo()
+        about.add_text("Description", "[1]")
+        draw()
+        Image.new("RGB", (8, 8)).save(folder / "vis" / "mine.png", pnginfo=about)
+        draw()
+        assert "mine" not in (folder / "vis" / "index.html").read_text()
 
     def test_a_process_that_dies_is_one_line(self, world, draw, monkeypatch, refusal) -> None:
         from concurrent.futures import Future

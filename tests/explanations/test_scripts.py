@@ -65,7 +65,7 @@ def test_the_papers_commands(world, script, capsys, kind: str, name: str, dump: 
 
 
 def test_flags_choose_what_is_drawn(world, script) -> None:
-    script("vis_local_explanations_dump.py", "--indices", "8, 2")
+    script("vis_local_explanations_dump.py", "--indices", "8, 2, 8")
     script("vis_local_explanations_plot.py")
     assert pages(world, "local_explanations") == ["image_000002", "image_000008"]
     script("vis_global_explanations_dump.py", "--classes", "coast,beach")
@@ -181,7 +181,7 @@ def test_nothing_of_torch_is_pickled(world, script) -> None:
 def test_defaults_of_the_config_are_the_preset(world, script, capsys) -> None:
     """They name the probe, as a flag would; the SAE is the paper's still."""
     with world.settings.path.open("a") as file:
-        file.write("defaults = {'probe_lr': 0.5, 'probe_dataset': 'places365', 'adam_beta_1': 0.8}\n")
+        file.write("defaults = {'probe_lr': 0.5, 'probe_dataset': 'places365', 'num_workers': 1, 'n_clusters': 3}\n")
     other = ProbeRun("places365", lr=0.5)
     save_probe(torch.from_numpy(-world.weight), world.artifacts.probe(world.run, other))
     script("vis_global_explanations_dump.py", "--limit", "1")
@@ -190,3 +190,5 @@ def test_defaults_of_the_config_are_the_preset(world, script, capsys) -> None:
     assert f"probe: {other.config_name} (as `defaults` of config.py say)" in said
     script("vis_global_explanations_plot.py")
     assert other.config_name in capsys.readouterr().out
+    script("vis_meta_clustering_dump.py")
+    assert (world.artifacts.meta_clusters(world.run, "places365", "val", 3) / "data" / "chosen.json").is_file()
