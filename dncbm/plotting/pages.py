@@ -99,7 +99,7 @@ def plot(
     draw_all(todo, draw, figures, use_latex=drawing.use_latex, workers=drawing.workers, title=title)
     sheet = contact_sheet(figures, f"{title}, {dump.about['encoder']}")
     kept = len(pages) - len(todo)
-    print(f"{len(todo)} pages drawn{f', {kept} were there' if kept else ''}: {figures}")
+    print(f"{len(todo)} page{'' if len(todo) == 1 else 's'} drawn{f', {kept} were there' if kept else ''}: {figures}")
     print(f"contact sheet: {sheet}")
     return [figures / f"{page.name}.pdf" for page in pages]
 
