@@ -1,10 +1,11 @@
-# make demo: the embedded default, from nothing to explanations.   make test: lint, types, tests.
+# make demo: build the demo's data, run every stage on it, print the results and draw explanations.
+# make test: linter, type checker, all tests.   make test-fast: linter, and the tests that take about a minute in total.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO = DNCBM_CONFIG=examples/openmoji/config.py $(RUN)
 
-.PHONY: demo test install clean
+.PHONY: demo test test-fast install clean
 
 demo: $(VENV)/.installed
 	$(RUN) examples/openmoji/build.py
@@ -22,9 +23,13 @@ test: $(VENV)/.installed
 	$(RUN) -m mypy
 	$(RUN) -m pytest
 
+test-fast: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -m "not slow"
+
 install: $(VENV)/.installed
 
-# Remade when what is to be installed changes.
+# Made again when the requirements change.
 $(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt tests/requirements.txt setup.py sparse_autoencoder/pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
@@ -33,6 +38,6 @@ $(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt tests/re
 	$(RUN) -m pip install --no-build-isolation -e .
 	touch $@
 
-# The demo's output and the environment.
+# Remove the demo's output and the environment.
 clean:
 	rm -rf $(VENV) examples/openmoji/run

@@ -1,22 +1,22 @@
-"""Where things are. This is the one file to edit: plain assignments, no code.
+"""Where everything is. This is the one file to edit: it holds plain assignments and no code.
 
-Relative paths are relative to this file. To keep several configurations, copy this file and name the copy in the
-environment variable DNCBM_CONFIG.
+Relative paths are relative to this file. To keep several configurations, copy this file and set the environment variable
+DNCBM_CONFIG to the path of the copy. docs/DATA.md describes every form that an entry may take.
 """
 
-# The five roots. Folders are made when a stage first writes to them.
+# The five roots. A stage creates a folder when it first writes to it; the folder above it must exist.
 data_dir = "data"  # image features, labels and splits
 sae_dir = "SAE"  # sparse autoencoders and the names of their latents
 probe_dir = "probe"  # concept strengths, linear probes, probe_results.csv
-vocab_dir = "vocab"  # <vocabulary>.txt, one word a line, and its text embeddings
-analysis_dir = "analysis"  # explanations, figures and summaries
+vocab_dir = "vocab"  # <vocabulary>.txt, one word per line, and its text embeddings
+analysis_dir = "analysis"  # explanations, figures and tables
 
 # The vocabulary that names the latents: vocab_dir/<vocabulary>.txt
 vocabulary = "clipdissect_20k"
 
-# Images the SAE is trained on: webdataset shards of each split. Your shard numbers may differ from the paper's (below):
-# `ls` the folders that img2dataset wrote. train_val is held out of the training shards for validation.
-# Or a folder of images, at any depth, divided at random or by its folders train, train_val and val: "mine": "photos".
+# Images that the SAE is trained on: the webdataset shards of each split. train_val is held out of the training shards, for
+# validation. These are the paper's shard numbers; yours may differ (list the folders that img2dataset wrote). A folder of
+# images at any depth works too: "mine": "photos".
 sae_datasets = {
     "cc3m": {
         "train": "datasets/cc3m/training/{00000..00299}.tar",
@@ -25,8 +25,9 @@ sae_datasets = {
     },
 }
 
-# Images the linear probe classifies. places365, cifar10, cifar100 and waterbirds100 are read as published; every other
-# name is a folder train/<class>/<image> and val/<class>/<image> (ImageNet is one).
+# Images that the linear probe classifies. places365, cifar10, cifar100 and waterbirds100 are read as published; for any
+# other name, the folder holds train/<class>/<image> and val/<class>/<image> (as ImageNet does). To read a folder under
+# another name, or with other splits: "copy": {"path": "datasets/copy", "reader": "cifar10"}; see docs/DATA.md.
 probe_datasets = {
     "places365": "datasets/places365",
     "imagenet": "datasets/imagenet",
@@ -36,13 +37,13 @@ probe_datasets = {
 }
 
 # Image encoders: (open_clip model, pretrained tag or checkpoint file), or "local-dir:FOLDER" for an open_clip folder.
-# OpenAI's weights are made for the -quickgelu models.
+# OpenAI's weights belong to the -quickgelu models.
 encoders = {
     "clip_RN50": ("RN50-quickgelu", "openai"),
     "clip_ViT-B/16": ("ViT-B-16-quickgelu", "openai"),
     "clip_ViT-L/14": ("ViT-L-14-quickgelu", "openai"),
 }
 
-# Flags you would otherwise repeat on every command, for example {"img_enc_name": "clip_ViT-B/16", "device": "cuda"}.
-# A flag given on the command line wins.
+# Flags that you would otherwise repeat on every command, for example {"img_enc_name": "clip_ViT-B/16", "device": "cuda"}.
+# A flag on the command line wins.
 defaults = {}

@@ -1,12 +1,13 @@
-"""What explanations compute, on sparse strengths against dense ones; and drawing in one process against several.
+"""Explanations on sparse strengths against dense ones, and drawing in one process against several.
 
     python benchmarks/explanations.py [--quick]
 
-Prints one JSON object, for 8192 latents of which 32 are active and 365 classes. For each of `top_images`, `contributions`,
-`profiles` and `kmeans` (ten iterations from the same 100 centres): `<what>_speedup`, the time of the dense way over that of
-the sparse one, and `<what>_same`, the share of results that agree. `peak_rss_over_dense` and `dense_way_peak_rss_over_dense`:
-how much each process grew at most, over images x F x 4, strengths included. `pages_per_s` of local explanations with every
-core, and `pages_parallel_speedup` over one process, starting the processes included.
+Prints one JSON object, for 8192 latents of which 32 are active per image, and 365 classes. For each of `top_images`,
+`contributions`, `profiles` and `kmeans` (ten iterations from the same 100 centres): `<what>_s`, the seconds of the sparse way;
+`<what>_speedup`, the seconds of the dense way over those of the sparse one; and `<what>_same`, the fraction of equal results.
+`peak_rss_over_dense` and `dense_way_peak_rss_over_dense`: the peak memory growth of each process, strengths included, in units
+of the dense matrix (images x F x 4 bytes). `pages_per_s`: local explanations drawn per second with every core;
+`pages_parallel_speedup`: that rate over the rate of one process, startup of the processes included.
 """
 
 import argparse
@@ -24,16 +25,17 @@ import scipy.sparse
 import torch
 from PIL import Image
 
-from dncbm import explanations
-from dncbm.dumps.local_explanations import Page
-from dncbm.plotting.local_explanations import draw
-from dncbm.plotting.pages import draw_all
+from dncbm.explain import explanations
+from dncbm.explain.dumps.local_explanations import Page
+from dncbm.explain.plotting.local_explanations import draw
+from dncbm.explain.plotting.pages import draw_all
+from dncbm.runs.artifacts import ExplanationFolder
 
 F, C, ACTIVE, K, TOP, N_PAGES = 8192, 365, 32, 100, 500, 200
 
 
 def strengths(n_images: int) -> scipy.sparse.csr_matrix:
-    """Images of 200 kinds, each with 60 concepts of which an image has 32."""
+    """Strengths of images of 200 kinds; a kind has 60 concepts, and each of its images 32 of them."""
     rng = np.random.default_rng(0)
     kinds = np.stack([rng.choice(F, 60, replace=False) for _ in range(200)])
     kind = rng.integers(0, 200, n_images)
@@ -55,18 +57,14 @@ def sparse_ways(z: scipy.sparse.csr_matrix, weight: torch.Tensor, labels: np.nda
     def top_images() -> np.ndarray:
         return np.concatenate([top[:1] for top in explanations.top_activating(z, np.arange(F), TOP)])
 
-    return {
-        "top_images": top_images,
-        "contributions": contributions,
-        "profiles": profiles,
-        "kmeans": kmeans(z, centres),
-    }
+    found = {"top_images": top_images, "contributions": contributions, "profiles": profiles}
+    return found | {"kmeans": kmeans(z, centres)}
 
 
 def dense_ways(z: np.ndarray, weight: torch.Tensor, labels: np.ndarray, centres: np.ndarray):  # type: ignore[no-untyped-def]
     def contributions() -> np.ndarray:
         found = []
-        for start in range(0, len(z), 1024):  # the whole would be as large as the strengths
+        for start in range(0, len(z), 1024):  # all images at once would need as much memory as the strengths
             batch = torch.from_numpy(z[start : start + 1024]) * weight.T[labels[start : start + 1024]]
             found.append(batch.gather(1, batch.abs().topk(5).indices).numpy())
         return np.concatenate(found)
@@ -79,12 +77,8 @@ def dense_ways(z: np.ndarray, weight: torch.Tensor, labels: np.ndarray, centres:
         tops = torch.from_numpy(z).topk(min(TOP, len(z)), dim=0)
         return tops.indices[0][tops.values[0] > 0].numpy()
 
-    return {
-        "top_images": top_images,
-        "contributions": contributions,
-        "profiles": profiles,
-        "kmeans": kmeans(z, centres),
-    }
+    found = {"top_images": top_images, "contributions": contributions, "profiles": profiles}
+    return found | {"kmeans": kmeans(z, centres)}
 
 
 def kmeans(z: scipy.sparse.csr_matrix | np.ndarray, centres: np.ndarray) -> Callable[[], np.ndarray]:
@@ -99,7 +93,7 @@ def measured(way: str, n_images: int, results: "multiprocessing.Queue[dict[str, 
     for function in (sparse_ways if way == "sparse" else dense_ways)(
         warm if way == "sparse" else warm.toarray(), weight, np.arange(600) % C, warm[:K].toarray()
     ).values():
-        function()  # what libraries need in any case
+        function()  # memory that the libraries always need
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     z = strengths(n_images)
     labels = np.random.default_rng(1).integers(0, C, n_images)
@@ -126,7 +120,8 @@ def pages_per_s(folder: Path, workers: int) -> float:
         for i in range(N_PAGES)
     ]
     start = time.perf_counter()
-    draw_all(dict.fromkeys(pages, "{}"), draw, folder, use_latex=False, workers=workers, title=f"{workers} processes")
+    files, title = ExplanationFolder(folder), f"{workers} processes"
+    draw_all(dict.fromkeys(pages, "{}"), draw, files, use_latex=False, workers=workers, title=title)
     return N_PAGES / (time.perf_counter() - start)
 
 

@@ -32,13 +32,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dncbm.datasets.cc3m import WebdatasetShards
-from dncbm.devices import keep_freed_memory
-from dncbm.encoders import Encoder, load_encoder
-from dncbm.extraction import Extraction, extract
-from dncbm.features import ARRAYS
-from dncbm.manifests import Recipe, begin, finish
-from dncbm.settings import load_settings
+from dncbm.features.datasets.sae import WebdatasetShards
+from dncbm.features.encoders import Encoder, load_encoder
+from dncbm.features.encoding import extract
+from dncbm.features.store import ARRAYS
+from dncbm.runs.declarations import Extraction
+from dncbm.runs.devices import keep_freed_memory
+from dncbm.runs.manifests import Recipe, begin, finish
+from dncbm.runs.settings import load_settings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "openmoji"
 CPU = torch.device("cpu")

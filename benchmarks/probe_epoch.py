@@ -21,9 +21,9 @@ import scipy.sparse
 import torch
 from numpy.typing import NDArray
 
-from dncbm.probe_model import probe_loss
-from dncbm.probe_step import SparseAdamStep
-from dncbm.probing import initial_weight
+from dncbm.probe.fit import initial_weight
+from dncbm.probe.model import probe_loss
+from dncbm.probe.step import SparseAdamStep
 
 F, C, ACTIVE, BATCH, LR, LAMBDA = 8192, 365, 32, 512, 1e-3, 0.1
 IN_TURN = 5

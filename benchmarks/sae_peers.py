@@ -2,10 +2,10 @@
 
     python benchmarks/sae_peers.py [--venv FOLDER] [--rounds 5]
 
-Makes a virtual environment in FOLDER (kept for the next time) with sae-lens, dictionary-learning, eai-sparsify and
-overcomplete from PyPI; torch is taken from the environment that runs this. Every library makes its own step (forward,
-backward, its optimiser, its norm constraint) on the same batch, in turn: D = 1024, F = 8192, B = 4096, 32 active latents
-where the library lets one say so. Times are medians, in seconds and in units of the encoder's product alone.
+Makes a virtual environment in FOLDER (and keeps it) with sae-lens, dictionary-learning, eai-sparsify and overcomplete from
+PyPI; torch comes from the environment that runs this. Each library makes its own step (forward, backward, its optimiser, its
+norm constraint) on the same batch, in turn: D = 1024, F = 8192, B = 4096, and 32 active latents if the library has such a
+setting. Times are medians, in seconds and in units of the encoder's product alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ D, F, B, K = 1024, 8192, 4096, 32
 
 
 def make_venv(folder: Path) -> Path:
-    """The interpreter of a virtual environment with the peers, which sees this environment's packages below its own."""
+    """The interpreter of a virtual environment that adds the peers to this environment's packages."""
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not (folder / "complete").exists():
         venv.create(folder, with_pip=True, clear=True)
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.inside:
         command = [str(make_venv(options.venv)), __file__, "--inside", "--rounds", str(options.rounds)]
-        # On a CPU sparsify has a decoder of its own in plain torch, and takes it only if told.
+        # sparsify uses its plain torch decoder, the one for CPUs, only if told to.
         raise SystemExit(subprocess.run(command, env={**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}).returncode)
 
     from sae_step import interleaved

@@ -2,11 +2,11 @@
 
     python benchmarks/sae_step.py [--quick]
 
-Prints one JSON object. For D = 1024, F = 8192, B = 4096 and about 32 active latents an item (the bias is set so), in
-interleaved repetitions in one process, medians of: `encode_gemm_s`, the product x W_e^T alone; `relu_step_s` and
-`topk_step_s`, this package's whole step (forward, backward, Adam, unit norm); `dense_step_s`, the same step by plain
-autograd with torch's Adam. `d512` holds the same for D = 512. `density` holds, for the share of latents active, the
-sparse and the dense step in units of the product, and which of them training takes. `--quick`: the first set alone.
+Prints one JSON object. It holds medians of interleaved repetitions in one process, for D = 1024, F = 8192, B = 4096 and about
+32 active latents per item (set by the bias): `encode_gemm_s`, the product x W_e^T alone; `relu_step_s` and `topk_step_s`, this
+package's whole step (forward, backward, Adam, unit norm); `dense_step_s`, the same step by plain autograd with torch's Adam.
+`d512` holds the same for D = 512. `density` holds, by the fraction of active latents, the sparse and the dense step in units
+of the product, and which of them training uses. `--quick` measures only the first set.
 """
 
 import argparse
@@ -29,7 +29,7 @@ B, F, ACTIVE = 4096, 8192, 32
 
 
 def calibrated(n_inputs: int, active: float, sparsity: Sparsity, x: Tensor) -> SparseAutoencoder:
-    """A random model in which about `active` latents of an item have a positive pre-activation."""
+    """A random model in which about `active` latents per item have a positive pre-activation."""
     generator = torch.Generator().manual_seed(1)
     model = SparseAutoencoder(n_inputs, F, sparsity=sparsity)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def plain_step(model: SparseAutoencoder) -> Callable[[Tensor], None]:
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """The times of each way, called in turn; the first round is not counted."""
+    """The times of each way, called in turn, without the first round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():
@@ -113,7 +113,7 @@ def measure(n_inputs: int, repetitions: int) -> dict[str, float]:
     times = interleaved(ways, repetitions)
     for step in (relu_step, topk_step):
         step.close()
-    # Ratios within a round, then their median: another program slows a whole round more or less alike.
+    # Ratios are taken within a round, since another program slows a whole round about equally.
     ratio = {
         (a, b): statistics.median(s / t for s, t in zip(times[a], times[b], strict=True)) for a in times for b in times
     }
@@ -156,7 +156,7 @@ def measure_density(n_inputs: int, density: float, repetitions: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first set alone")
+    parser.add_argument("--quick", action="store_true", help="measure only the first set")
     quick = parser.parse_args().quick
     result: dict[str, object] = {"threads": torch.get_num_threads(), **measure(1024, 3 if quick else 9)}
     if not quick:

@@ -1,12 +1,12 @@
-"""What an epoch of training costs beyond its optimiser steps.
+"""The cost of an epoch of training, relative to its optimiser steps alone.
 
     python benchmarks/sae_training.py [--rounds 5]
 
-Prints one JSON object. The same number of steps is made twice, in turn: by `train` on memory-mapped float16 shards in a
-random order, with its checks, log rows, CSV file and progress (`epoch_s`), and as bare steps on batches already in memory
-(`steps_s`); `with_validation_s` adds a validation on a tenth of the items at the end of the epoch. Times are the least of
-the rounds, since other programs on the machine can only add to them; `..._over_steps` are their ratios. TopK codes with
-32 of 8192 latents, D = 1024, batches of 4096.
+Prints one JSON object. `epoch_s` is the time of an epoch of `train` on memory-mapped float16 shards in random order, with its
+checks, log rows, CSV file and progress bar. `steps_s` is the time of as many bare steps on batches already in memory.
+`with_validation_s` adds a validation on a tenth of the items at the end of the epoch. Each time is the minimum over the
+rounds, since other programs on the machine can only add to it; `..._over_steps` are their ratios. The model is a TopK SAE with
+32 of 8192 latents active, D = 1024, batches of 4096.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Shards:
 
 
 def epoch_seconds(data: Shards, validation: Tensor | None, folder: Path) -> float:
-    """The second epoch of a run, from the log's row at the end of the first to the end of its own."""
+    """The time of a run's second epoch, between the log rows at the ends of its two epochs."""
     times: list[float] = []
     settings = TrainingSettings(epochs=2, batch_size=B, log_every=STEPS)
     model = SparseAutoencoder(D, F, sparsity=TopK(32))
@@ -60,10 +60,10 @@ def epoch_seconds(data: Shards, validation: Tensor | None, folder: Path) -> floa
 
 
 def step_seconds(batches: list[Tensor]) -> float:
-    """The same steps, nothing else."""
+    """The time of the same steps alone."""
     model = SparseAutoencoder(D, F, sparsity=TopK(32))
     stepper = Stepper(model, Adam(model))
-    for batch in batches:  # an epoch before, as above
+    for batch in batches:  # the first epoch, not measured
         stepper(batch)
     start = time.perf_counter()
     for batch in batches:

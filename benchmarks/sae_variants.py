@@ -2,9 +2,9 @@
 
     python benchmarks/sae_variants.py [FOLDER] [--expansion_factor 4] [--epochs 100] [--k 8]
 
-FOLDER holds .npy shards (n x D); without it, 20,000 made-up items of 64 numbers, each a sum of few of 256 directions. The
-first rows are the same training with the sparse step where it is the faster one, and by autograd throughout. Rounding
-alone makes the two differ; with resampling, a latent that fires once in a window or not at all makes it a little more.
+FOLDER holds .npy shards (n x D). Without it, the features are 20,000 synthetic items of 64 numbers, each a sum of a few of 256
+directions. The first rows compare training that uses the sparse step where it is faster with training by autograd throughout.
+Only rounding makes the two differ; resampling amplifies it, since a latent that fires once in a window is not restarted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sparse_autoencoder import (
 )
 
 
-def made_up() -> Tensor:
+def synthetic() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(256, 64, generator=generator), dim=1)
     strengths = torch.rand(20_000, 256, generator=generator) * (torch.rand(20_000, 256, generator=generator) < 0.02)
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--l0_coeff", type=float, default=2e-5)
     parser.add_argument("--k", type=int, default=8)
     options = parser.parse_args()
-    x = load(options.folder) if options.folder else made_up()
+    x = load(options.folder) if options.folder else synthetic()
     settings = TrainingSettings(epochs=options.epochs, batch_size=options.batch_size, lr=options.lr)
     no_resampling = dataclasses.replace(settings, resample_freq=0)
     dead_after = 10 * len(x)

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dncbm.concepts import encode_store, map_part, merge_parts
-from dncbm.features import FeatureStore
-from dncbm.manifests import Recipe, begin, finish
+from dncbm.concepts.strengths import encode_store, map_part, merge_parts
+from dncbm.features.store import FeatureStore
+from dncbm.runs.manifests import Recipe, begin, finish
 from sparse_autoencoder import SparseAutoencoder
 
 D, F, ACTIVE, BATCH, SHARD, PLACES365 = 256, 8192, 32, 1024, 8192, 1_623_114

@@ -1,8 +1,15 @@
 """Discover-then-Name concept bottlenecks: from any CLIP-like image encoder to an interpretable classifier.
 
-The stages, in order: `features` (images to features), `sae` (features to a sparse autoencoder), `vocabulary` and `naming`
-(latents to words), `concepts` (features to concept strengths), `probing` (concept strengths to predictions). Each stage is
-one function that reads artifacts and writes artifacts; `scripts/` are their command lines.
+Five rooms in the order in which data flows, each importing only those before it: `runs` (what a run is and where it lies),
+`features` (images to features), `concepts` (features to named concepts), `probe` (concept strengths to predictions) and
+`explain` (predictions to figures). `stages` lists the stages in order; `cli` makes command lines of them.
+
+What most people import is here. A stage is a function of the config and of declarations, for example
+
+    settings = load_settings()
+    run = SAERun(encoder="clip_ViT-B/16")
+    train_sae(settings, run, device="cuda")
+    names = read_names(settings, run)
 """
 
 import os
@@ -11,4 +18,41 @@ import os
 # our own that decode images among them: many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from dncbm.concepts.naming import assign_names, read_names
+from dncbm.concepts.sae import load_sae, train_sae
+from dncbm.concepts.strengths import load_concept_strengths, save_concept_strengths
+from dncbm.concepts.vocabulary import load_vocabulary, save_vocabulary_embeddings
+from dncbm.features.encoders import load_encoder
+from dncbm.features.stage import open_features, save_probe_features, save_sae_features
+from dncbm.probe.nec import accuracy_at_nec
+from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
+from dncbm.probe.zero_shot import evaluate_zero_shot
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import (
+    Extraction,
+    NamedEncoder,
+    ProbeDataset,
+    ProbeFeatures,
+    ProbeRun,
+    SAEFeatures,
+    SAERun,
+    Splits,
+)
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.settings import Settings, load_settings
+from dncbm.stages import STAGES
+
 __version__ = "1.0.0"
+
+__all__ = [  # noqa: RUF022 - by meaning
+    # the config, paths, errors
+    "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
+    # declarations: what a run is
+    "Extraction", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures", "SAERun", "Splits",
+    # stages, in order
+    "STAGES", "save_sae_features", "train_sae", "save_vocabulary_embeddings", "assign_names", "save_probe_features",
+    "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec",
+    # what they made
+    "load_concept_strengths", "load_encoder", "load_probe", "load_probe_data", "load_sae", "load_vocabulary",
+    "open_features", "read_names",
+]  # fmt: skip

@@ -1,7 +1,10 @@
 """What several test files share: a config of one's own, errors of one line, small images, an encoder without weights."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,16 +19,17 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from dncbm.encoders import Encoder
-from dncbm.errors import UserError
-from dncbm.features import FeatureStore
-from dncbm.manifests import Recipe, begin, finish
-from dncbm.settings import Settings, load_settings
+from dncbm.features.encoders import Encoder
+from dncbm.features.store import FeatureStore
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import making
+from dncbm.runs.settings import Settings, load_settings
 
 # The examples are the same on every machine, and a slow machine fails nothing.
 hypothesis.settings.register_profile("dncbm", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("dncbm")
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "openmoji"
 ROOTS = {name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")}
 COMPLETE = ROOTS | {
     "vocabulary": "words",
@@ -138,16 +142,15 @@ def make_store() -> Callable[..., FeatureStore]:
     """Writes shards of features as the extraction leaves them, and opens them."""
 
     def make(folder: Path, shards: list[np.ndarray], keys: list[np.ndarray] | None = None) -> FeatureStore:
-        recipe = Recipe("features by hand")
         shutil.rmtree(folder, ignore_errors=True)
-        begin(folder, recipe, overwrite=True)
-        first = 0
-        for number, shard in enumerate(shards):
-            np.save(folder / f"{number:05d}.npy", shard)
-            shard_keys = np.arange(first, first + len(shard)) if keys is None else keys[number]
-            np.save(folder / f"{number:05d}.keys.npy", shard_keys)
-            first += len(shard)
-        finish(folder, recipe, folder.glob("*.npy"))
+        with making(folder, "features by hand", {}, {}, overwrite=True) as work:
+            first = 0
+            for number, shard in enumerate(shards):
+                np.save(folder / f"{number:05d}.npy", shard)
+                shard_keys = np.arange(first, first + len(shard)) if keys is None else keys[number]
+                np.save(folder / f"{number:05d}.keys.npy", shard_keys)
+                first += len(shard)
+            work.done(folder.glob("*.npy"))
         return FeatureStore(folder, "a command")
 
     return make
@@ -164,3 +167,16 @@ def saga() -> Callable[..., np.ndarray]:
         return model.fit(x.astype(np.float64), labels).coef_
 
     return solve
+
+
+@pytest.fixture(scope="session")
+def small_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a small build of the embedded default; what it printed is in build.txt."""
+    output = tmp_path_factory.mktemp("build") / "run"
+    command = [sys.executable, str(EXAMPLE / "build.py"), "--limit", "60", "--output", str(output)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (output / "build.txt").write_text(done.stdout)
+    return output

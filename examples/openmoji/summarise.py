@@ -1,44 +1,43 @@
 """What the demo found: a short table, summary.json and a sheet of the best-named latents."""
 
-import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from dncbm import arguments
-from dncbm.artifacts import Artifacts, ProbeRun, SAERun
-from dncbm.concepts import load_concept_strengths
-from dncbm.datasets.probe import display_name, probe_images
-from dncbm.encoders import load_encoder
-from dncbm.explanations import top_activating
-from dncbm.features import probe_class_names
-from dncbm.manifests import read_manifest, write_json
-from dncbm.naming import read_names
-from dncbm.nec import read_nec
-from dncbm.plotting.concept_sheet import concept_sheet
-from dncbm.probing import (
-    ProbeData,
-    evaluate_probe,
-    load_probe,
-    load_probe_data,
-    majority_accuracy,
-    zero_shot_weight,
-)
-from dncbm.settings import SPLITS, Settings
+from dncbm.cli import main
+from dncbm.concepts.naming import read_names
+from dncbm.concepts.strengths import load_concept_strengths
+from dncbm.explain.explanations import top_activating
+from dncbm.explain.plotting.concept_sheet import concept_sheet
+from dncbm.features.datasets.probe import display_name, probe_images
+from dncbm.features.encoders import load_encoder
+from dncbm.features.stage import probe_class_names
+from dncbm.probe.model import ProbeData, evaluate_probe
+from dncbm.probe.nec import read_nec
+from dncbm.probe.stage import PROBE, load_probe, load_probe_data
+from dncbm.probe.zero_shot import majority_accuracy, zero_shot_weight
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import NamedEncoder, ProbeDataset, ProbeFeatures, ProbeRun, SAEFeatures, SAERun
+from dncbm.runs.manifests import Outcome, read_manifest, write_json
+from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Stage
+from dncbm.stages import PIPELINE_STAGES
+from sparse_autoencoder.declare import setting
 
 N_BEST = 20
 """Names in the table."""
 N_TOP = 5
-"""Images a name is shown with."""
+"""Images per name."""
 MIN_IMAGES = 5
-"""A latent that fewer training images activate is not among the best: its name says what one image shows."""
+"""Latents that fewer training images activate are left out: their names only describe one image."""
 TEMPLATES = ("an emoji of {}", "a drawing of {}", "{}")
 
 
 def best_names(settings: Settings, run: SAERun, dataset: str) -> list[dict[str, object]]:
-    """The latents whose names are most similar to them, with the rows of the images that activate them most."""
+    """The latents that are most similar to their names, each with the keys of its most activating training images."""
     strengths = load_concept_strengths(settings, run, dataset, "train")
     n_images = np.asarray((strengths.matrix > 0).sum(axis=0)).ravel()
     names = [name for name in read_names(settings, run) if n_images[name.index] >= MIN_IMAGES]
@@ -74,36 +73,34 @@ def probe_accuracies(settings: Settings, run: SAERun, probe: ProbeRun, on_featur
     }
 
 
-def stage_seconds(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[str, float]:
-    """Seconds each stage took, from the manifests."""
-    artifacts = Artifacts(settings)
-    made = {
-        "sae_features": [artifacts.features(run.dataset, run.encoder, run.hook, split) for split in SPLITS],
-        "sae": [artifacts.sae(run)],
-        "vocabulary": [artifacts.embeddings(run.encoder)],
-        "names": [artifacts.concept_names(run)],
-        "probe_features": [artifacts.features(probe.dataset, run.encoder, run.hook, split) for split in SPLITS],
-        "strengths": [artifacts.strengths(run, probe.dataset, split) for split in SPLITS],
-        "probe": [artifacts.probe(run, probe)],
-    }
-    return {
-        stage: round(sum(read_manifest(path)["details"]["seconds"] for path in paths), 1)
-        for stage, paths in made.items()
-    }
+def stage_seconds(settings: Settings, *declared: Any) -> dict[str, float]:
+    """Seconds that each stage up to the probe took, from the manifests."""
+    given = {type(one): one for one in declared}
+    seconds = {}
+    for stage in PIPELINE_STAGES[: PIPELINE_STAGES.index(PROBE) + 1]:
+        made = stage.outputs(Artifacts(settings), *(given.get(cls) or cls() for cls in stage.takes))
+        seconds[stage.name] = round(sum(read_manifest(path)["details"]["seconds"] for path in made), 1)
+    return seconds
 
 
-def baseline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--features_probe_lr", type=float, default=1e-3, help="learning rate of the probe on features")
+@dataclass(frozen=True)
+class Baseline:
+    """The probe on raw features."""
+
+    lr: float = setting(1e-3, "learning rate of the probe on features", flag="features_probe_lr", above=0)
 
 
-def main() -> None:
-    settings, args = arguments.parse(
-        __doc__, baseline, arguments.sae_data, arguments.sae_run, arguments.probe_data, arguments.probe_run
-    )
-    run, probe = arguments.sae_from(args), arguments.probe_from(args)
-    on_features = replace(probe, on_features=True, lr=args.features_probe_lr)
+def summarise(
+    settings: Settings, run: SAERun, probe: ProbeRun, baseline: Baseline, *, device: str, overwrite: bool
+) -> Outcome:
+    on_features = replace(probe, on_features=True, lr=baseline.lr)
     artifacts = Artifacts(settings)
     images = probe_images(settings, probe.dataset, "train")
+    of_probe = (
+        ProbeDataset(probe.dataset),
+        ProbeFeatures(probe.dataset, run.encoder, run.hook),
+        NamedEncoder(run.encoder),
+    )
 
     names = best_names(settings, run, probe.dataset)
     pictures = [[images.image(key).convert("RGB").resize((96, 96)) for key in name["top_keys"]] for name in names]
@@ -120,7 +117,7 @@ def main() -> None:
             for key, value in json.loads((settings.path.parent / "run/encoder_report.json").read_text()).items()
             if key.startswith("retrieval")
         },
-        "seconds": stage_seconds(settings, run, probe),
+        "seconds": stage_seconds(settings, run, probe, SAEFeatures(run.encoder, run.hook, run.dataset), *of_probe),
     }
     write_json(artifacts.summary(), summary)
     titles = [f"{name['name']}  {name['similarity']:.2f}" for name in names]
@@ -130,12 +127,13 @@ def main() -> None:
         ("summary", artifacts.summary()),
         ("the names above with their images", artifacts.concept_sheet()),
         ("all names", artifacts.concept_names(run)),
-        ("accuracy at few weights a class", artifacts.nec_figure(run, probe.dataset)),
+        ("accuracy with few weights", artifacts.nec_figure(run, probe.dataset)),
         ("SAE", artifacts.sae(run)),
         ("probe", artifacts.probe(run, probe)),
         ("results of every probe", artifacts.probe_results()),
     ):
         print(f"  {what + ':':<36}{path}")
+    return Outcome.RAN
 
 
 def emoji_name(path: str) -> str:
@@ -157,7 +155,7 @@ def print_summary(summary: dict) -> None:
         ("majority_top1", "majority class"),
     ):
         print(f"           {what:<18}{probe[key]:.1%}")
-    print("         weights a category ", "".join(f"{nec:>6}" for nec in summary["nec"]["concepts"]))
+    print("         weights per category" + "".join(f"{nec:>6}" for nec in summary["nec"]["concepts"]))
     for on, what in (("concepts", "concepts"), ("features", "raw features"), ("random", "random directions")):
         print(f"           {what:<18}", "".join(f"{top1:>6.0%}" for top1 in summary["nec"][on].values()))
     print("Names    the best, and what activates them most")
@@ -167,4 +165,4 @@ def print_summary(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    arguments.run(main)
+    main(Stage("summary", "", __doc__ or "", summarise, (SAERun, ProbeRun, Baseline)))

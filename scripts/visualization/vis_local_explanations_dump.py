@@ -1,21 +1,6 @@
 """Compute which concepts each prediction is made of, for vis_local_explanations_plot.py to draw."""
 
-from dncbm import arguments
-from dncbm.dumps import local_explanations
-
-
-def main() -> None:
-    settings, args = arguments.parse(__doc__, arguments.explained, arguments.selection("images", "classes", "concepts"))
-    run = arguments.explained_sae(settings, args)
-    local_explanations.dump(
-        settings,
-        run,
-        arguments.explained_probe(settings, args, run),
-        args.probe_split,
-        arguments.selection_from(args),
-        overwrite=args.overwrite,
-    )
-
+from dncbm.cli import main
 
 if __name__ == "__main__":
-    arguments.run(main)
+    main("local_explanations_dump")

@@ -4,11 +4,13 @@ from sparse_autoencoder.checkpoint import load_checkpoint, save_checkpoint
 from sparse_autoencoder.data import Features
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.metrics import evaluate
-from sparse_autoencoder.model import SAEOutput, SparseAutoencoder
-from sparse_autoencoder.sparsity import BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK
+from sparse_autoencoder.model import DEFAULT_SEED, SAEOutput, SparseAutoencoder
 from sparse_autoencoder.trainer import TrainingResult, TrainingSettings, train
+from sparse_autoencoder.variants import VARIANTS, BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK
 
 __all__ = [
+    "DEFAULT_SEED",
+    "VARIANTS",
     "BatchTopK",
     "CheckpointError",
     "Features",

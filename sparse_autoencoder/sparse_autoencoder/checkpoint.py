@@ -1,4 +1,4 @@
-"""Checkpoints: the model alone, in safetensors, or the authors' published PyTorch format."""
+"""Checkpoints of the model: safetensors files, and the PyTorch files that DN-CBM's authors publish."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_autoencoder.errors import CheckpointError
 from sparse_autoencoder.files import write_safetensors
 from sparse_autoencoder.model import INPUT_TRANSFORMS, SparseAutoencoder
-from sparse_autoencoder.sparsity import ReLU, Sparsity, sparsity_from_json, sparsity_to_json
+from sparse_autoencoder.variants import ReLU, Sparsity, sparsity_from_json, sparsity_to_json
 
 SCHEMA_VERSION = "1"
 RESERVED = ("format", "schema_version", "sparsity", "input_transform")
@@ -27,16 +27,16 @@ PUBLISHED_ALIASES = ("pre_encoder_bias._bias_reference", "post_decoder_bias._bia
 def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes the model to a .safetensors file, whole or not at all.
 
-    Tensors: `tied_bias` (D), `encoder_weight` (F x D), `encoder_bias` (F), `decoder_weight` (D x F), and whatever the
+    Tensors: `tied_bias` (D), `encoder_weight` (F x D), `encoder_bias` (F), `decoder_weight` (D x F), and those that the
     sparsity and the input transform add. The header's metadata holds the schema version, the sparsity with its
     parameters, the input transform, and `metadata`.
 
     Raises:
-        ValueError: `metadata` uses one of the names that the format reserves.
+        ValueError: `metadata` uses a name that the format reserves.
     """
     reserved = sorted(set(metadata or {}) & set(RESERVED))
     if reserved:
-        raise ValueError(f"metadata may not use the names {', '.join(reserved)}: the checkpoint format does")
+        raise ValueError(f"metadata may not use the names {', '.join(reserved)}: the checkpoint format reserves them")
     tensors = {**model.state_dict(), "decoder_weight": model.decoder_weight.t()}
     header = {
         **(metadata or {}),
@@ -49,13 +49,13 @@ def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, st
 
 
 def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """The model of a checkpoint: a .safetensors file of `save_checkpoint`, or a .pt of DN-CBM's authors.
+    """The model of a checkpoint: a .safetensors file of `save_checkpoint`, or a .pt file of DN-CBM's authors.
 
-    The authors' files are state dicts whose tensors have a leading axis of size 1; they are read with
-    `weights_only=True`, which unpickles nothing but tensors, and do not say their L1 coefficient (the default is set).
+    The authors' files are state dicts whose tensors have a leading axis of size 1. They are read with
+    `weights_only=True`, which unpickles only tensors. They do not record the L1 coefficient, so the default is set.
 
     Raises:
-        CheckpointError: the file is missing, cut off, of another format or version, or its tensors do not fit together.
+        CheckpointError: the file is missing, truncated, of another format or version, or its tensors do not match.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,7 +87,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a safetensors file.
 
     Raises:
-        CheckpointError: it cannot be read as one.
+        CheckpointError: the file is not readable.
     """
     try:
         with safe_open(path, framework="pt") as file:

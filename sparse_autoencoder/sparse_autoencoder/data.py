@@ -1,4 +1,4 @@
-"""Batches of features, in an order that a seed fixes."""
+"""Batches of features, in an order that depends only on a seed."""
 
 import zlib
 from collections import deque
@@ -14,25 +14,24 @@ from sparse_autoencoder.errors import NonFiniteError
 from sparse_autoencoder.workers import Workers
 
 READ_AHEAD = 2
-"""Batches that are gathered ahead of the one in use."""
+"""Batches gathered ahead of the one in use."""
 
 
 @runtime_checkable
 class Features(Protocol):
-    """N items of D numbers. A `describe(index) -> str` that names the shard an item lies in is used where there is
-    one."""
+    """N items of D numbers. An optional method `describe(index) -> str` names an item's shard in error messages."""
 
     def __len__(self) -> int:
         """N."""
         ...
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """The items (n x D, float32) of int64 indices (n), in that order."""
+        """The items (n x D, float32) at these indices (n, int64), in that order."""
         ...
 
 
 class TensorFeatures:
-    """A tensor (N x D) as Features; `checked`: it is known to be finite."""
+    """A tensor (N x D) as Features; `checked` tells that it is known to be finite."""
 
     def __init__(self, x: Tensor, *, checked: bool = False) -> None:
         if x.ndim != 2:
@@ -48,10 +47,10 @@ class TensorFeatures:
 
 
 def as_features(data: Features | Tensor) -> Features:
-    """`data` itself, or a tensor wrapped.
+    """`data` as Features.
 
     Raises:
-        ValueError: there are no items, or a tensor is not N x D.
+        ValueError: the data has no items, or a tensor is not N x D.
     """
     features = TensorFeatures(data) if isinstance(data, Tensor) else data
     if len(features) == 0:
@@ -60,13 +59,15 @@ def as_features(data: Features | Tensor) -> Features:
 
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
-    """Raises NonFiniteError, naming `when` and the first bad item's shard, if x (n x D) holds NaN or infinity."""
-    if getattr(features, "checked", False):
-        return
-    if torch.isfinite(x.sum()):  # one number can only be finite if all are; the reverse is settled below
+    """Checks a batch x (n x D) of the items at `indices` (n).
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity. The message starts with `when` and names the first bad item's shard.
+    """
+    if getattr(features, "checked", False) or torch.isfinite(x.sum()):  # a finite sum implies finite items
         return
     bad = (~torch.isfinite(x)).any(dim=1).nonzero()
-    if len(bad) == 0:
+    if len(bad) == 0:  # finite items whose sum overflowed
         return
     index = int(indices[int(bad[0])])
     describe = getattr(features, "describe", None)
@@ -75,13 +76,13 @@ def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) 
 
 
 def checksum(features: Features) -> str:
-    """Of 64 items spread over the data: enough to notice other data of the same size."""
+    """The CRC-32 of 64 items spread over the data: enough to detect different data of the same size."""
     indices = np.linspace(0, len(features) - 1, num=min(64, len(features))).astype(np.int64)
     return f"{zlib.crc32(features.gather(indices).float().contiguous().cpu().numpy().tobytes()):08x}"
 
 
 def epoch_order(n_items: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, a permutation of the n_items indices (int64): a function of seed and epoch alone."""
+    """The order of an epoch: a permutation (n_items, int64) that depends only on the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n_items)
 
 
@@ -94,10 +95,15 @@ def in_batches(
     name: Callable[[int], str] | None = None,
     reader: Workers | None = None,
 ) -> Iterator[Tensor]:
-    """The items of `order` in batches (n x D, float32), from batch `first` on; the last batch may be short.
+    """Yields items in batches (n x D, float32); the last batch may be short.
 
-    `name` says what an error calls a batch; "batch 3" without it. With a `reader`, the next batches are gathered in its
-    thread while the caller works on this one.
+    Args:
+        features: the items.
+        order: indices (int64) of the items, in the order wanted.
+        batch_size: items per batch.
+        first: the batch to start with.
+        name: names a batch in errors, by default "batch 3".
+        reader: a thread that gathers the next batches while the caller works on this one.
 
     Raises:
         NonFiniteError: a batch holds NaN or infinity.
@@ -123,7 +129,7 @@ def in_batches(
 
 
 def resident(features: Features, device: torch.device, batch_size: int) -> Features:
-    """The features on a CUDA device, where they take at most half of its free memory; else as they are.
+    """The features, moved to a CUDA device if they take at most half of its free memory.
 
     Raises:
         NonFiniteError: they hold NaN or infinity.
@@ -141,9 +147,9 @@ def resident(features: Features, device: torch.device, batch_size: int) -> Featu
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:
-    """The point (D) with the least summed distance to the rows of x (N x D), by Weiszfeld's iteration, in float64.
+    """The point (D) with the least total distance to the rows of x (N x D), by Weiszfeld's iteration in float64.
 
-    Stops once a step moves the point by less than `tolerance` times the mean distance.
+    Stops when a step moves the point by at most `tolerance` times the mean distance.
     """
     x = x.double()
     median = x.mean(dim=0)

@@ -1,9 +1,9 @@
-"""The two errors that a caller may want to catch by name."""
+"""Errors that a caller may want to catch by name."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or training state that cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint or training state cannot be used; the message names the file and the fault."""
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or infinity in the features or in the loss; the message names the step, and the shard when it is known."""
+    """The features or the loss hold NaN or infinity; the message names the step, and the shard if known."""

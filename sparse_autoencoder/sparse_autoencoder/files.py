@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,26 +10,34 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+_UMASK = os.umask(0)  # the only way to read the umask is to set it
+os.umask(_UMASK)
+
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without an error.
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`. When the block ends without an error, that file replaces `path`.
 
-    The content is on the disk before the rename, so that a killed process or a power cut leaves the old file or the new
-    one, never a part. After an error (a full disk, say) the temporary file is removed and `path` is untouched.
+    The content reaches the disk before the rename, so a killed process or a power cut leaves the old file or the new one,
+    never a part. If the block raises (full disk, interrupt), the temporary file is removed and `path` is untouched.
+    Missing parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # The suffix is kept because numpy and others append theirs to a name that lacks it.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        yield partial
-        with open(partial, "rb+") as file:
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself: not possible, nor needed, on Windows
+    if hasattr(os, "O_DIRECTORY"):  # flushes the rename itself, which Windows neither allows nor needs
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -37,13 +46,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all, whose bytes depend on its content alone.
+    """Writes a safetensors file, whole or not at all, whose bytes depend only on its content.
 
     The library writes the metadata in an order that changes from call to call; here it is sorted.
     """
-    with written_whole(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        with open(partial, "rb+") as file:
+    with whole_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb+") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,7 +1,7 @@
-"""Compiled loops over the active entries of a code: everything of a training step but the encoder's product.
+"""Compiled loops over the active entries of a code: all of a training step except the encoder's product.
 
-They run without Python's lock, each call on one thread, and sum in a fixed order. Sums may be reordered by the compiler
-(once, when it compiles) and products fused, but NaN and infinity keep their meaning.
+Each call runs on one thread, without Python's lock, and sums in a fixed order. The compiler may reorder sums and fuse
+products (once, when it compiles), but NaN and infinity keep their meaning.
 """
 
 import math
@@ -15,25 +15,28 @@ Rates: TypeAlias = tuple[np.float32, ...]
 
 
 class ItemMajor(NamedTuple):
-    """The active entries of n items, in the order of the items and of the latents within one."""
+    """The active entries of n items, ordered by item, then by latent."""
 
     row_start: Array
     """Where each item's entries start (n + 1, int64)."""
     latent: Array
-    """Which latent (int32)."""
+    """Each entry's latent (int32)."""
     z: Array
     """Its value (float32)."""
     slope: Array
-    """The derivative of the loss by it (float32), once `decode` has filled it in."""
+    """The derivative of the loss by the value (float32), filled in by `decode`."""
+
+
+NO_ENTRIES = ItemMajor(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32))
 
 
 class LatentMajor(NamedTuple):
-    """The same in the order of the latents and of the items within one."""
+    """The same entries, ordered by latent, then by item."""
 
     start: Array
     """Where each latent's entries start (F + 1, int64)."""
     item: Array
-    """Which item (int32)."""
+    """Each entry's item (int32)."""
     z: Array
     slope: Array
 
@@ -48,17 +51,17 @@ class Trained(NamedTuple):
 
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 32
-"""Pre-activations tested at once: most blocks hold no active latent and cost a few vector instructions."""
+"""Pre-activations tested at once. Most blocks hold no active latent and cost only a few vector instructions."""
 
 
 @njit(inline="always", fastmath=FASTMATH)
 def _scan(pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array) -> int:
-    """Collects, in rising order, the latents f of one row with pre[f] + offset[f] > level, and pre[f] + bias[f] as their
-    value. NaN is collected too, so that it reaches the loss. Returns how many there are."""
+    """Collects, in ascending order, the latents f of one row with pre[f] + offset[f] > level and their values pre[f] +
+    bias[f]. NaN is collected too, so that it reaches the loss. Returns the number of latents."""
     n = pre.shape[0]
     count = 0
     for start in range(0, n, BLOCK):
-        # Slices, whose indices start at 0: numba cannot vectorise a loop from `start`, which might be negative.
+        # Slices, because numba cannot vectorise a loop from `start`, which might be negative.
         pre_block, offset_block = pre[start : start + BLOCK], offset[start : start + BLOCK]
         hits = np.int32(0)
         for f in range(pre_block.shape[0]):
@@ -111,7 +114,7 @@ def select_above(
 
 @njit(inline="always")
 def _kth_largest(values: Array, n: int, k: int) -> np.float32:
-    """The k-th largest of the first n values, none of them NaN, by quickselect; reorders them."""
+    """The k-th largest of the first n values (none NaN), by quickselect. Reorders the values."""
     low, high, want = 0, n - 1, k - 1
     while low < high:
         pivot = values[(low + high) // 2]
@@ -136,10 +139,10 @@ def _kth_largest(values: Array, n: int, k: int) -> np.float32:
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array, row_start: Array) -> None:
-    """As `select_above`, the k largest positive values of each row; of equal ones at the edge, those that come first.
+    """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win.
 
-    The latents are dealt into at least 4 k classes. k classes have a member that reaches the k-th largest of the classes'
-    maxima, so that it bounds the k-th largest value from below, closely: little more than k values are left to sort out.
+    The latents are dealt into at least 4 k classes. The k-th largest of the classes' maxima is a close lower bound on the
+    k-th largest value, since k classes have a member that reaches it: few more than k values remain to be sorted.
     """
     n, width = pre.shape
     n_classes = min(width, max(4 * k, 128))
@@ -157,7 +160,7 @@ def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array,
                     v = row_block[j] + bias_block[j]
                     maxima[j] = v if v > maxima[j] else maxima[j]
             bound = _kth_largest(maxima, n_classes, k)
-            level = np.float32(bound * np.float32(0.999999))  # `_scan` takes what is above, and equals are wanted
+            level = np.float32(bound * np.float32(0.999999))  # `_scan` excludes values equal to the level
             if level >= bound:
                 level = np.float32(0)
         count = _scan(row, bias, bias, level, latent[i], value[i])
@@ -181,9 +184,19 @@ def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array,
         row_start[i + 1] = row_start[i] + count
 
 
+def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
+    """The entries that a selection left in working memory, copied to arrays of their own."""
+    total = int(row_start[-1])
+    entries = ItemMajor(
+        row_start.copy(), np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.float32)
+    )
+    pack(latent, value, row_start, entries.latent, entries.z)
+    return entries
+
+
 @njit(nogil=True, cache=True)
 def pack(latent: Array, value: Array, row_start: Array, packed_latent: Array, packed_value: Array) -> None:
-    """Copies the first entries of each row to its place, from row_start (n + 1), in the packed arrays."""
+    """Copies each row's entries to the packed arrays, starting at row_start (n + 1)."""
     for i in range(row_start.shape[0] - 1):
         start = row_start[i]
         for j in range(row_start[i + 1] - start):
@@ -202,11 +215,11 @@ def decode(
     residual: Array,
     error: Array,
 ) -> float:
-    """The residuals of n items, and from them the slopes, while the decoder's rows are in cache.
+    """Computes the residuals of n items, and from them the slopes while the decoder's rows are in cache.
 
-    `ends` (G) are the prefixes of the latents that must reconstruct alone; with one, F, this is the plain SAE.
-    residual (G x n x D) becomes, for each prefix, the sum over it and all longer ones of x_hat - x, times `scale`: what
-    the latents that the prefix adds have as the gradient of their reconstruction.
+    `ends` (G) holds the sizes of the prefixes of the latents that must reconstruct alone; a plain SAE has one, F.
+    `residual` (G x n x D) becomes, for each prefix, `scale` times the sum of x_hat - x over this and all longer prefixes:
+    the gradient of the reconstruction by which the latents that the prefix adds learn.
     `error` (n) becomes the squared error of each item's whole reconstruction. Returns the squared errors of all prefixes,
     summed over the items.
     """
@@ -244,10 +257,10 @@ def decode(
 def decode_left_over(
     decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array
 ) -> float:
-    """AuxK: dead latents' entries reconstruct x - x_hat, which is -residual / scale (n x D), kept fixed.
+    """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D).
 
-    `left` (n x D) becomes the gradient of their reconstruction: coeff * scale times its error. Fills in the slopes and
-    returns the squared errors summed.
+    `left` (n x D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and
+    returns the sum of squared errors.
     """
     n, width = residual.shape
     error = 0.0
@@ -265,9 +278,17 @@ def decode_left_over(
     return error
 
 
+def item_sums(entries: ItemMajor) -> tuple[Array, Array]:
+    """The sum of each item's values and its number of active latents (both n, float32)."""
+    n = len(entries.row_start) - 1
+    total, active = np.empty(n, np.float32), np.empty(n, np.float32)
+    sum_items(entries.row_start, entries.z, total, active)
+    return total, active
+
+
 @njit(nogil=True, cache=True)
 def sum_items(row_start: Array, z: Array, total: Array, active: Array) -> None:
-    """Of each item's entries: the sum of the values (n), and how many are not 0 (n)."""
+    """For each item, the sum of its entries' values (n) and the number of non-zero ones (n)."""
     for i in range(total.shape[0]):
         total[i] = 0
         active[i] = 0
@@ -278,7 +299,7 @@ def sum_items(row_start: Array, z: Array, total: Array, active: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def histogram(latent: Array, count: Array) -> None:
-    """count[f] (F) = how many entries are latent f's."""
+    """count[f] (F) becomes the number of entries of latent f."""
     count[:] = 0
     for p in range(latent.shape[0]):
         count[latent[p]] += 1
@@ -286,7 +307,7 @@ def histogram(latent: Array, count: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: LatentMajor) -> None:
-    """Copies entries to their latent-major places; place (F) is where each latent's next one goes."""
+    """Copies entries to their latent-major places; place (F) points to the place of each latent's next entry."""
     for i in range(entries.row_start.shape[0] - 1):
         for p in range(entries.row_start[i], entries.row_start[i + 1]):
             q = place[entries.latent[p]]
@@ -302,8 +323,8 @@ def learn_thresholds(
 ) -> None:
     """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives.
 
-    Entries that lie in the window below the threshold have z = 0: they count here, and are then switched off (slope 0).
-    `active` (F) becomes the number of entries above.
+    Entries in the window below the threshold have z = 0. They contribute here and are then disabled (slope 0). `active` (F)
+    becomes the number of entries above the threshold.
     """
     for f in range(threshold.shape[0]):
         total = 0.0
@@ -321,7 +342,7 @@ def learn_thresholds(
 
 @njit(inline="always", fastmath=FASTMATH)
 def _adam(p: Array, g: Array, mean: Array, variance: Array, rates: Rates) -> None:
-    """Adam (Kingma & Ba 2015), as torch computes it, on rows p, g, mean and variance in place."""
+    """Adam (Kingma & Ba 2015), as torch computes it, in place on rows p, mean and variance, given the gradient g."""
     lr, beta_1, rest_1, beta_2, rest_2, inverse_root, epsilon, decay = rates
     for d in range(p.shape[0]):
         gradient = g[d] + decay * p[d]
@@ -342,7 +363,7 @@ def update_vector(vector: Trained, gradient: Array, rates: Rates) -> None:
 def _add_entries(
     entries: LatentMajor, f: int, x: Array, residual: Array, by_encoder: Array, by_decoder: Array
 ) -> np.float32:
-    """Adds the gradients (D) that latent f's entries give its encoder and decoder rows; returns the sum of the slopes."""
+    """Adds the gradients (D) of latent f's encoder and decoder rows from its entries. Returns the sum of the slopes."""
     start, stop = entries.start[f], entries.start[f + 1]
     slope_sum = np.float32(0)
     for p in range(start, stop):
@@ -369,9 +390,8 @@ def update_latents(
     bias_gradient: Array,
     back: Array,
 ) -> None:
-    """For each latent of first..last - 1: the gradients of its encoder and decoder rows from the code's entries and from
-    AuxK's (`revived`), the decoder's projection, Adam and unit norm. The gradients live in two rows of scratch memory and
-    are gone with the latent.
+    """Updates the encoder and decoder rows of latents first..last - 1: gradients from the code's entries and from AuxK's
+    (`revived`), the decoder's projection, Adam and unit norm. Only one latent's gradients exist at a time.
 
     Writes the encoder bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row.
     """

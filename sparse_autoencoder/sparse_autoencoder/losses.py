@@ -1,4 +1,4 @@
-"""The loss of an item, its parts, and how much of the data a reconstruction explains."""
+"""The loss of each item, its terms, and the explained variance."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.model import SparseAutoencoder
-from sparse_autoencoder.sparsity import BatchTopK, TopK, code_of, n_auxiliary, prefix_ends
 
 
 def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -16,10 +15,10 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
 
 class ItemLosses(NamedTuple):
-    """The loss of each item of a batch in its parts, and the latents that it came from."""
+    """The loss of each item of a batch, its terms, and the latents."""
 
     objective: Tensor
-    """What training minimises the mean of (B): l2 + penalty; with Matryoshka's prefixes and AuxK's term where they are."""
+    """What training minimises the mean of (B): l2 + penalty, plus Matryoshka's prefixes and AuxK's term."""
     l2: Tensor
     """Mean squared error over the D inputs of the whole reconstruction (B)."""
     penalty: Tensor
@@ -31,15 +30,16 @@ class ItemLosses(NamedTuple):
 def item_losses(
     model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None
 ) -> ItemLosses:
-    """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; for other variants see `sparsity`).
+    """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; `variants` for other codes).
 
-    `training`: the code may depend on the batch (BatchTopK), and the indices `dead` of latents (int64) get AuxK's loss.
+    With `training`, the code may depend on the batch (BatchTopK), and the latents with indices `dead` (int64) are revived by
+    AuxK's loss.
     """
-    code = code_of(model.sparsity)
-    pre, threshold = model.pre_activations(x), model.thresholds()
+    code = model.sparsity.code
+    pre, threshold = model.pre_activations(x), code.threshold(model)
     latents = code.activate(pre, threshold, training)
     penalty = code.penalty(pre, latents, threshold)
-    ends = prefix_ends(model.sparsity, model.n_latents)
+    ends = model.sparsity.prefix_ends(model.n_latents)
     reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0]])
     l2 = squared_error(reconstruction, x)
     objective = l2 + penalty
@@ -47,25 +47,24 @@ def item_losses(
         reconstruction = torch.addmm(reconstruction, latents[:, start:end], model.decoder_weight[start:end])
         l2 = squared_error(reconstruction, x)
         objective = objective + l2
-    n_aux = n_auxiliary(model.sparsity, model.n_inputs, len(dead)) if training and dead is not None else 0
+    n_aux = code.n_auxiliary(model.n_inputs, len(dead)) if training and dead is not None else 0
     if n_aux:
-        assert isinstance(code, TopK | BatchTopK)
         largest, place = pre[:, dead].topk(n_aux, dim=1, sorted=False)
         revived = torch.zeros_like(pre[:, dead]).scatter(1, place, torch.relu(largest))
-        left_over = (x - reconstruction).detach()
-        objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight[dead], left_over)
+        residual = (x - reconstruction).detach()
+        objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight[dead], residual)
     return ItemLosses(objective, l2, penalty, latents)
 
 
 class CodeLosses(NamedTuple):
-    """The loss of each item of a batch outside training, l2 + penalty, without the code."""
+    """The loss terms of each item of a batch outside training."""
 
     l2: Tensor
     """B."""
     penalty: Tensor
     """B."""
     fired: Tensor
-    """For how many items each latent was active (F, int64)."""
+    """The number of items for which each latent was active (F, int64)."""
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def code_losses(model: SparseAutoencoder, x: Tensor) -> CodeLosses:
 
 
 class RunningVariance:
-    """Sum of squared deviations from the mean over batches of a stream (merged in float64: Chan et al. 1979)."""
+    """Sum of squared deviations from the mean of a stream, batch by batch (merged in float64: Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -84,7 +83,7 @@ class RunningVariance:
         self.total = 0.0
 
     def add(self, x: Tensor) -> None:
-        """Takes a batch (B x D)."""
+        """Adds a batch (B x D)."""
         batch_mean = x.mean(dim=0)
         self.total += float((x - batch_mean).square().sum())
         mean = batch_mean.double().cpu()
@@ -99,5 +98,5 @@ class RunningVariance:
 
 
 def explained_variance(squared_error_sum: float, variance_sum: float) -> float:
-    """1 - sum (x - x_hat)^2 / sum (x - mean)^2; NaN where the data does not vary."""
+    """1 - sum (x - x_hat)^2 / sum (x - mean)^2; NaN if the data does not vary."""
     return 1 - squared_error_sum / variance_sum if variance_sum > 0 else float("nan")

@@ -1,4 +1,4 @@
-"""What is measured of a model over a whole data set."""
+"""Metrics of a model over a whole data set."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.workers import Workers
 
 ALMOST_DEAD = 1e-5
-"""A latent that fires, but for a smaller share of the items than this, is almost dead."""
+"""A latent that fires, but for a smaller fraction of the items than this, is almost dead."""
 
 
 def count_dead(fired: Tensor, n_items: int) -> tuple[int, int]:
-    """How many latents never fired, and how many did but are almost dead, from firing counts (F) over n_items."""
+    """The number of dead latents and of almost dead ones (excluding the dead), from firing counts (F) over n_items."""
     dead = fired == 0
     return int(dead.sum()), int((~dead & (fired < ALMOST_DEAD * n_items)).sum())
 
@@ -28,17 +28,17 @@ def evaluate(
     batch_size: int = 4096,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Metrics of the model over all items of the data (N x D), a batch at a time.
+    """Metrics of the model over all items of the data (N x D), computed batch by batch.
 
     Returns:
-        loss (= l2_loss + l1_loss), l2_loss (mean over items and inputs of the squared error), l1_loss (mean over items
-        of the sparsity term as the loss has it, coefficient included), l0 (mean active latents an item),
-        explained_variance (1 - sum (x - x_hat)^2 / sum (x - mean)^2) and dead_fraction (share of latents active for no
-        item). Errors are measured in the transformed space.
+        loss (= l2_loss + l1_loss), l2_loss (the squared error, averaged over items and inputs), l1_loss (the sparsity
+        term with its coefficient, averaged over items), l0 (mean number of active latents per item), explained_variance
+        (1 - sum (x - x_hat)^2 / sum (x - mean)^2) and dead_fraction (the fraction of latents that no item activates).
+        Errors are measured in the transformed space.
 
     Raises:
         NonFiniteError: the features hold NaN or infinity.
-        ValueError: there are no items, or they are not D wide.
+        ValueError: the data has no items, or its items are not D wide.
     """
     measured = measure(model, as_features(data), batch_size=batch_size, device=device)
     assert measured is not None
@@ -56,8 +56,10 @@ def measure(
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor] | None:
-    """`evaluate`'s metrics and each latent's firing count (F, int64); None as soon as `stop` says so between
-    batches. `losses` computes what `code_losses` does."""
+    """`evaluate`'s metrics and each latent's firing count (F, int64).
+
+    `losses` is a faster equivalent of `code_losses`. Returns None if `stop`, asked before each batch, returns True.
+    """
     model = model.to(device)
     l2 = penalty = 0.0
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Adam on the four parameters, with the decoder's rows held at unit norm."""
+"""Adam that keeps the decoder's rows at unit norm."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ from sparse_autoencoder.model import SparseAutoencoder
 def project_decoder_gradient(gradient: Tensor, decoder_weight: Tensor) -> Tensor:
     """The gradient (F x D) without its component along each unit row of the decoder (F x D).
 
-    That component would only change the norm, which the step restores (DN-CBM, after Bricken et al. 2023).
+    That component only changes a row's norm, which the step restores to 1 (DN-CBM, after Bricken et al. 2023).
     """
     along = (gradient * decoder_weight).sum(dim=1, keepdim=True)
     return gradient - along * decoder_weight
 
 
 class Adam:
-    """torch's Adam whose moments can be read, reset and saved by the parameter's name.
+    """torch's Adam, with moments that can be read, reset and saved by the parameter's name.
 
     `moments` maps "<parameter>.mean" and "<parameter>.variance" to tensors shaped like the parameter; `steps` counts
-    the updates made.
+    the updates.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Adam:
         )
         self.moments: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
-            # Made here, not at the first step as torch does, so that every path to an update shares these tensors.
+            # torch makes these at the first step; made here, the dense and the sparse step share them.
             state = self._adam.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             state["exp_avg"] = self.moments[f"{name}.mean"] = torch.zeros_like(parameter)
@@ -62,7 +62,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates the parameters from their .grad, and clears it: projection, Adam, unit norm."""
+        """Updates the parameters from their .grad (projection, Adam, unit norm) and clears it."""
         decoder = self.model.decoder_weight
         assert decoder.grad is not None
         decoder.grad = project_decoder_gradient(decoder.grad, decoder)
@@ -75,7 +75,7 @@ class Adam:
 
     @torch.no_grad()
     def reset(self, latents: Tensor) -> None:
-        """Zeroes the moments of these latents' (int64 indices) decoder rows, encoder rows and encoder biases."""
+        """Zeroes the moments of the decoder rows, encoder rows and encoder biases of latents (int64 indices)."""
         for name in ("decoder_weight", "encoder_weight", "encoder_bias"):
             self.moments[f"{name}.mean"][latents] = 0
             self.moments[f"{name}.variance"][latents] = 0

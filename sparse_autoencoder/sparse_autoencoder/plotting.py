@@ -4,17 +4,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_autoencoder.files import written_whole
+from sparse_autoencoder.files import whole_file
 from sparse_autoencoder.metrics import ALMOST_DEAD
 
 
 def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path) -> None:
-    """Draws a run's curves and its feature-density histogram to a file whose suffix says the format.
+    """Draws a run's curves and its feature-density histogram.
 
     Args:
-        rows: of the log, each with its `step`.
-        density: the share of the training items that each latent is active for (F), from 0 to 1.
-        path: .png, .pdf or .svg.
+        rows: rows of the log, each with its `step`.
+        density: the fraction of the training items for which each latent is active (F), from 0 to 1.
+        path: a .png, .pdf or .svg file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -28,8 +28,8 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
         for name, label in names.items():
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                # A single point makes no line.
-                axes[axis].plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+                marker = "." if len(points) < 30 else None  # a single point makes no line
+                axes[axis].plot(*zip(*points, strict=True), label=label, marker=marker)
         axes[axis].set(title=title, xlabel="step")
         if log_scale and any(row[name] > 0 for row in rows for name in names if row.get(name) is not None):
             axes[axis].set_yscale("log")
@@ -38,7 +38,7 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
 
     curves(0, "loss", {"loss": "training", "val_loss": "validation"}, log_scale=True)
     curves(1, "parts of the loss", {"l2_loss": "L2", "l1_loss": "sparsity", "val_l2_loss": "L2, validation"}, True)
-    curves(2, "L0: active latents an item", {"l0": "training", "val_l0": "validation"})
+    curves(2, "L0: active latents per item", {"l0": "training", "val_l0": "validation"})
     variance = {"explained_variance": "training", "val_explained_variance": "validation"}
     curves(3, "explained variance", variance)
     axes[3].set_ylim(top=1)
@@ -48,7 +48,7 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
     lowest = min(np.log10(ALMOST_DEAD), np.log10(alive.min())) if len(alive) else np.log10(ALMOST_DEAD)
     axes[5].hist(np.log10(alive), bins=np.linspace(lowest, 0, 60))
     title = f"feature density, {len(density) - len(alive)} dead of {len(density)}"
-    axes[5].set(title=title, xlabel="log10 of the share of items a latent is active for", ylabel="latents")
+    axes[5].set(title=title, xlabel="log10 of the fraction of items for which a latent is active", ylabel="latents")
     path = Path(path)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=120)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)

@@ -1,6 +1,6 @@
-"""Dead latents get a new start, at inputs that the SAE reconstructs badly.
+"""DN-CBM's resampling: dead latents restart at inputs that the SAE reconstructs badly.
 
-DN-CBM's resampling, after Bricken et al., "Towards Monosemanticity" (2023), appendix "neuron resampling".
+After Bricken et al., "Towards Monosemanticity" (2023), appendix "neuron resampling".
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.workers import Workers
 
 ENCODER_SCALE = 0.2
-"""The new encoder rows' norm, as a share of the alive latents' mean."""
+"""The norm of new encoder rows, relative to the mean of the alive latents."""
 
 
 def is_resampling_epoch(epoch: int, resample_freq: int, epochs: int) -> bool:
-    """Whether resampling follows epoch `epoch` (from 0): every resample_freq-th, but for the last resample_freq."""
+    """Whether resampling follows epoch `epoch` (from 0): every `resample_freq` epochs, but not in the last ones."""
     return resample_freq > 0 and (epoch + 1) % resample_freq == 0 and epoch + resample_freq < epochs - 1
 
 
 def sampling_probability(losses: Tensor) -> Tensor:
-    """Each item's chance (N, float64, summing to 1) of starting a dead latent: proportional to its loss (N) squared.
+    """Each item's probability (N, float64) of restarting a dead latent: proportional to its loss (N) squared.
 
-    Uniform if every loss is 0.
+    If every loss is 0, the probabilities are uniform.
     """
     squared = losses.double().square()
     total = squared.sum()
@@ -36,10 +36,10 @@ def sampling_probability(losses: Tensor) -> Tensor:
 
 
 def resampled_encoder_rows(inputs: Tensor, encoder_weight: Tensor, alive: Tensor) -> Tensor:
-    """Encoder rows (n x D) for dead latents given these inputs (n x D).
+    """Encoder rows (n x D) for dead latents that restart at these inputs (n x D).
 
-    The inputs' directions, with ENCODER_SCALE times the mean norm of the rows of `encoder_weight` (F x D) that are
-    `alive` (F, bool) - of all rows where none is.
+    They point along the inputs. Their norm is ENCODER_SCALE times the mean norm of the rows of `encoder_weight` (F x D)
+    that are `alive` (F, bool), or of all rows if none is.
     """
     rows = encoder_weight[alive] if bool(alive.any()) else encoder_weight
     return normalize(inputs, dim=1) * (ENCODER_SCALE * torch.linalg.vector_norm(rows, dim=1).mean())
@@ -59,15 +59,25 @@ def resample(
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Restarts the latents that `fired` (F) 0 times, in place: parameters and Adam's moments.
+    """Restarts the latents that never fired: changes their parameters and Adam's moments in place.
 
-    The inputs are drawn without replacement from `dataset_size` random items (from all, where there are fewer) by
-    `sampling_probability`; `losses` computes what `code_losses` does. If there are more dead latents than items to draw,
-    the first dead ones get them.
+    Inputs are drawn without replacement, by `sampling_probability`, from at most `dataset_size` random items. If there are
+    fewer items to draw than dead latents, only the first dead latents restart.
+
+    Args:
+        model: the model.
+        adam: its optimiser.
+        features: the training data.
+        fired: how often each latent was active (F).
+        losses: a faster equivalent of `code_losses`.
+        dataset_size: the most items whose losses are computed.
+        batch_size: items per batch.
+        generator: source of the draws.
+        reader: a thread that gathers the next batches.
+        stop: asked before each batch; if it returns True, nothing is changed.
 
     Returns:
-        The indices of the latents restarted (int64); None, with nothing changed, as soon as `stop` says so between
-        batches.
+        The indices (int64) of the restarted latents; None if `stop` ended it.
     """
     dead = (fired == 0).nonzero().flatten()
     if len(dead) == 0:

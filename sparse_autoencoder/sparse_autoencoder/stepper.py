@@ -1,4 +1,4 @@
-"""The one place that chooses how a step is computed."""
+"""Chooses how each step is computed."""
 
 import logging
 
@@ -8,14 +8,13 @@ from sparse_autoencoder.losses import CodeLosses, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.sparse_step import SparseStep
-from sparse_autoencoder.sparsity import BatchTopK, TopK, code_of, n_auxiliary
 from sparse_autoencoder.steps import StepResult, dense_step
 
 SPARSE_BELOW = 0.25
-"""The share of active latents up to which the sparse step is the faster one.
+"""The fraction of active latents up to which the sparse step is faster.
 
-Measured (benchmarks/sae_step.py, "density"): at D = 1024 and F = 8192 the two meet near 0.25, at D = 512 near 0.35, and at
-0.05 the sparse step is three times as fast.
+Measured (benchmarks/sae_step.py, "density"): at D = 1024 and F = 8192 the two meet near 0.25, at D = 512 near 0.35; at 0.05
+the sparse step is three times as fast.
 """
 
 log = logging.getLogger(__name__)
@@ -24,34 +23,35 @@ log = logging.getLogger(__name__)
 class Stepper:
     """Makes optimiser steps: sparse ones on the CPU while few latents are active, else dense ones by autograd.
 
-    The choice follows from `density`, the share of latents that was active in the step before, so that it is the same in
-    every run and after a resumption. A step on CUDA is always dense.
+    The choice follows from `density`, the fraction of latents active in the previous step, so a resumed run chooses as an
+    uninterrupted one does. Variants without kernels, CUDA and bf16 always take dense steps.
     """
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, *, bf16: bool = False) -> None:
         self.model = model
         self.adam = adam
         self.bf16 = bf16
-        code = code_of(model.sparsity)
-        self.density = min(1.0, code.k / model.n_latents) if isinstance(code, TopK | BatchTopK) else 1.0
+        self.density = model.sparsity.code.expected_density(model.n_latents)
         self.was_sparse: bool | None = None
-        can_be_sparse = model.tied_bias.device.type == "cpu" and not bf16
+        has_kernels = model.sparsity.has_kernels and model.sparsity.code.has_kernels
+        can_be_sparse = has_kernels and model.tied_bias.device.type == "cpu" and not bf16
         self._sparse = SparseStep(model, adam) if can_be_sparse else None
 
     def __call__(self, x: Tensor, dead: Tensor | None = None) -> StepResult:
-        """A step on transformed inputs x (B x D); `dead` (int64) are the latents for AuxK."""
+        """A step on transformed inputs x (B x D); `dead` (int64) holds the latents that AuxK revives."""
+        model = self.model
         n_dead = 0 if dead is None else len(dead)
-        share = self.density + n_auxiliary(self.model.sparsity, self.model.n_inputs, n_dead) / self.model.n_latents
-        if self._sparse is not None and share <= SPARSE_BELOW:
+        active = self.density + model.sparsity.code.n_auxiliary(model.n_inputs, n_dead) / model.n_latents
+        if self._sparse is not None and active <= SPARSE_BELOW:
             result, is_sparse = self._sparse(x, dead), True
         else:
-            result, is_sparse = dense_step(self.model, self.adam, x, dead, bf16=self.bf16), False
+            result, is_sparse = dense_step(model, self.adam, x, dead, bf16=self.bf16), False
         if is_sparse != self.was_sparse:
             kind = "sparse" if is_sparse else "dense"
-            log.info("step %d: %.2g %% of the latents active, %s steps from here", self.adam.steps, 100 * share, kind)
+            log.info("step %d: %.2g %% of the latents active, %s steps from here", self.adam.steps, 100 * active, kind)
             self.was_sparse = is_sparse
-        if self._sparse is not None:  # where it is never used, the number need not be fetched from the device
-            self.density = float(result.fired.sum()) / (len(x) * self.model.n_latents)
+        if self._sparse is not None:  # otherwise the density is unused, and reading it would wait for the device
+            self.density = float(result.fired.sum()) / (len(x) * model.n_latents)
         return result
 
     def losses(self, x: Tensor) -> CodeLosses:

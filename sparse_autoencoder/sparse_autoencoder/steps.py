@@ -1,4 +1,4 @@
-"""One optimiser step by autograd, the same for every variant and device."""
+"""One optimiser step by autograd, for every variant and device."""
 
 from dataclasses import dataclass
 
@@ -8,29 +8,29 @@ from torch import Tensor
 from sparse_autoencoder.losses import item_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
-from sparse_autoencoder.sparsity import BatchTopK, code_of
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found before it changed the parameters."""
+    """Losses and activity of a batch, from before the step changed the parameters."""
 
     loss: Tensor
     """The mean objective of the batch, a scalar."""
     l2: Tensor
-    """Its reconstruction part, a scalar."""
+    """Its reconstruction term, a scalar."""
     penalty: Tensor
-    """Its sparsity part, a scalar."""
+    """Its sparsity term, a scalar."""
     fired: Tensor
-    """For how many items of the batch each latent was active (F, int64)."""
+    """The number of items for which each latent was active (F, int64)."""
 
 
 def dense_step(
     model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None = None, *, bf16: bool = False
 ) -> StepResult:
-    """A step on transformed inputs x (B x D) by autograd, on any device; `dead` (int64) are the latents for AuxK.
+    """A step on transformed inputs x (B x D) by autograd, on any device.
 
-    `bf16`: products in bfloat16 (autocast); parameters, losses and Adam stay in float32.
+    `dead` holds the indices (int64) of the latents that AuxK revives. With `bf16`, matrix products run in bfloat16
+    (autocast), while parameters, losses and Adam stay in float32.
     """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         losses = item_losses(model, x, training=True, dead=dead)
@@ -38,8 +38,6 @@ def dense_step(
     loss.backward()
     adam.step()
     latents = losses.latents.detach()
-    code = code_of(model.sparsity)
-    if isinstance(code, BatchTopK):
-        code.update_threshold(model.threshold, torch.where(latents > 0, latents, torch.inf).min())
+    model.sparsity.code.after_batch(model, latents)
     l2, penalty = losses.l2.detach().mean(), losses.penalty.detach().mean()
     return StepResult(loss.detach(), l2, penalty, (latents > 0).sum(dim=0))

@@ -1,7 +1,6 @@
-"""The training loop: schedule, logging, checkpoints, and a state that survives being killed."""
+"""The training loop: schedule, log, checkpoints, and a state from which a killed run resumes."""
 
 import csv
-import io
 import json
 import logging
 import signal
@@ -9,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -20,17 +19,18 @@ from tqdm import tqdm
 
 from sparse_autoencoder.checkpoint import read_safetensors
 from sparse_autoencoder.data import Features, as_features, checksum, epoch_order, geometric_median, in_batches, resident
+from sparse_autoencoder.declare import check, identity, setting
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
-from sparse_autoencoder.files import write_safetensors, written_whole
+from sparse_autoencoder.files import whole_file, write_safetensors
 from sparse_autoencoder.losses import RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
-from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.model import DEFAULT_SEED, SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
-from sparse_autoencoder.sparsity import BatchTopK, ReLU, TopK, code_of, sparsity_to_json
 from sparse_autoencoder.stepper import Stepper
 from sparse_autoencoder.steps import StepResult
+from sparse_autoencoder.variants import sparsity_to_json
 from sparse_autoencoder.workers import Workers
 
 messages = logging.getLogger(__name__)
@@ -41,74 +41,65 @@ CENTRE_SAMPLE = 100_000
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the defaults are DN-CBM's."""
+    """The training schedule. The defaults are DN-CBM's.
 
-    epochs: int = 200
-    batch_size: int = 4096
-    lr: float = 5e-4
-    adam_beta_1: float = 0.9
-    adam_beta_2: float = 0.999
-    adam_epsilon: float = 1e-8
-    adam_weight_decay: float = 0.0
-    resample_freq: int = 10
-    """Epochs between resamplings of dead latents; 0: never."""
-    resample_dataset_size: int = 819_200
-    """Items whose loss is computed to choose the new starts."""
-    val_freq: int = 1
-    """Epochs between validations; 0: never."""
-    ckpt_freq: int = 0
-    """Training items between checkpoints; 0: none before the end."""
-    seed: int = 49
-    """Of the order of the items and of resampling."""
-    log_every: int = 100
-    """Steps between rows of the log and updates of the progress bar."""
-    lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0, linearly."""
-    lr_decay_steps: int = 0
-    """Steps at the end over which it falls to 0, linearly."""
-    bf16: bool = False
-    """Matrix products in bfloat16 (autocast), for GPUs; on a CPU it rules out the sparse step."""
+    Raises:
+        ValueError: a value is not allowed; the message names the field.
+    """
+
+    epochs: int = setting(200, "epochs of the SAE", flag="num_epochs", least=1, in_name="_epo{}", place=7)
+    batch_size: int = setting(4096, "batch size of the SAE", flag="train_sae_bs", least=1, in_name="_bs{}", place=6)
+    lr: float = setting(5e-4, "learning rate of the SAE", above=0, in_name="_lr{}", place=1)
+    adam_beta_1: float = setting(0.9, "decay rate of Adam's first moment", least=0, below=1)
+    adam_beta_2: float = setting(0.999, "decay rate of Adam's second moment", least=0, below=1)
+    adam_epsilon: float = setting(1e-8, "term that Adam adds to the denominator", above=0)
+    adam_weight_decay: float = setting(0.0, "L2 penalty that Adam adds to the gradient", least=0)
+    resample_freq: int = setting(
+        10, "epochs between resamplings of dead latents; 0: never", least=0, in_name="_rf{}", place=4
+    )
+    resample_dataset_size: int = setting(819_200, "items whose losses decide where dead latents restart", least=1)
+    val_freq: int = setting(1, "epochs between validations of the SAE; 0: never", least=0, identifies="never")
+    ckpt_freq: int = setting(
+        0, "training items between checkpoints of the SAE; 0: only the final one", least=0, identifies="never"
+    )
+    seed: int = setting(
+        DEFAULT_SEED,
+        f"seed of the SAE and the probe; part of their names when not {DEFAULT_SEED}",
+        least=0,
+        in_name="_seed{}",
+        place=9,
+        name_default=False,
+    )
+    log_every: int = setting(100, "steps between rows of the training log", least=1, identifies="never")
+    lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0, linearly", least=0)
+    lr_decay_steps: int = setting(0, "final steps over which the learning rate falls to 0, linearly", least=0)
+    bf16: bool = setting(False, "matrix products in bfloat16, for GPUs")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "resample_dataset_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("resample_freq", "val_freq", "ckpt_freq", "seed", "lr", "adam_epsilon", "adam_weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("lr_warmup_steps", "lr_decay_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("adam_beta_1", "adam_beta_2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        check(self)
 
 
 def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:
-    """The learning rate of step `step` (from 0) of total_steps: `lr`, but for the warm-up and the decay if there are."""
+    """The learning rate of step `step` (from 0) of `total_steps`."""
     warmup = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
     decay = min(1.0, (total_steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
     return settings.lr * warmup * decay
 
 
-NOT_IN_THE_RESULT = ("val_freq", "ckpt_freq", "log_every")
-"""Settings that a resumed run may change: they say what is reported, not what is computed."""
-
-
 @dataclass(frozen=True)
 class TrainingResult:
-    """How training ended."""
+    """The outcome of training."""
 
     steps: int
-    """Optimiser steps made in all, those before a resumption included."""
+    """Optimiser steps made in total, including those before the run resumed."""
     stopped_early: bool
-    """SIGTERM arrived: the state is saved (if there is a state_path), the model is not finished."""
+    """Whether SIGTERM stopped the run. The state is saved if there is a `state_path`."""
     metrics: dict[str, float]
-    """`evaluate` of the final model over the training features; the last row logged, if stopped early."""
+    """`evaluate` of the final model over the training features; after an early stop, the last row logged."""
 
 
 class _State:
-    """Everything that the next step depends on, beside settings and data."""
+    """Everything that the next step depends on, apart from settings and data."""
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
         self.model = model
@@ -117,12 +108,12 @@ class _State:
         self.items_seen = 0
         self.window_items = 0
         self.resampled_after = -1
-        """The epoch after which dead latents were last restarted."""
+        """The epoch after which dead latents were last resampled; -1: none yet."""
         device = model.tied_bias.device
         self.fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
-        """How often each latent was active since the last resampling, over window_items items."""
+        """How often each latent was active in the `window_items` items since the last resampling."""
         self.unfired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
-        """How many items ago each latent was last active, in whole batches."""
+        """Items since each latent was last active, in whole batches."""
 
     def count(self, result: StepResult, n_items: int) -> None:
         self.items_seen += n_items
@@ -134,11 +125,6 @@ class _State:
         self.resampled_after = epoch
         self.window_items = 0
         self.fired.zero_()
-
-    def dead(self) -> Tensor | None:
-        """The latents (int64) that AuxK is to revive; None for a variant without."""
-        code = code_of(self.model.sparsity)
-        return (self.unfired >= code.dead_after).nonzero().flatten() if isinstance(code, TopK | BatchTopK) else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -152,7 +138,7 @@ class _State:
         """Writes the state, whole or not at all.
 
         Raises:
-            NonFiniteError: a parameter or moment is NaN or infinite; what was saved before stays.
+            NonFiniteError: a parameter or moment is NaN or infinite. The previous state stays.
         """
         tensors = self.tensors()
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -168,10 +154,10 @@ class _State:
         write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
 
     def load(self, path: Path, run: dict[str, object]) -> None:
-        """Takes the place that a saved state holds.
+        """Restores a saved state.
 
         Raises:
-            CheckpointError: it is damaged, or of a run that differs in `run`; the message names every difference.
+            CheckpointError: the state is damaged, or its run differs from `run`; the message names every difference.
         """
         saved, header = read_safetensors(path)
         try:
@@ -187,11 +173,11 @@ class _State:
         ]
         if differences:
             raise CheckpointError(
-                f"{path}: the training state there is of another run ({'; '.join(differences)}); train with its"
-                " settings to continue it, or delete it to start anew"
+                f"{path}: this training state belongs to another run ({'; '.join(differences)}); use its settings to"
+                " resume it, or delete it to start from scratch"
             )
         own = self.tensors()
-        wrong = [name for name in sorted({*own, *saved}) if name not in own or name not in saved]
+        wrong = sorted(own.keys() ^ saved.keys())
         wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
         if wrong:
             raise CheckpointError(f"{path}: not a training state of this model (wrong tensors: {', '.join(wrong)})")
@@ -205,29 +191,13 @@ class _State:
         self.stepper.density = density
 
 
-LOG_COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "l2_loss",
-    "l1_loss",
-    "l0",
-    "explained_variance",
-    "dead",
-    "almost_dead",
-    "items_per_second",
-    "learning_rate",
-    "sparse_step",
-    "val_loss",
-    "val_l2_loss",
-    "val_l1_loss",
-    "val_l0",
-    "val_explained_variance",
-)
+_MEASURES = ("loss", "l2_loss", "l1_loss", "l0", "explained_variance")
+_COUNTS = ("dead", "almost_dead", "items_per_second", "learning_rate", "sparse_step")
+LOG_COLUMNS = ("step", "epoch", *_MEASURES, *_COUNTS, *(f"val_{name}" for name in _MEASURES))
 
 
 class _Log:
-    """The CSV file, the caller's function and the progress bar: one row for all three."""
+    """Sends each row to the CSV file, the caller's function and the progress bar."""
 
     def __init__(
         self,
@@ -248,13 +218,13 @@ class _Log:
             self.rows = [
                 {name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows
             ]
-            with written_whole(path) as partial, open(partial, "w", newline="") as file:
+            with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(LOG_COLUMNS)
                 writer.writerows(rows)
 
     def training_row(self, state: _State, result: StepResult, x: Tensor, epoch: int) -> dict[str, float]:
-        """A row of the log, from a step on transformed inputs x (B x D)."""
+        """The row of a step on transformed inputs x (B x D)."""
         variance = RunningVariance()
         variance.add(x)
         l2 = float(result.l2)
@@ -277,28 +247,16 @@ class _Log:
         self.last, self.time, self.items = row, time.monotonic(), items_seen
         self.rows.append({"step": step, **row})
         if self.path is not None:
-            line = io.StringIO()
-            csv.writer(line).writerow([step, *(_shown(row.get(name)) for name in LOG_COLUMNS[1:])])
+            values = (f"{row[name]:.8g}" if name in row else "" for name in LOG_COLUMNS[1:])
             with open(self.path, "a", newline="") as file:
-                file.write(line.getvalue())
+                csv.writer(file).writerow([step, *values])
         if self.function is not None:
             self.function(row, step)
-        self.bar.set_postfix(
-            loss=f"{row['loss']:.4g}",
-            l2=f"{row['l2_loss']:.4g}",
-            l1=f"{row['l1_loss']:.4g}",
-            l0=f"{row['l0']:.1f}",
-            dead=int(row["dead"]),
-            items_s=f"{row['items_per_second']:.0f}",
-        )
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.8g}"
+        self.bar.set_postfix({name: row[name] for name in ("loss", "l2_loss", "l1_loss", "l0", "dead")})
 
 
 def _rows_until(path: Path, steps: int) -> list[list[str]]:
-    """The complete rows of an earlier log up to that step: a killed run may have logged more than its state holds."""
+    """The complete rows of an earlier log up to a step: a killed run may have logged steps after its last state."""
     if not path.is_file():
         return []
     with open(path, newline="") as file:
@@ -310,16 +268,12 @@ def _rows_until(path: Path, steps: int) -> list[list[str]]:
 
 @contextmanager
 def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process, while the block runs (in the main thread only)."""
+    """An event that SIGTERM sets instead of ending the process. In threads other than the main one it is never set."""
     event = threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        event.set()
-
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield event
     finally:
@@ -343,30 +297,29 @@ def train(
 ) -> TrainingResult:
     """Trains the model in place on N x D features (DN-CBM, section 3.1 and appendix).
 
-    The order of an epoch and the draws of a resampling follow from the seed and the epoch alone, so a run that was
-    stopped and continued ends with the same bits as one that was not, on the same machine with the same number of
-    threads.
+    The order of an epoch and the draws of a resampling depend only on the seed and the epoch. A run that was stopped and
+    resumed therefore ends with the same bits as an uninterrupted one, given the same machine and number of threads.
 
     Args:
-        model: a model of D inputs; with the transform "centre", its centre is fitted to the data first.
+        model: a model of D inputs. With the transform "centre", its centre is first fitted to the data.
         data: Features, or a tensor (N x D).
         settings: the schedule.
         validation: features whose mean losses are logged every `val_freq` epochs.
-        state_path: a safetensors file that holds the state of the run, written every `state_every` seconds, on
-            SIGTERM and at the end. If it is there at the start, training continues from it.
-        on_checkpoint: called with the model and the items seen, every `ckpt_freq` items.
-        log: called with a row of the log and its step, every `log_every` steps and at the end of an epoch with
-            validation.
-        log_path: a CSV file of the same rows (training_log.csv).
+        state_path: a safetensors file for the state of the run, written every `state_every` seconds, on SIGTERM and
+            at the end. If it exists at the start, training resumes from it.
+        state_every: seconds between writes of the state.
+        on_checkpoint: called with the model and the number of items seen, every `ckpt_freq` items.
+        log: called with each row of the log and its step: every `log_every` steps and after each validation.
+        log_path: a CSV file for the same rows (training_log.csv).
         figure_path: where to draw the curves and the feature-density histogram at the end (.png, .pdf or .svg), if
             matplotlib is installed.
         device: where to train; the model is moved there.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        NonFiniteError: the features or the loss are NaN or infinite. The state on the disk is from before.
-        CheckpointError: the state at `state_path` is damaged or of another run.
-        ValueError: there are no items, or they are not D wide.
+        NonFiniteError: the features or the loss are NaN or infinite. The state on disk is the last good one.
+        CheckpointError: the state at `state_path` is damaged or belongs to another run.
+        ValueError: the data has no items, or its items are not D wide.
     """
     device = torch.device(device)
     features = as_features(data)
@@ -386,7 +339,7 @@ def train(
         "n_latents": model.n_latents,
         "sparsity": sparsity_to_json(model.sparsity),
         "input_transform": model.input_transform,
-        **{name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_RESULT},
+        **identity(settings),
     }
     with ExitStack() as stack:
         stepper = Stepper(model, adam, bf16=settings.bf16)
@@ -414,23 +367,20 @@ def train(
             if state_path is not None:
                 state.save(state_path, run)
 
-        def measure_all(features: Features) -> tuple[dict[str, float], Tensor] | None:
-            return measure(
-                model,
-                features,
-                batch_size=settings.batch_size,
-                device=device,
-                losses=stepper.losses,
-                reader=reader,
-                stop=stop.is_set,
-            )
+        measure_all = partial(
+            measure,
+            model,
+            batch_size=settings.batch_size,
+            device=device,
+            losses=stepper.losses,
+            reader=reader,
+            stop=stop.is_set,
+        )
 
         def resample_after(epoch: int) -> None:
-            """Once, if it is due after that epoch; not if SIGTERM arrives, whereupon a resumed run does it first."""
-            due = isinstance(model.sparsity, ReLU) and is_resampling_epoch(
-                epoch, settings.resample_freq, settings.epochs
-            )
-            if not due or state.resampled_after == epoch:
+            """Resamples once if due after this epoch. If SIGTERM stops it, the resumed run starts with it."""
+            due = is_resampling_epoch(epoch, settings.resample_freq, settings.epochs)
+            if not model.sparsity.resamples or not due or state.resampled_after == epoch:
                 return
             restarted = resample(
                 model,
@@ -445,7 +395,7 @@ def train(
                 stop=stop.is_set,
             )
             if restarted is not None:
-                messages.info("step %d: restarted %d dead latents", adam.steps, len(restarted))
+                messages.info("step %d: resampled %d dead latents", adam.steps, len(restarted))
                 state.start_window(epoch)
 
         if adam.steps > 0 and adam.steps % steps_per_epoch == 0:
@@ -463,7 +413,7 @@ def train(
             for batch in batches:
                 x, _ = model.transform(batch.to(device, non_blocking=True))
                 adam.lr = learning_rate(settings, adam.steps, total_steps)
-                result = stepper(x, state.dead())
+                result = stepper(x, model.sparsity.code.dead(state.unfired))
                 losses.add(result.loss)
                 state.count(result, len(x))
                 bar.update()
@@ -499,23 +449,23 @@ def train(
         if adam.steps == total_steps:
             measured = measure_all(features)
         if measured is None:
-            saved = f"its state is in {state_path}" if state_path is not None else "without a state to continue from"
-            messages.warning("SIGTERM: training stopped after step %d of %d, %s", adam.steps, total_steps, saved)
+            saved = f"saved its state in {state_path}" if state_path is not None else "saved no state to resume from"
+            messages.warning("SIGTERM: training stopped after step %d of %d and %s", adam.steps, total_steps, saved)
             return TrainingResult(adam.steps, True, logger.last)
         metrics, fired = measured
         if figure_path is not None:
             try:
                 draw_training(logger.rows, fired.numpy() / len(features), figure_path)
             except ImportError:
-                messages.warning("no %s: matplotlib is not installed", figure_path)
+                messages.warning("did not draw %s: matplotlib is not installed", figure_path)
         return TrainingResult(adam.steps, False, metrics)
 
 
 class _LossCheck:
-    """Stops at the first step whose loss is not finite.
+    """Stops training at the first step whose loss is not finite.
 
-    On the CPU at once; elsewhere when `check` is called, before anything is logged or saved, so that the device need not
-    be waited for at every step.
+    On the CPU it checks every step. On other devices, where reading a loss waits for the device, it checks when `check` is
+    called, before anything is logged or saved.
     """
 
     def __init__(self, adam: Adam, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Threads that share out a step: each runs torch and compiled loops on one core, and takes the next piece when free."""
+"""Threads that share the work of a step. Each runs torch and compiled loops on one core."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -14,8 +14,8 @@ R = TypeVar("R")
 class Workers:
     """A pool of `n_threads` threads, in each of which torch uses one core.
 
-    A piece that one thread computes alone gives the same bits whichever thread that is. There is no second pool of threads
-    that spins while torch's own works, and little is lost when another program takes a core for a while.
+    Each piece of work is computed by one thread, so its bits do not depend on the number of threads. A thread that finishes
+    takes the next piece, so little time is lost when another program occupies a core.
     """
 
     def __init__(self, n_threads: int) -> None:
@@ -24,20 +24,20 @@ class Workers:
         ready = threading.Barrier(n_threads + 1)
 
         def start() -> None:
-            torch.set_num_threads(1)  # of this thread; but threads that start later would take it for their own, so ...
+            torch.set_num_threads(1)  # for this thread, but threads that start later inherit it, so ...
             ready.wait()
 
         for _ in range(n_threads):
             self._pool.submit(start)
         ready.wait()
-        torch.set_num_threads(own)  # ... it is set back once all are up
+        torch.set_num_threads(own)  # ... the caller resets it once all have started
 
     def submit(self, function: Callable[[], R]) -> "Future[R]":
         """Starts a piece of work."""
         return self._pool.submit(function)
 
     def map(self, function: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
-        """The results in the order of the pieces; the first error is raised once the pieces before it are done."""
+        """The results of all pieces, in order. The first error is raised once the pieces before it are done."""
         return list(self._pool.map(function, pieces))
 
     def close(self) -> None:

@@ -1,54 +1,69 @@
-"""Processes that are killed, and rerun, end with the bytes of one that was not."""
+"""Runs that are killed and rerun end with the bytes of an uninterrupted run."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parent / "interrupted_run.py"
-
-
-def run(folder: Path, *moment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), str(folder), *moment], capture_output=True, text=True)
+Run = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run() -> Iterator[Run]:
+    """Runs interrupted_run.py's training in a process of its own; returns the exit code."""
+    with subprocess.Popen([sys.executable, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(folder: Path, *moment: str | int) -> int:
+            server.stdin.write(json.dumps([str(folder), *moment]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield run
+        server.stdin.close()
+
+
+def said(folder: Path) -> str:
+    return (folder / "said.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("whole")
-    finished = run(folder)
-    assert finished.returncode == 0, finished.stderr
-    return folder
+    assert run(folder) == 0, said(folder)
+    return (folder / "final.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
     "moments",
     [
-        # Eight steps an epoch; resampling after epochs 3 and 6 reads eight more. Reads run two batches ahead.
-        [("read", "13"), ("read", "14"), ("rename", "9")],  # mid-epoch, within the resampling, while a state is written
-        [("read", "1"), ("read", "27"), ("rename", "1")],  # before the first step, around the resampling, a first file
+        # Eight steps per epoch; resampling after epoch 3 reads eight more batches. Reads run two batches ahead.
+        [("read", 13), ("read", 14), ("rename", 9)],  # mid-epoch, within the resampling, while a state is written
+        [("read", 1), ("read", 27), ("rename", 1)],  # before the first step, around the resampling, a first file
     ],
 )
-def test_sigkill(tmp_path: Path, uninterrupted: Path, moments: list[tuple[str, str]]) -> None:
+def test_sigkill(run: Run, tmp_path: Path, uninterrupted: bytes, moments: list[tuple[str, int]]) -> None:
     for moment in moments:
-        killed = run(tmp_path, *moment)
-        assert killed.returncode == -9, killed.stderr
-    finished = run(tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "final.safetensors").read_bytes() == (uninterrupted / "final.safetensors").read_bytes()
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+        assert run(tmp_path, *moment) == -9, said(tmp_path)
+    assert run(tmp_path) == 0, said(tmp_path)
+    assert (tmp_path / "final.safetensors").read_bytes() == uninterrupted
+    # A process killed before its rename leaves its temporary file, under a name that no other process uses.
+    temporary = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(temporary) == sum(kind == "rename" for kind, _ in moments)
 
 
-@pytest.mark.parametrize("read", ["20", "30"])  # mid-epoch; while the resampling reads
-def test_sigterm(tmp_path: Path, uninterrupted: Path, read: str) -> None:
-    """It finishes the step, saves, says so, and leaves the exit code to the caller, who gets a result."""
-    stopped = run(tmp_path, "term", read)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped early at" in stopped.stdout
-    if read == "30":
-        assert "stopped early at 24" in stopped.stdout
-    assert "training stopped after step" in stopped.stderr
+@pytest.mark.parametrize(("read", "steps"), [(20, None), (30, 24)])  # mid-epoch; while the resampling reads
+def test_sigterm(run: Run, tmp_path: Path, uninterrupted: bytes, read: int, steps: int | None) -> None:
+    """It finishes the step, saves, reports it, and leaves the exit code to the caller, who gets a result."""
+    assert run(tmp_path, "term", read) == 0, said(tmp_path)
+    assert f"stopped early at {'' if steps is None else steps}" in said(tmp_path)
+    assert "training stopped after step" in said(tmp_path)
     assert (tmp_path / "state.safetensors").exists()
     assert not (tmp_path / "final.safetensors").exists()
-    assert run(tmp_path).returncode == 0
-    assert (tmp_path / "final.safetensors").read_bytes() == (uninterrupted / "final.safetensors").read_bytes()
+    assert run(tmp_path) == 0, said(tmp_path)
+    assert (tmp_path / "final.safetensors").read_bytes() == uninterrupted

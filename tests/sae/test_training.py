@@ -24,6 +24,7 @@ from sparse_autoencoder import (
     train,
 )
 from sparse_autoencoder.data import TensorFeatures
+from sparse_autoencoder.metrics import count_dead
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
@@ -145,13 +146,18 @@ def lines(path: Path) -> list[list[str]]:
     ],
     ids=str,
 )
-def test_resumed_runs_are_bit_equal(tmp_path: Path, features: Tensor, sparsity: Sparsity, transform: str) -> None:
+def test_resumed_runs_are_bit_equal(
+    tmp_path: Path, features: Tensor, sparsity: Sparsity, transform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_autoencoder.metrics.ALMOST_DEAD", 0.1)  # some latents of so few items are
     settings = dataclasses.replace(SHORT, lr=5e-3, lr_warmup_steps=10, lr_decay_steps=10)
     whole = settles(sparsity, transform)
     whole_log = tmp_path / "whole.csv"
     train(whole, features, settings, progress=False, log_path=whole_log)
     if not isinstance(sparsity, ReLU) or sparsity.l1_coeff > 0.01:
         assert lines(whole_log)[-1][10] == "1"  # it ends with sparse steps
+    if isinstance(sparsity, TopK):
+        assert any(row[8] != "0" for row in lines(whole_log)[1:])  # almost dead
     state, log = tmp_path / "state.safetensors", tmp_path / "log.csv"
     for reads in (3, 9, 12, 14, 20, 1000):  # in turn: each run takes over where the one before was cut off
         model = settles(sparsity, transform, seed=1 if state.exists() else 49)
@@ -189,6 +195,11 @@ def test_checkpoints_follow_the_items(features: Tensor) -> None:
     settings = TrainingSettings(epochs=2, batch_size=128, ckpt_freq=300)
     train(small_model(), features, settings, on_checkpoint=lambda _, items: seen.append(items), progress=False)
     assert seen == [384, 600, 984, 1200]
+
+
+def test_almost_dead_latents_are_not_dead() -> None:
+    fired = torch.tensor([0, 0, 1, 9, 10, 500_000])
+    assert count_dead(fired, 1_000_000) == (2, 2)
 
 
 def test_resampling_epochs() -> None:
@@ -256,6 +267,28 @@ def test_resampling_more_dead_than_items_and_all_dead() -> None:
     assert dead.tolist() == [0, 1, 2]
     assert sorted(model.decoder_weight[:3].argmax(dim=1).tolist()) == [0, 1, 2]  # without replacement
     torch.testing.assert_close(model.encoder_weight[:3].norm(dim=1), (0.2 * norm).expand(3))
+
+
+class Recorded(TensorFeatures):
+    """Features that record how many items each read takes."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self.reads: list[int] = []
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        self.reads.append(len(indices))
+        return super().gather(indices)
+
+
+def test_resampling_reads_as_many_items_as_it_is_told(features: Tensor) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.encoder_bias[:5] = -9
+    data = Recorded(features)
+    settings = TrainingSettings(epochs=4, batch_size=600, resample_freq=1, resample_dataset_size=50)
+    train(model, data, settings, progress=False)
+    assert data.reads[:3] == [600, 50, 5]  # a step, the losses of 50 items, the starts of 5 latents
 
 
 def test_resampling_that_is_stopped_changes_nothing(features: Tensor) -> None:
@@ -402,7 +435,11 @@ def test_figure_is_written(tmp_path: Path, suffix: str) -> None:
     draw_training(rows, np.array([0, 0.5, 1e-7, 1]), path)
     start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
     assert path.read_bytes().startswith(start)
-    draw_training(rows * 2, np.zeros(3), path)  # all dead
+
+
+def test_figure_without_rows_or_active_latents(tmp_path: Path) -> None:
+    draw_training([], np.zeros(3), tmp_path / "training.png")
+    assert (tmp_path / "training.png").exists()
 
 
 def test_without_matplotlib(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,223 @@
+"""Concept strengths: the SAE's latents for every image of a probe data set, sparse on disk and in memory."""
+
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dncbm.concepts.sae import SAE, load_sae, sae_path
+from dncbm.features.stage import PROBE_FEATURES, open_features
+from dncbm.features.store import FeatureStore
+from dncbm.runs.artifacts import Artifacts, shard_keys, strengths_part
+from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
+from dncbm.runs.devices import resolve_device
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, whole_file
+from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Stage
+from sparse_autoencoder import SparseAutoencoder
+from sparse_autoencoder.declare import values
+
+PARTS = "[0-9]*.npz"
+"""The files of a split. Hidden files are the unfinished ones of a killed process."""
+BATCH = 4096
+"""Images encoded at a time."""
+
+
+@dataclass(frozen=True)
+class ConceptStrengths:
+    """Concept strengths of a split."""
+
+    matrix: scipy.sparse.csr_matrix
+    """Images x F, float32, non-negative."""
+    keys: NDArray[np.int64]
+    """Index of each image in the data set's own split."""
+
+
+def save_concept_strengths(
+    settings: Settings,
+    run: SAERun,
+    images: ProbeDataset,
+    splits: Splits,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Outcome:
+    """Stage 6: concept strengths (METHOD section 4) of some splits of a probe data set, one CSR part per feature shard.
+
+    Parts are in scipy's .npz format, with the images' keys added. An interrupted run resumes at the next part.
+
+    Raises:
+        UserError: the SAE or the features are missing, or differ in width.
+        StaleArtifact: strengths from another SAE or other features exist.
+    """
+    artifacts, dataset = Artifacts(settings), images.dataset
+    outcome = Outcome.ALREADY_DONE
+    sae: SparseAutoencoder | None = None
+    for split in splits.names:
+        store = open_features(settings, dataset, run.encoder, run.hook, split)
+        folder = artifacts.strengths(run, dataset, split)
+        inputs = {"SAE": sae_path(settings, run), f"{split} features": store.folder}
+        shown = values(run) | values(images) | values(Splits(split))
+        with making(folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown) as work:
+            if not work.needed:
+                continue
+            outcome = Outcome.RAN
+            sae = sae or load_sae(settings, run, resolve_device(device))
+            if sae.n_inputs != store.width:
+                raise UserError(
+                    f"the SAE takes {sae.n_inputs} features, but {store.folder} has {store.width}: they come from different "
+                    "encoders"
+                )
+            details = encode_store(sae, store, folder, f"{dataset} {split}", BATCH)
+            said = f"concept strengths of {details['images']} images, L0 {details['l0']:.2f}"
+            work.done(folder.glob(PARTS), said, **details)
+    return outcome
+
+
+@torch.inference_mode()
+def encode_store(
+    sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int
+) -> dict[str, Any]:
+    """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
+
+    Returns:
+        `images` and `l0`, the mean number of active latents.
+    """
+    device = sae.encoder_weight.device
+    with tqdm(desc=title, total=len(store), unit="image") as bar:
+        for shard, path in enumerate(store.paths):
+            part = strengths_part(folder, path)
+            if not part.is_file():
+                batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
+                _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
+            bar.update(len(np.load(path, mmap_mode="r")))
+    n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
+    return {"images": len(store), "l0": n_active / len(store)}
+
+
+@torch.inference_mode()
+def encode_in_memory(sae: SparseAutoencoder, store: FeatureStore) -> scipy.sparse.csr_matrix:
+    """The latents of a feature store as one CSR matrix, for a code that is not saved."""
+    device = sae.encoder_weight.device
+    parts = [_to_csr(sae.encode(x.to(device))) for x in store.batches(BATCH)]
+    return scipy.sparse.vstack(parts, format="csr")
+
+
+def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
+    rows, columns = latents.nonzero(as_tuple=True)  # in row order, on the device: only active entries are copied
+    indptr = np.zeros(len(latents) + 1, dtype=np.int32)
+    np.cumsum(torch.bincount(rows, minlength=len(latents)).cpu().numpy(), out=indptr[1:])
+    data = latents[rows, columns].float().cpu().numpy()
+    return scipy.sparse.csr_matrix((data, columns.int().cpu().numpy(), indptr), shape=tuple(latents.shape))
+
+
+def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
+    """Scipy's .npz format with the keys added; uncompressed, so that it can be memory-mapped."""
+    arrays = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "keys": keys}
+    with whole_file(path) as temporary:
+        np.savez(temporary, format=np.array(b"csr"), shape=np.array(matrix.shape), **arrays)
+
+
+def map_part(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a part as memory maps: an uncompressed .npz holds each array as a whole .npy file.
+
+    Raises:
+        UserError: the file is damaged or was not written by `_write_part`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            return {
+                member.filename.removesuffix(".npy"): _map_member(path, file, member) for member in archive.filelist
+            }
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}: {error}; run {STRENGTHS.command('--overwrite')}") from error
+
+
+def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[Any]:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    # The offset of the data follows from the member's own header alone, not from the central directory.
+    file.seek(member.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
+
+
+def finished_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> Path:
+    """The folder of a split's concept strengths.
+
+    Raises:
+        UserError: they are missing or unfinished.
+        StaleArtifact: the SAE or the features have changed since.
+    """
+    folder = Artifacts(settings).strengths(run, dataset, split)
+    if not manifest_path(folder).is_file():
+        raise STRENGTHS.missing(
+            "the concept strengths", folder, "--probe_dataset", dataset, "--probe_split", split, "with the SAE's flags"
+        )
+    check_chain(folder)
+    return folder
+
+
+def strengths_width(folder: Path) -> int:
+    """F of finished strengths, read from their first part. Raises UserError if it is damaged."""
+    return int(map_part(min(folder.glob(PARTS)))["shape"][1])
+
+
+def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
+    """The concept strengths of a split. Raises as `finished_strengths`, and UserError if a part is damaged."""
+    folder = finished_strengths(settings, run, dataset, split)
+    parts = [map_part(path) for path in sorted(folder.glob(PARTS))]
+    try:
+        return merge_parts(parts)
+    except (KeyError, ValueError) as error:
+        again = STRENGTHS.command("--overwrite")
+        raise UserError(f"the parts in {folder} do not fit together: {error}; run {again}") from error
+
+
+def merge_parts(parts: list[dict[str, NDArray[Any]]]) -> ConceptStrengths:
+    """One matrix of all parts. Each is copied from its memory map to its place, so that nothing is in memory twice."""
+    n_rows = sum(len(part["indptr"]) - 1 for part in parts)
+    n_entries = sum(len(part["data"]) for part in parts)
+    data = np.empty(n_entries, dtype=np.float32)
+    # scipy needs both index arrays to have one type: int64 once there are too many entries for int32
+    indices = np.empty(n_entries, dtype=np.int32 if n_entries <= np.iinfo(np.int32).max else np.int64)
+    indptr = np.zeros(n_rows + 1, dtype=indices.dtype)
+    row = entry = 0
+    for part in parts:
+        rows, entries = len(part["indptr"]) - 1, len(part["data"])
+        data[entry : entry + entries] = part["data"]
+        indices[entry : entry + entries] = part["indices"]
+        indptr[row + 1 : row + rows + 1] = part["indptr"][1:]
+        indptr[row + 1 : row + rows + 1] += entry
+        row, entry = row + rows, entry + entries
+    shape = (n_rows, int(parts[0]["shape"][1]))
+    keys = np.concatenate([part["keys"] for part in parts])
+    return ConceptStrengths(scipy.sparse.csr_matrix((data, indices, indptr), shape=shape), keys)
+
+
+STRENGTHS = Stage(
+    name="strengths",
+    script="06_save_concept_strengths.py",
+    summary="Compute the concept strengths of the images that the probe classifies.",
+    function=save_concept_strengths,
+    takes=(SAERun, ProbeDataset, Splits),
+    inputs=(SAE, PROBE_FEATURES),
+    outputs=lambda artifacts, run, images, splits: [
+        artifacts.strengths(run, images.dataset, split) for split in splits.names
+    ],
+)

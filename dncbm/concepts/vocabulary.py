@@ -1,0 +1,117 @@
+"""The words that may name a latent, and their text embeddings."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dncbm.features.encoders import describe_encoder, load_encoder
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import NamedEncoder
+from dncbm.runs.devices import resolve_device
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import Outcome, check_chain, making, whole_file
+from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Stage
+from sparse_autoencoder.declare import values
+
+BATCH = 256
+"""Words embedded at a time."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words and their text embeddings."""
+
+    words: list[str]
+    embeddings: torch.Tensor
+    """V x D float32, L2-normalised."""
+
+
+def read_words(settings: Settings) -> list[str]:
+    """The words of the vocabulary in use, in the order of its file: one per line, blank lines skipped.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    path = Artifacts(settings).words()
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the vocabulary {path} ({type(error).__name__}): `vocab_dir` and `vocabulary` in {settings.path} "
+            "name it; it must be a UTF-8 text file with one word per line"
+        ) from error
+    if not words:
+        raise UserError(f"the vocabulary {path} has no words: write one word per line")
+    return words
+
+
+def save_vocabulary_embeddings(
+    settings: Settings, encoder: NamedEncoder, *, device: str = "auto", overwrite: bool = False
+) -> Outcome:
+    """Stage 3: the text embedding of each bare word, L2-normalised (METHOD section 3), as a V x D float32 .npy.
+
+    Embeddings that the paper's authors publish (`embeddings_<encoder>_<vocabulary>.pth`) are used unchanged.
+
+    Raises:
+        UserError: the vocabulary or the encoder is missing.
+        StaleArtifact: embeddings of other words or by another encoder exist.
+    """
+    artifacts = Artifacts(settings)
+    target, published = artifacts.embeddings(encoder.encoder), artifacts.published_embeddings(encoder.encoder)
+    if published.is_file():
+        print(f"using the published embeddings: {published}")
+        return Outcome.PROVIDED
+    words, recipe = read_words(settings), describe_encoder(settings, encoder.encoder)
+    inputs = {"words": artifacts.words()}
+    with making(target, VOCABULARY.name, recipe, inputs, overwrite=overwrite, run=values(encoder)) as work:
+        if work.needed:
+            loaded = load_encoder(settings, encoder.encoder, resolve_device(device))
+            embeddings = []
+            with tqdm(desc="words", total=len(words), unit="word") as bar:
+                for start in range(0, len(words), BATCH):
+                    embeddings.append(loaded.encode_texts(words[start : start + BATCH]))
+                    bar.update(len(embeddings[-1]))
+            with whole_file(target) as temporary:
+                np.save(temporary, torch.cat(embeddings).numpy())
+            work.done([target], f"embeddings of {len(words)} words", words=len(words), device=str(loaded.device))
+    return work.outcome
+
+
+def load_vocabulary(settings: Settings, encoder: str) -> Vocabulary:
+    """Words and their embeddings by an encoder, ours or the published ones.
+
+    Raises:
+        UserError: a file is missing or malformed, or there are not as many embeddings as words.
+        StaleArtifact: the words have changed since our embeddings were made.
+    """
+    artifacts = Artifacts(settings)
+    words = read_words(settings)
+    path = artifacts.embeddings_in_use(encoder)
+    if not path.is_file():
+        raise VOCABULARY.missing("the embeddings", path, "--img_enc_name", encoder)
+    check_chain(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pth" else np.load(path)
+        embeddings = torch.as_tensor(found).float()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the embeddings {path} do not load as one tensor: {reason}; remove the file") from error
+    if embeddings.ndim != 2 or len(embeddings) != len(words):
+        raise UserError(
+            f"the embeddings {path} have the shape {tuple(embeddings.shape)}, but {artifacts.words()} has {len(words)} "
+            "words: they belong to different vocabularies; remove one of the two files"
+        )
+    return Vocabulary(words, torch.nn.functional.normalize(embeddings, dim=-1))
+
+
+VOCABULARY = Stage(
+    name="vocabulary",
+    script="03_save_vocab_embeddings.py",
+    summary="Embed the words that may name a latent.",
+    function=save_vocabulary_embeddings,
+    takes=(NamedEncoder,),
+    outputs=lambda artifacts, encoder: [artifacts.embeddings_in_use(encoder.encoder)],
+)

@@ -1,0 +1,136 @@
+"""Global explanations (METHOD section 5): the concepts that lead a class.
+
+Arrays of `numbers.npz`, with one row per class that has images in the split:
+
+- `class_number`, `size`, `recall`: the class, its number of images, the share of them that is predicted right.
+- `concepts`, `contributions`: the N_CONCEPTS largest mean contributions over its images; -1 fills a row that has fewer.
+- `remaining`, `n_remaining`, `mean_logit`: sum and number of the others, and the mean logit that all sum to.
+- `strength_concepts`, `strengths`: the latents of largest mean-centred strength, the authors' ranking.
+- `images`: indices of N_IMAGES of its images, drawn at random; -1 fills a row that has fewer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dncbm.concepts.naming import NAMES
+from dncbm.concepts.strengths import STRENGTHS
+from dncbm.explain.dumps.dump import Arrays, Dump, Kind, Plan, dump_stage, images_of, narrowed, probed_sources_of
+from dncbm.explain.explanations import contributions, leading, mean_centred, mean_strengths, predict
+from dncbm.probe.stage import PROBE
+from dncbm.runs.declarations import Explained, ProbeRun, Ranking, SAERun, Selection
+from dncbm.runs.settings import Settings
+from sparse_autoencoder.declare import values
+
+N_CONCEPTS = 10
+N_IMAGES = 9
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure: a class, its leading concepts and some of its images."""
+
+    name: str
+    title: str
+    class_name: str
+    size: int
+    recall: float
+    rank_by: str
+    concepts: tuple[tuple[str, float], ...]
+    """Label and mean contribution, or mean-centred strength, the largest first."""
+    remaining: float
+    """The sum of the other mean contributions, which completes the mean logit. Not shown when ranked by strength."""
+    n_remaining: int
+    mean_logit: float
+    images: tuple[Path, ...]
+
+
+def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained) -> Plan:
+    """How all classes are explained by the images of a split. Raises UserError if an input is missing."""
+    sources, weight = probed_sources_of(settings, run, probe, explained.split)
+    seed = run.training.seed
+
+    def compute(overwrite: bool) -> Arrays:
+        found = sources.strengths()
+        strengths, keys, labels = found.matrix, found.keys, sources.labels(found)
+        n_classes = weight.shape[1]
+        sizes = np.bincount(labels, minlength=n_classes)
+        classes = np.flatnonzero(sizes)
+        predictions = predict(strengths, weight, labels)
+        right = np.bincount(labels[predictions.classes == labels], minlength=n_classes)
+        logits = np.bincount(labels, weights=predictions.true_logits, minlength=n_classes)
+        means = mean_strengths(strengths, labels, n_classes)
+        by_contribution = leading(contributions(means, weight, np.arange(n_classes))[classes], N_CONCEPTS)
+        by_strength = leading(mean_centred(means, strengths)[classes], N_CONCEPTS)
+        images = np.full((len(classes), N_IMAGES), -1, dtype=np.int64)
+        for place, number in enumerate(classes):
+            rows = np.flatnonzero(labels == number)
+            chosen = np.random.default_rng([seed, int(number)]).permutation(rows)[:N_IMAGES]
+            images[place, : len(chosen)] = keys[np.sort(chosen)]
+        return {
+            "class_number": classes,
+            "size": sizes[classes],
+            "recall": right[classes] / sizes[classes],
+            "mean_logit": logits[classes] / sizes[classes],
+            "concepts": by_contribution.concepts,
+            "contributions": by_contribution.values,
+            "remaining": by_contribution.remaining,
+            "n_remaining": by_contribution.n_remaining,
+            "strength_concepts": by_strength.concepts,
+            "strengths": by_strength.values,
+            "images": images,
+        }
+
+    return Plan(
+        inputs=sources.inputs,
+        settings={"concepts": N_CONCEPTS, "seed": seed},
+        run=values(run) | values(probe) | values(explained),
+        about=sources.about_classes() | {"probe": probe.config_name},
+        compute=compute,
+    )
+
+
+def select(dump: Dump, selection: Selection) -> list[int]:
+    """Numbers of classes. A concept chooses the classes that it is among the leading concepts of, in either ranking."""
+    what = f"class with images in the {dump.about['split']} split and the number"
+    concepts = np.hstack([dump.numbers["concepts"], dump.numbers["strength_concepts"]])
+    return narrowed(dump, selection, "class_number", what, dump.numbers["class_number"], concepts)
+
+
+def page(dump: Dump, classes: Sequence[int], ranking: Ranking) -> Page:
+    """The figure of a class."""
+    of = dump.row("class_number", classes[0])
+    by_contribution = ranking.rank_by == "contribution"
+    shown = ("concepts", "contributions") if by_contribution else ("strength_concepts", "strengths")
+    class_name = dump.about["classes"][of["class_number"]]
+    file_name = "".join(letter if letter.isalnum() else "_" for letter in class_name)[:60]
+    return Page(
+        name=f"class_{of['class_number']:04d}_{file_name}" + ("" if by_contribution else "_by_strength"),
+        title=class_name,
+        class_name=class_name,
+        size=int(of["size"]),
+        recall=float(of["recall"]),
+        rank_by=ranking.rank_by,
+        concepts=dump.labelled(*(of[key] for key in shown)),
+        remaining=float(of["remaining"]),
+        n_remaining=int(of["n_remaining"]),
+        mean_logit=float(of["mean_logit"]),
+        images=dump.images(of["images"]),
+    )
+
+
+KIND = Kind(
+    name="global_explanations",
+    things="classes",
+    takes=(SAERun, ProbeRun, Explained),
+    files=lambda artifacts, run, probe, explained, *_: artifacts.global_explanations(run, probe, explained.split),
+    plan=plan,
+    select=select,
+    images=partial(images_of, "class_number"),
+    page=page,
+)
+SUMMARY = "Compute which concepts lead each class."
+DUMP = dump_stage(KIND, "vis_global_explanations", SUMMARY, (STRENGTHS, NAMES, PROBE), PROBE)

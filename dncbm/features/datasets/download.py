@@ -1,0 +1,139 @@
+"""Fetching Conceptual Captions with img2dataset: from the two TSVs that Google publishes to webdataset shards."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import Outcome, whole_file
+from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Stage
+from sparse_autoencoder.declare import setting
+
+HEADER = "caption\turl"
+
+
+@dataclass(frozen=True)
+class Download:
+    """Which images are fetched, and how; the defaults are the paper's."""
+
+    train_tsv: Path = setting(Path(), "the training TSV, as downloaded", positional=True)
+    val_tsv: Path = setting(Path(), "the validation TSV", positional=True)
+    output: Path = setting(Path("datasets/cc3m"), "folder of the shards", flag="output_folder")
+    image_size: int = setting(256, "pixels per side of the square that images are fitted into", least=1)
+    processes: int = setting(16, "processes that download", flag="processes_count", least=1)
+    threads: int = setting(64, "connections at a time, over all processes", flag="thread_count", least=1)
+    shard_size: int = setting(10_000, "image addresses per shard", flag="number_sample_per_shard", least=1)
+
+
+def download_cc3m(settings: Settings, download: Download, *, device: str = "auto", overwrite: bool = False) -> Outcome:
+    """Stage 0: fetch the images of both TSVs into `output/training` and `output/validation`.
+
+    Prints the entry for `sae_datasets` of config.py. Complete shards are not fetched again; img2dataset counts the addresses
+    that fail in a file `NNNNN_stats.json` per shard.
+
+    Raises:
+        UserError: a TSV is missing or malformed, or no image arrived.
+    """
+    patterns = {}
+    for name, tsv in (("training", download.train_tsv), ("validation", download.val_tsv)):
+        listed = download.output / f"{name}.tsv"
+        n_urls = copy_with_header(tsv, listed)
+        print(f"{n_urls} addresses of {name}: {tsv}")
+        folder = download.output / name
+        _run_img2dataset(listed, folder, download)
+        n_images, shards = _arrived(folder)
+        if not n_images:
+            raise UserError(
+                f"no image of {tsv} arrived in {folder}: check the connection, then remove the folder and try again"
+            )
+        print(f"{n_images} of {n_urls} images arrived ({n_images / n_urls:.1%}), {len(shards)} shards: {folder}")
+        patterns[name] = shards
+    training = patterns["training"]
+    # The paper keeps 32 of 332 shards for validation. A single shard serves as every split.
+    n_held_out = max(1, round(len(training) * 32 / 332))
+    splits = {
+        "train": _pattern(training[:-n_held_out] or training),
+        "train_val": _pattern(training[-n_held_out:]),
+        "val": _pattern(patterns["validation"]),
+    }
+    print("for sae_datasets in config.py:")
+    print(
+        '    "cc3m": {', *(f'        "{split}": "{pattern}",' for split, pattern in splits.items()), "    },", sep="\n"
+    )
+    return Outcome.RAN
+
+
+def copy_with_header(tsv: Path, target: Path) -> int:
+    """Check a TSV line by line and write it, with a header, to `target`.
+
+    Returns:
+        Number of addresses.
+
+    Raises:
+        UserError: it is missing, empty, or a line is not `caption<TAB>url`.
+    """
+    if not tsv.is_file():
+        raise UserError(f"no file {tsv}: download it from https://ai.google.com/research/ConceptualCaptions/download")
+    count = 0
+    with tsv.open(encoding="utf-8", errors="replace", newline="\n") as lines, whole_file(target) as temporary:
+        with temporary.open("w", encoding="utf-8") as copy:
+            copy.write(HEADER + "\n")
+            for number, line in enumerate(lines, start=1):
+                line = line.rstrip("\r\n")
+                if not line or (number == 1 and line == HEADER):
+                    continue
+                caption, tab, url = line.partition("\t")
+                if not tab or not url.startswith(("http://", "https://")):
+                    raise UserError(
+                        f"line {number} of {tsv} is not `caption<TAB>url`: {line[:80]!r}; is it the right file?"
+                    )
+                copy.write(f"{caption}\t{url}\n")
+                count += 1
+        if count == 0:
+            raise UserError(f"{tsv} holds no address: download it again")
+    return count
+
+
+def _run_img2dataset(tsv: Path, folder: Path, download: Download) -> None:
+    from img2dataset import download as fetch
+
+    fetch(
+        url_list=str(tsv),
+        input_format="tsv",
+        url_col="url",
+        caption_col="caption",
+        output_format="webdataset",
+        output_folder=str(folder),
+        image_size=download.image_size,
+        processes_count=download.processes,
+        thread_count=download.threads,
+        number_sample_per_shard=download.shard_size,
+        enable_wandb=False,
+        incremental_mode="incremental",
+    )
+
+
+def _arrived(folder: Path) -> tuple[int, list[Path]]:
+    """Number of images and the shards of a folder that img2dataset wrote."""
+    shards = sorted(folder.glob("[0-9]*.tar"))
+    stats = [shard.with_name(f"{shard.stem}_stats.json") for shard in shards]
+    return sum(json.loads(path.read_text())["successes"] for path in stats if path.is_file()), shards
+
+
+def _pattern(shards: list[Path]) -> str:
+    first, last = shards[0].stem, shards[-1].stem
+    if len(shards) == 1:
+        return str(shards[0])
+    if int(last) - int(first) + 1 != len(shards):
+        raise UserError(f"shards are missing between {shards[0]} and {shards[-1]}: run the same command again")
+    return str(shards[0].with_name(f"{{{first}..{last}}}.tar"))
+
+
+DOWNLOAD = Stage(
+    name="download",
+    script="00_download_cc3m.py",
+    summary="Fetch Conceptual Captions from its two TSVs, as webdataset shards.",
+    function=download_cc3m,
+    takes=(Download,),
+)

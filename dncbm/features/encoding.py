@@ -1,0 +1,341 @@
+"""Encoding images: worker processes decode them, batches are encoded, and features are written shard by shard."""
+
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from dncbm.features.datasets import ImageShards, reason_of
+from dncbm.features.encoders import Encoder
+from dncbm.runs.artifacts import shard_files
+from dncbm.runs.declarations import Extraction
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import whole_file, write_json
+from dncbm.runs.ranks import ALONE, Ranks
+
+SMALL_BATCH = 16
+"""The smallest batch whose features do not depend on the number of threads (measured on EfficientNet, ResNet and ViT)."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A batch of preprocessed images of one shard, on its way from a worker to the encoder."""
+
+    shard: int
+    images: torch.Tensor
+    in_use: torch.Tensor
+    """One boolean in shared memory; while it is set, the worker must not overwrite the buffer that holds `images`."""
+    keys: list[Any]
+    record: dict[str, Any] | None
+    """With the last piece of a shard: the contents of its JSON file."""
+
+    def pin_memory(self) -> "_Piece":
+        """A copy in pinned memory. The DataLoader calls this in a thread of its own if there is a GPU."""
+        pinned = replace(self, images=self.images.pin_memory(), in_use=torch.zeros(1, dtype=torch.bool))
+        self.in_use.fill_(False)
+        return pinned
+
+
+class _Buffers:
+    """Shared memory for batches, reused as soon as they are encoded.
+
+    Fresh memory for every batch would have to be cleared and mapped in two processes, which takes a tenth of the time that
+    a CPU needs for encoding. There are never more buffers than batches that the DataLoader fetches ahead.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.n = 0
+
+    def add(self, image: torch.Tensor) -> None:
+        """Append an image to the current batch."""
+        if self.n == 0:
+            self.filling, self.in_use = self._free_buffer((self.batch_size, *image.shape))
+        self.filling[self.n] = image
+        self.n += 1
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images added since the last call, as one tensor, and the flag to clear when they have been encoded."""
+        if self.n == 0:
+            return torch.empty(0), torch.zeros(1, dtype=torch.bool)
+        n, self.n = self.n, 0
+        self.in_use.fill_(True)
+        return self.filling[:n], self.in_use
+
+    def _free_buffer(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        for buffer, in_use in self.buffers:
+            if not in_use and buffer.shape == shape:
+                return buffer, in_use
+        self.buffers.append((torch.empty(shape).share_memory_(), torch.zeros(1, dtype=torch.bool).share_memory_()))
+        return self.buffers[-1]
+
+
+class _Reader(IterableDataset[_Piece]):
+    """Decodes and preprocesses the images of some shards. With n workers, each reads every n-th shard."""
+
+    def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int) -> None:
+        self.shards, self.pending, self.batch_size = shards, pending, batch_size
+        self.preprocess = encoder.preprocess
+
+    def __iter__(self) -> Iterator[_Piece]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        buffers = _Buffers(self.batch_size)
+        for shard in self.pending[first::step]:
+            yield from self._read(shard, buffers)
+
+    def _read(self, shard: int, buffers: _Buffers) -> Iterator[_Piece]:
+        keys: list[Any] = []
+        n_images = 0
+        bad: Counter[str] = Counter()
+        bad_keys: list[Any] = []
+        for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
+            try:
+                image = self.preprocess(decode())
+            except Exception as error:  # a broken file can make a decoder raise anything
+                bad[reason_of(error)] += 1
+                bad_keys.append(key)
+                continue
+            buffers.add(image)
+            keys.append(key)
+            n_images += 1
+            if len(keys) == self.batch_size:
+                yield _Piece(shard, *buffers.take(), keys, None)
+                keys = []
+        if bad.total() > len(bad_keys):
+            bad_keys.append(None)
+        record = {
+            "source": self.shards.name(shard),
+            "shards": len(self.shards),
+            "state": self.shards.state(shard, bad_keys),
+            "bad": dict(bad),
+            "bad_keys": bad_keys,
+            "images": n_images,
+        }
+        yield _Piece(shard, *buffers.take(), keys, record)
+
+
+def encode_shards(
+    shards: ImageShards, encoder: Encoder, folder: Path, extraction: Extraction, title: str, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Encode every image into `folder`, one .npy file per shard. Finished shards are not read again.
+
+    A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes.
+
+    Args:
+        shards: the images.
+        encoder: the encoder.
+        folder: where the features are written.
+        extraction: batch size, workers and the allowed fraction of bad images.
+        title: label of the progress bar.
+        ranks: the processes that share the shards.
+
+    Returns:
+        Details for the manifest: `images` (the number encoded), `bad` (reason -> number), device, precision, batch size.
+
+    Raises:
+        UserError: the encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    on_gpu = encoder.device.type == "cuda"
+    batch_size = extraction.batch_size or (256 if on_gpu else 32)
+    pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
+    mine = ranks.share_of(pending)
+    loader = DataLoader(
+        _Reader(shards, mine, encoder, batch_size),
+        batch_size=None,
+        num_workers=min(extraction.num_workers, len(mine)),
+        pin_memory=on_gpu,
+    )
+    with (
+        closing(_Progress(shards, folder, pending, title, ranks)) as progress,
+        ThreadPoolExecutor(1) as writer,
+        _one_line_errors(),
+    ):
+        features: dict[int, list[Callable[[], torch.Tensor]]] = defaultdict(list)
+        keys: dict[int, list[Any]] = defaultdict(list)
+        received: dict[int, torch.Tensor] = {}
+        in_flight: deque[Callable[[], torch.Tensor]] = deque()
+        written: Future[None] | None = None
+        for piece in loader:
+            if piece.keys:
+                if not on_gpu:  # keeps the worker's buffer mapped; else it would be mapped again for each batch
+                    received[piece.images.data_ptr()] = piece.images
+                in_flight.append(_to_host(_encode(encoder, piece.images, batch_size)))
+                piece.in_use.fill_(False)
+                features[piece.shard].append(in_flight[-1])
+                keys[piece.shard] += piece.keys
+                if len(in_flight) > 2:  # enough for a GPU to encode while it copies; more would fill memory
+                    in_flight.popleft()()
+                progress.bar.update(len(piece.keys))
+            if piece.record:
+                if written:
+                    written.result()
+                shard = piece.shard, features.pop(piece.shard, []), keys.pop(piece.shard, []), piece.record
+                written = writer.submit(_write_shard, folder, *shard)
+                progress.finished(piece.record)
+        if written:
+            written.result()
+    ranks.wait()
+    counts = ranks.first_makes(lambda: _count(shards, folder, extraction.max_bad_fraction))
+    return {**counts, "device": str(encoder.device), "precision": encoder.precision, "batch_size": batch_size}
+
+
+def _encode(encoder: Encoder, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Features of a batch. On a CPU, the small batch at the end of a shard is padded.
+
+    CPU kernels divide small batches among threads in other ways, so that the last bits would depend on the number of
+    threads, which is one per process under torchrun.
+    """
+    n = len(images)
+    if encoder.device.type == "cpu" and n < SMALL_BATCH <= batch_size:
+        images = torch.cat([images, images.new_zeros(SMALL_BATCH - n, *images.shape[1:])])
+    return encoder.encode_images(images)[:n]
+
+
+def _to_host(features: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying features to the CPU. The function returned waits for the copy and returns it."""
+    if features.device.type != "cuda":
+        on_cpu = features.cpu()
+        return lambda: on_cpu
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(features.device))
+
+    def arrived() -> torch.Tensor:
+        arrival.synchronize()
+        return host
+
+    return arrived
+
+
+class _Progress:
+    """The progress bar of rank 0. Its total is estimated from finished shards if shards do not know their sizes."""
+
+    def __init__(self, shards: ImageShards, folder: Path, pending: list[int], title: str, ranks: Ranks) -> None:
+        waiting = set(pending)
+        self.sizes = [_size(_record(folder, shard)) for shard in range(len(shards)) if shard not in waiting]
+        counts = [shards.count(shard) for shard in ranks.share_of(pending)]
+        self.n_shards = len(self.sizes) + len(counts)
+        self.is_known = None not in counts
+        self.bar = tqdm(
+            desc=title if ranks.size == 1 else f"{title} (process 1 of {ranks.size})",
+            total=sum(self.sizes) + sum(count or 0 for count in counts) if self.is_known else None,
+            initial=sum(self.sizes),
+            unit="image",
+            smoothing=0.05,
+            disable=ranks.rank > 0,
+        )
+        self.close = self.bar.close
+        self._estimate()
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        self.sizes.append(_size(record))
+        self.bar.update(sum(record["bad"].values()))
+        self._estimate()
+
+    def _estimate(self) -> None:
+        if not self.is_known and self.sizes:
+            self.bar.total = round(sum(self.sizes) / len(self.sizes) * self.n_shards)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Reduce the errors of worker processes, which arrive with their traceback, to the line meant for the user."""
+    try:
+        yield
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("exited unexpectedly", "killed by signal", "shared memory")):
+            raise
+        raise UserError(
+            "a process that decodes images was killed, perhaps because memory or shared memory (/dev/shm) ran out: run the "
+            "same command again with fewer --num_workers or a smaller --batch_size; finished shards are kept"
+        ) from error
+
+
+def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[str, Any]:
+    """Count the images of all shards. Raises UserError if too many are bad, or all of them."""
+    records = [_record(folder, shard) for shard in range(len(shards))]
+    bad = sum((Counter(record["bad"]) for record in records), Counter[str]())
+    images, n_bad = sum(record["images"] for record in records), bad.total()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+    if images == 0:
+        others = " and the other shards" if len(shards) > 1 else ""
+        raise UserError(f"no image could be read from {shards.name(0)}{others}: {reasons}")
+    if n_bad > max_bad_fraction * (images + n_bad):
+        worst = max(records, key=lambda record: sum(record["bad"].values()))
+        raise UserError(
+            f"{n_bad} of {images + n_bad} images are unreadable ({reasons}), more than --max_bad_fraction "
+            f"{max_bad_fraction}, most of them in {worst['source']}; {folder}/*.json list them: fix the data and run the "
+            "same command again, which reads only the shards that changed, or allow a larger fraction"
+        )
+    if n_bad:
+        print(f"skipped {n_bad} unreadable images: {reasons}")
+    return {"images": images, "bad": dict(bad)}
+
+
+def _record(folder: Path, shard: int) -> dict[str, Any]:
+    path = shard_files(folder, shard)[0]
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: remove it if it exists, and run the same command again") from error
+    return record
+
+
+def _size(record: Mapping[str, Any]) -> int:
+    """Number of images of a shard, good and bad."""
+    return int(record["images"] + sum(record["bad"].values()))
+
+
+def _is_done(shards: ImageShards, folder: Path, shard: int) -> bool:
+    """Whether the features of a shard exist, and its images are still those they were made from."""
+    if not all(path.is_file() for path in shard_files(folder, shard)):
+        return False
+    record = _record(folder, shard)
+    try:
+        return bool(record["state"] == shards.state(shard, record["bad_keys"]))
+    except (OSError, LookupError):
+        return True  # images that no longer exist have not been fixed
+
+
+def are_from(shards: ImageShards, folder: Path) -> bool:
+    """Whether the files of an unfinished extraction belong to these shards, even if some images have been fixed since."""
+    return all(
+        number < len(shards)
+        and (record := _record(folder, number))["source"] == shards.name(number)
+        and record["shards"] == len(shards)
+        for number in (int(path.stem) for path in folder.glob("[0-9]*.json"))
+    )
+
+
+def _write_shard(
+    folder: Path, shard: int, parts: list[Callable[[], torch.Tensor]], keys: list[Any], record: dict[str, Any]
+) -> None:
+    features = torch.cat([part() for part in parts]).numpy() if parts else np.empty((0, 0), dtype=np.float32)
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"the encoder gave NaN or infinity for {keys[int(np.argmin(finite))]} in {record['source']}: the shard was not "
+            "written; try --precision fp32, or another encoder"
+        )
+    record_file, keys_file, features_file = shard_files(folder, shard)
+    features_file.unlink(missing_ok=True)  # of a shard that is made again: the old features have other keys
+    write_json(record_file, record)
+    for path, array in ((keys_file, np.asarray(keys)), (features_file, features)):
+        with whole_file(path) as temporary:
+            np.save(temporary, array)

@@ -1,0 +1,92 @@
+"""FeatureStore: the memory-mapped folder of .npy shards that holds image features."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dncbm.runs.artifacts import shard_keys
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import manifest_path
+
+ARRAYS = "[0-9]*.npy"
+"""The files of a store; hidden ones are what a killed process was writing."""
+
+
+class FeatureStore:
+    """Features on disk: a folder of `NNNNN.npy` (rows x D, float16 or float32) with `NNNNN.keys.npy` beside each.
+
+    Nothing is read until rows are asked for; shards are memory maps.
+    """
+
+    def __init__(self, folder: Path, made_by: str) -> None:
+        """Open a finished store.
+
+        Args:
+            folder: the folder.
+            made_by: the command that makes it, for the error.
+
+        Raises:
+            UserError: it is not there or not finished.
+        """
+        if not manifest_path(folder).is_file():
+            state = "unfinished" if folder.is_dir() else "missing"
+            raise UserError(f"the features {folder} are {state}: run {made_by}")
+        self.folder = folder
+        paths = sorted(path for path in folder.glob(ARRAYS) if not path.name.endswith(".keys.npy"))
+        maps = [np.load(path, mmap_mode="r") for path in paths]
+        self.paths = [path for path, shard in zip(paths, maps, strict=True) if len(shard)]
+        self._shards = [shard for shard in maps if len(shard)]
+        if not self.paths:
+            raise UserError(f"the features {folder} have no rows: remove the folder and run {made_by}")
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def width(self) -> int:
+        """D, the number of features of an item."""
+        return int(self._shards[0].shape[1])
+
+    @cached_property
+    def keys(self) -> NDArray[Any]:
+        """Key of every row: the sample's key (webdataset) or the index in the dataset's own split (probe datasets)."""
+        return np.concatenate([np.load(shard_keys(path)) for path in self.paths])
+
+    def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Rows in the order asked for, n x D float32. Shards are visited once each, in order.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)} in {self.folder}")
+        out = np.empty((len(indices), self.width), dtype=np.float32)
+        order = np.argsort(indices, kind="stable")
+        edges = np.searchsorted(indices[order], self._starts)
+        for shard, start, first, last in zip(self._shards, self._starts, edges, edges[1:], strict=False):
+            rows = order[first:last]
+            if len(rows):
+                out[rows] = shard[indices[rows] - start]
+        return torch.from_numpy(out)
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """All rows in order, as float32 batches that never cross a shard."""
+        for shard in range(len(self.paths)):
+            yield from self.shard_batches(shard, batch_size)
+
+    def shard_batches(self, shard: int, batch_size: int) -> Iterator[torch.Tensor]:
+        """The rows of one shard in order, as float32 batches."""
+        rows = self._shards[shard]
+        for start in range(0, len(rows), batch_size):
+            yield torch.from_numpy(rows[start : start + batch_size].astype(np.float32))
+
+    def describe(self, index: int) -> str:
+        """Where a row lies, for messages."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"row {index - int(self._starts[shard])} of {self.paths[shard]}"

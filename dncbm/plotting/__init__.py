@@ -1,1 +1,0 @@
-"""Figures, one module each. They draw what `explanations` computed and need no display and no LaTeX."""

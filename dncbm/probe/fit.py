@@ -1,0 +1,252 @@
+"""Fitting the linear probe: Adam as in the paper, or proximal steps to exact zeros. Both resume after an interruption."""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from dncbm.features.store import FeatureStore
+from dncbm.probe.model import ProbeData, evaluate_probe, linear, probe_loss
+from dncbm.probe.solvers import Progress, cross_entropy_of, falling_lambdas, largest_lambda, minimise
+from dncbm.probe.step import SparseAdamStep
+from dncbm.runs.declarations import ProbeRun, ProbeSchedule
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import whole_file
+from dncbm.runs.tracking import Log
+from sparse_autoencoder.files import write_safetensors
+
+STATE_EVERY_S = 60.0
+"""Seconds between saves of an unfinished training's state."""
+TOLERANCE = 1e-6
+"""A solver stops when ten passes lower the objective by less than this share of it."""
+PATH_RATIO, PATH_TOLERANCE, PATH_PASSES = 0.5, 1e-3, 30
+"""On the way to its lambda: each lambda is this share of the previous one, and is solved only this well, as a start."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """When and where the training of a probe reports and saves."""
+
+    state: Path
+    """The state of an unfinished training. Whoever saves the finished probe removes it."""
+    schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
+    checkpoint: Callable[[int], Path] | None = None
+    """Epoch -> path of an intermediate checkpoint."""
+    log: Log | None = None
+    log_path: Path | None = None
+    """CSV of the logged values."""
+
+
+def initial_weight(n_inputs: int, n_classes: int, seed: int) -> torch.Tensor:
+    """nn.Linear's initialisation, inputs x C float32."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / n_inputs**0.5
+    return (torch.rand(n_classes, n_inputs, generator=generator) * 2 - 1).mul_(bound).T.contiguous()
+
+
+def fit_probe(
+    train: ProbeData, validation: ProbeData, n_classes: int, run: ProbeRun, device: torch.device, keep: Keep
+) -> torch.Tensor:
+    """Train a probe with Adam on cross-entropy + lambda * mean |W| (METHOD section 4).
+
+    Epoch e visits the rows in the order of `numpy.random.default_rng([seed, e])`, so an interrupted training resumes from
+    `keep.state` to the same weights.
+
+    Returns:
+        inputs x C weights.
+
+    Raises:
+        UserError: the loss is NaN or infinite.
+    """
+    weight = initial_weight(train.width, n_classes, run.seed).to(device).requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=run.lr)
+    report, start = _Report(validation, run, keep), 0
+    if found := load_state(keep.state, device):
+        tensors, about = found
+        weight.detach().copy_(tensors.pop("weight"))
+        optimizer.state[weight] = tensors | {"step": tensors["step"].reshape(()).cpu()}
+        report.rows, start = about["log"], about["epoch"]
+    with (
+        _stepper(train, weight, optimizer, run.sparsity_lambda, device) as step,
+        tqdm(desc=f"probe on {run.inputs}", total=run.epochs, initial=start, unit="epoch") as bar,
+    ):
+        for epoch in range(start, run.epochs):
+            order = np.random.default_rng([run.seed, epoch]).permutation(len(train))
+            summed = torch.zeros((), device=device)  # read once per epoch: reading it makes a GPU wait
+            for first in range(0, len(train), run.batch_size):
+                chosen = order[first : first + run.batch_size]
+                summed += step(chosen) * len(chosen)
+            train_loss = float(summed) / len(train)
+            if not np.isfinite(train_loss):
+                raise UserError(
+                    f"the probe's loss became NaN or infinite in epoch {epoch}: lower --probe_lr ({run.lr})"
+                )
+            last = epoch + 1 == run.epochs
+            bar.update()
+            bar.set_postfix(report.after(epoch + 1, weight.detach(), {"train_loss": train_loss}, last=last))
+            moments = optimizer.state[weight]
+            state = {"weight": weight, **moments, "step": moments["step"].reshape(1)}
+            report.save(state, last=last, epoch=epoch + 1, log=report.rows)
+    report.write()
+    return weight.detach()
+
+
+def fit_prox(
+    train: ProbeData, validation: ProbeData, n_classes: int, run: ProbeRun, device: torch.device, keep: Keep
+) -> torch.Tensor:
+    """Solve the objective of `fit_probe` with proximal steps (`solvers`), which leave exact zeros.
+
+    Lambda halves from where all weights are 0 to `run.sparsity_lambda`; each solution starts at the previous one. An epoch of
+    `fit_probe` is a pass over the images here: at most `run.epochs` for each lambda, and fewer if the objective stalls.
+    Arguments, result, errors and resumption are those of `fit_probe`.
+    """
+    report, done, passes = _Report(validation, run, keep), 0, 0
+    progress = Progress.at(torch.zeros(train.width, n_classes, device=device))
+    if found := load_state(keep.state, device):
+        tensors, about = found[0], found[1]["progress"]
+        progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
+        report.rows, done, passes = about["log"], about["step"], about["passes"]
+    with (
+        cross_entropy_of(train, device) as loss,
+        tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar,
+    ):
+        curvature = loss.curvature()
+        lambdas = falling_lambdas(largest_lambda(loss, n_classes), run.sparsity_lambda, PATH_RATIO)
+
+        def record(now: Progress, step: int, *, last: bool = False) -> None:
+            values = {"train_loss": now.objectives[-1], "lambda": lambdas[min(step, len(lambdas) - 1)]}
+            values["nonzero"] = float((now.weight != 0).sum())
+            bar.set_postfix(report.after(passes, now.weight, values, last=last))
+            about = {"step": step, "passes": passes, "momentum": now.momentum, "objectives": now.objectives}
+            tensors = {"weight": now.weight, "previous": now.previous}
+            report.save(tensors, last=last, progress=about | {"log": report.rows})
+
+        def on_pass(now: Progress, step: int) -> None:
+            nonlocal passes
+            passes += 1
+            if not np.isfinite(now.objectives[-1]):
+                raise UserError(f"the probe's loss became NaN or infinite in pass {passes}: check its inputs")
+            bar.update()
+            record(now, step)
+
+        for step in range(done, len(lambdas)):
+            if step > done:
+                progress = Progress.at(progress.weight)
+            final = step + 1 == len(lambdas)
+            progress = minimise(
+                loss,
+                curvature,
+                progress,
+                lambdas[step],
+                max_passes=run.epochs if final else min(run.epochs, PATH_PASSES),
+                tolerance=TOLERANCE if final else PATH_TOLERANCE,
+                on_pass=partial(on_pass, step=step),
+            )
+        record(progress, len(lambdas), last=True)
+    report.write()
+    return progress.weight
+
+
+@dataclass
+class _Report:
+    """Evaluates, logs and saves a probe while it is trained."""
+
+    validation: ProbeData
+    run: ProbeRun
+    keep: Keep
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """One per evaluation."""
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def after(self, epoch: int, weight: torch.Tensor, values: dict[str, float], *, last: bool) -> dict[str, str]:
+        """Do what the schedule asks for after an epoch. Returns the latest evaluation in short, for a progress bar."""
+        every = self.keep.schedule
+        if last or epoch % every.val_freq == 0:
+            coverage = last or (every.coverage_freq > 0 and epoch % every.coverage_freq == 0)
+            metrics = evaluate_probe(weight, self.validation, self.run.sparsity_lambda, coverage=coverage)
+            if (
+                self.rows and self.rows[-1]["epoch"] == epoch
+            ):  # fit_prox reports its last pass before it knows it is the last
+                self.rows.pop()
+            self.rows.append({"epoch": epoch} | values | metrics)
+            if self.keep.log is not None:
+                self.keep.log(self.rows[-1], epoch)
+        if self.keep.checkpoint is not None and every.ckpt_freq and epoch % every.ckpt_freq == 0 and not last:
+            save_probe(weight, self.keep.checkpoint(epoch))
+        if not self.rows:
+            return {}
+        return {"loss": f"{self.rows[-1]['train_loss']:.3f}", "top1": f"{self.rows[-1]['top1']:.1%}"}
+
+    def save(self, tensors: dict[str, torch.Tensor], *, last: bool, **about: Any) -> None:
+        """Save the state if it is the last one, or if the previous save is long ago."""
+        if last or time.monotonic() - self.saved_at > STATE_EVERY_S:
+            save_state(self.keep.state, tensors, **about)
+            self.saved_at = time.monotonic()
+
+    def write(self) -> None:
+        """Write the rows as CSV."""
+        if self.keep.log_path is None:
+            return
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with whole_file(self.keep.log_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+@contextmanager
+def _stepper(
+    train: ProbeData, weight: torch.Tensor, optimizer: torch.optim.Adam, sparsity_lambda: float, device: torch.device
+) -> Iterator[Callable[[NDArray[np.int64]], torch.Tensor | float]]:
+    """A training step on some rows, which returns their loss: compiled for strengths on a CPU, otherwise autograd's."""
+
+    def plain(rows: NDArray[np.int64]) -> torch.Tensor:
+        batch, labels = train.batch(rows, device)
+        optimizer.zero_grad()
+        loss = probe_loss(linear(batch, weight), labels, weight, sparsity_lambda)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    matrix = train.inputs
+    if device.type != "cpu" or isinstance(matrix, FeatureStore):
+        yield plain
+        return
+    step = SparseAdamStep(weight, optimizer, sparsity_lambda)
+    try:
+        yield lambda rows: step(matrix, rows, train.labels[torch.from_numpy(rows)])
+    finally:
+        step.close()
+
+
+def save_state(path: Path, tensors: dict[str, torch.Tensor], **about: Any) -> None:
+    """Save the state of unfinished work: tensors, and values as JSON."""
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
+    write_safetensors(copies, path, {name: json.dumps(value) for name, value in about.items()})
+
+
+def load_state(path: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The tensors and values that `save_state` saved; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, {name: json.loads(value) for name, value in file.metadata().items()}
+
+
+def save_probe(weight: torch.Tensor, path: Path) -> None:
+    """Save weights (inputs x C) as the safetensors tensor `weight`, C x inputs, as nn.Linear does."""
+    with whole_file(path) as temporary:
+        save_file({"weight": weight.T.contiguous().cpu()}, temporary)

@@ -1,0 +1,209 @@
+"""The linear probe as numbers: its inputs in batches, its product, its loss, and what is measured of it.
+
+A batch of inputs is a `SparseRows` (concept strengths) or a dense tensor (features); `linear` multiplies either with the
+weights. Weights are kept input-major (inputs x C), the layout a sparse product reads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from dncbm.features.store import FeatureStore
+from dncbm.probe.step import take_rows
+from dncbm.runs.results import COVERAGES, ZERO_TOLERANCES
+
+
+class SparseRows(NamedTuple):
+    """Some rows of a CSR matrix, as tensors."""
+
+    indices: torch.Tensor
+    """int64, the columns of the entries."""
+    offsets: torch.Tensor
+    """int64, where each row begins."""
+    values: torch.Tensor
+    """float32."""
+
+
+Inputs: TypeAlias = scipy.sparse.csr_matrix | FeatureStore
+Batch: TypeAlias = SparseRows | torch.Tensor
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Inputs and labels of one split."""
+
+    inputs: Inputs
+    labels: torch.Tensor
+    """int64, one for each row."""
+    groups: torch.Tensor | None = None
+    """int64, the group of each row (Waterbirds: bird and background), where the data set has groups."""
+
+    def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Batch, torch.Tensor]:
+        """The inputs and labels of some rows."""
+        labels = self.labels[torch.from_numpy(rows)].to(device)
+        if isinstance(self.inputs, FeatureStore):
+            return self.inputs.gather(rows).to(device), labels
+        start, indices, values = take_rows(self.inputs, rows)
+        sparse = SparseRows(
+            *(torch.from_numpy(array).to(device) for array in (indices, start[:-1], values)),
+        )
+        return sparse, labels
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """All rows in order."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(np.arange(start, min(start + batch_size, len(self))), device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def width(self) -> int:
+        """Number of inputs: F concepts or D features."""
+        return self.inputs.width if isinstance(self.inputs, FeatureStore) else int(self.inputs.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- formulas
+
+
+def linear(batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+    """Logits, rows x C.
+
+    Args:
+        batch: rows of the inputs, sparse or dense.
+        weight: inputs x C.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch @ weight
+    return functional.embedding_bag(
+        batch.indices, weight, batch.offsets, mode="sum", per_sample_weights=batch.values, include_last_offset=False
+    )
+
+
+def probe_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, sparsity_lambda: float
+) -> torch.Tensor:
+    """Cross-entropy + lambda * mean |W|, the mean over all C x inputs weights (METHOD section 4)."""
+    return functional.cross_entropy(logits, labels) + sparsity_lambda * weight.abs().mean()
+
+
+def zero_counts(weight: torch.Tensor) -> dict[str, int]:
+    """Number of weights with |w| <= tolerance, for each tolerance."""
+    return {f"zeros_{tolerance:g}": int((weight.abs() <= tolerance).sum()) for tolerance in ZERO_TOLERANCES}
+
+
+def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> torch.Tensor:
+    """How many concepts, taken greedily by contribution, reach each share of the predicted logit (METHOD section 4).
+
+    The contribution of concept f to the predicted class c is z_f * W[f, c]. What is to be covered is the sum of the positive
+    contributions, or with `absolute` the sum of the contributions' absolute values. (The authors' code reports a zero-based
+    index, one less than this count.)
+
+    Args:
+        batch: rows of the inputs.
+        weight: inputs x C.
+        absolute: cover the absolute value.
+
+    Returns:
+        rows x len(COVERAGES), int64; 0 for a row with nothing to cover.
+    """
+    predicted = linear(batch, weight).argmax(dim=1)
+    found = _rows(batch, contributions(batch, weight, predicted))
+    found = found.abs() if absolute else found.clamp(min=0)
+    reached = found.sort(dim=1, descending=True).values.double().cumsum(dim=1)
+    shares = torch.tensor(COVERAGES, dtype=torch.float64, device=reached.device)
+    wanted = reached[:, -1:] * shares if reached.shape[1] else reached.new_zeros(len(reached), len(shares))
+    return torch.stack([(reached < wanted[:, [i]]).sum(dim=1) + (wanted[:, i] > 0) for i in range(len(shares))], dim=1)
+
+
+def contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Contribution of concept f to class c, z_f * W[f, c], for one class a row (METHOD section 5).
+
+    Args:
+        batch: rows of the inputs.
+        weight: inputs x C.
+        classes: int64, the class of each row.
+
+    Returns:
+        One for each entry of a sparse batch; rows x inputs for a dense one.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch * weight.T[classes]
+    return batch.values * weight[batch.indices, classes[_row_of_entries(batch)]]
+
+
+def _row_of_entries(batch: SparseRows) -> torch.Tensor:
+    ends = torch.cat([batch.offsets[1:], torch.tensor([len(batch.indices)], device=batch.offsets.device)])
+    return torch.repeat_interleave(torch.arange(len(ends), device=ends.device), ends - batch.offsets)
+
+
+def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
+    """One number for each entry, as rows padded with zeros to the most entries of a row."""
+    if isinstance(batch, torch.Tensor):
+        return entries
+    row = _row_of_entries(batch)
+    slot = torch.arange(len(row), device=row.device) - batch.offsets[row]
+    padded = entries.new_zeros(len(batch.offsets), int(slot.max()) + 1 if len(slot) else 0)
+    padded[row, slot] = entries
+    return padded
+
+
+@torch.inference_mode()
+def evaluate_probe(
+    weight: torch.Tensor, data: ProbeData, sparsity_lambda: float, *, coverage: bool = False, batch_size: int = 4096
+) -> dict[str, float]:
+    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe, and, if asked, its mean image-wise coverage."""
+    n_classes = weight.shape[1]
+    ce = top1 = top5 = 0.0
+    covered = torch.zeros(2, len(COVERAGES), dtype=torch.float64)
+    for batch, labels in data.batches(batch_size, weight.device):
+        logits = linear(batch, weight)
+        ce += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        ranked = logits.topk(min(5, n_classes), dim=1).indices == labels[:, None]
+        top1 += float(ranked[:, 0].sum())
+        top5 += float(ranked.any(dim=1).sum())
+        if coverage:
+            for i, absolute in enumerate((False, True)):
+                covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0).cpu()
+    n = len(data)
+    metrics = {
+        "loss": ce / n + sparsity_lambda * float(weight.abs().mean()),
+        "ce": ce / n,
+        "top1": top1 / n,
+        "top5": top5 / n,
+    }
+    if coverage:
+        for i, kind in enumerate(("positive", "absolute")):
+            metrics |= {
+                f"coverage_{kind}_{share:.0%}": float(count) / n
+                for share, count in zip(COVERAGES, covered[i], strict=True)
+            }
+    return metrics
+
+
+@torch.inference_mode()
+def accuracy_of_groups(
+    weight: torch.Tensor, data: ProbeData, groups: torch.Tensor, n_groups: int, batch_size: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many images each group has, and how many of them are classified correctly; two int64 tensors.
+
+    Args:
+        weight: inputs x C.
+        data: the images.
+        groups: int64 group of every image; the labels give the accuracy of every class.
+        n_groups: how many there are.
+        batch_size: images at a time.
+    """
+    right = torch.cat(
+        [
+            (linear(batch, weight).argmax(dim=1) == labels).cpu()
+            for batch, labels in data.batches(batch_size, weight.device)
+        ]
+    )
+    return groups.bincount(minlength=n_groups), groups[right].bincount(minlength=n_groups)

@@ -1,0 +1,307 @@
+"""Where every artifact lies. No other module joins a path of the layout.
+
+The layout is that of the paper's code, so that its published files are found where they are put.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dncbm.runs.declarations import ProbeFeatures, ProbeRun, SAERun
+from dncbm.runs.settings import LOCAL_DIR, OPEN_CLIP, Settings
+
+
+def encoder_folder(encoder: str) -> str:
+    """An encoder's name as a file name: `clip_ViT-B/16` -> `clip_ViT-B16`, as in the paper's files.
+
+    `openclip:` and `local-dir:` names keep their parts apart; a `local-dir:` also gets a hash of its whole path, since
+    two folders may share a last name.
+    """
+    if encoder.startswith(LOCAL_DIR):
+        folder = Path(encoder.removeprefix(LOCAL_DIR)).absolute()
+        return f"local-dir_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    if encoder.startswith(OPEN_CLIP):
+        return re.sub(r"[^\w.-]+", "_", encoder)
+    return encoder.replace("/", "")
+
+
+@dataclass(frozen=True)
+class ExplanationFolder:
+    """The files of an explanation: what is computed (`data`) and what is drawn from it (`vis`)."""
+
+    folder: Path
+
+    @property
+    def dump(self) -> Path:
+        """What the figures are drawn from."""
+        return self.folder / "data"
+
+    @property
+    def numbers(self) -> Path:
+        return self.dump / "numbers.npz"
+
+    @property
+    def about(self) -> Path:
+        """Texts."""
+        return self.dump / "about.json"
+
+    @property
+    def chosen(self) -> Path:
+        """What was chosen to be drawn."""
+        return self.dump / "chosen.json"
+
+    def image(self, dataset: str, index: int) -> Path:
+        """Thumbnail of an image of a data set's split."""
+        return self.dump / "images" / dataset / f"{index}.jpg"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pages."""
+        return self.folder / "vis"
+
+    def page(self, name: str, suffix: str) -> Path:
+        """A page: `pdf` or `png`."""
+        return self.figures / f"{name}.{suffix}"
+
+    @property
+    def contact_sheet(self) -> Path:
+        return self.figures / "index.html"
+
+    @property
+    def clustering(self) -> Path:
+        """Folder of the cluster of every image, which names and figures do not change."""
+        return self.folder / "clustering"
+
+    @property
+    def cluster_labels(self) -> Path:
+        return self.clustering / "labels.npy"
+
+    @property
+    def cluster_state(self) -> Path:
+        """State of an unfinished clustering, to resume from."""
+        return self.clustering / "state.npz"
+
+
+def shard_files(features: Path, shard: int) -> tuple[Path, Path, Path]:
+    """The record, keys and features of a shard in a folder of features, in the order they are written."""
+    stem = features / f"{shard:05d}"
+    return stem.with_suffix(".json"), stem.with_suffix(".keys.npy"), stem.with_suffix(".npy")
+
+
+def shard_keys(shard: Path) -> Path:
+    """The keys beside a shard of features."""
+    return shard.with_suffix(".keys.npy")
+
+
+def strengths_part(strengths: Path, shard: Path) -> Path:
+    """The part of a folder of concept strengths that belongs to a shard of features."""
+    return strengths / f"{shard.stem}.npz"
+
+
+class Artifacts:
+    """The path of every artifact under the roots of a config."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    # Features, labels and splits
+
+    def features(self, dataset: str, encoder: str, hook: str, split: str) -> Path:
+        """Folder of a FeatureStore."""
+        return self._dataset(dataset) / encoder_folder(encoder) / hook / split
+
+    def probe_split(self, dataset: str) -> Path:
+        """Class names and sizes of a probe dataset; its manifest covers the labels and the split too."""
+        return self._dataset(dataset) / "split.json"
+
+    def labels(self, dataset: str, own_split: str) -> Path:
+        """int64 labels of one of the data set's own splits."""
+        return self._dataset(dataset) / f"all_labels_{own_split}.npy"
+
+    def groups(self, dataset: str, own_split: str) -> Path:
+        """int64 group of every image of one of the data set's own splits, if it has groups (Waterbirds)."""
+        return self._dataset(dataset) / f"all_groups_{own_split}.npy"
+
+    def split_indices(self, dataset: str, split: str) -> Path:
+        """Indices of our `train` or `train_val` in the data set's own split that it is taken from."""
+        return self._dataset(dataset) / f"{split}_idxs.npy"
+
+    def _dataset(self, dataset: str) -> Path:
+        return self.settings.data_dir / "activations_img" / dataset
+
+    # Vocabulary
+
+    def words(self) -> Path:
+        return self.settings.vocab_dir / f"{self.settings.vocabulary}.txt"
+
+    def embeddings(self, encoder: str) -> Path:
+        return self.settings.vocab_dir / f"embeddings_{encoder_folder(encoder)}_{self.settings.vocabulary}.npy"
+
+    def published_embeddings(self, encoder: str) -> Path:
+        """Where the embeddings that the paper's authors publish are looked for."""
+        return self.embeddings(encoder).with_name(self.embeddings(encoder).stem + ".pth")
+
+    def embeddings_in_use(self, encoder: str) -> Path:
+        """The published embeddings where they were put, else ours."""
+        published = self.published_embeddings(encoder)
+        return published if published.is_file() else self.embeddings(encoder)
+
+    # SAE
+
+    def sae(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "sparse_autoencoder_final.safetensors"
+
+    def published_sae(self, run: SAERun) -> Path:
+        """Where a checkpoint that the paper's authors publish is looked for."""
+        return self.sae(run).with_suffix(".pt")
+
+    def sae_in_use(self, run: SAERun) -> Path:
+        """The SAE trained here where there is one, else a published one."""
+        published = self.published_sae(run)
+        return published if published.is_file() and not self.sae(run).is_file() else self.sae(run)
+
+    def saes(self) -> Iterable[Path]:
+        """Every SAE that was trained here, on whatever features."""
+        return (self.settings.sae_dir / "SAEImg").glob("*/*/*/*/sae_checkpoints/sparse_autoencoder_final.safetensors")
+
+    def sae_files(self, run: SAERun) -> Iterable[Path]:
+        """Everything that training an SAE leaves, names included."""
+        return self._sae_checkpoints(run).glob("*")
+
+    def sae_siblings(self, run: SAERun) -> list[str]:
+        """Names of the other runs on the same features."""
+        runs = self.settings.sae_dir / "SAEImg" / self._run(run).parent
+        return sorted(
+            path.parent.name for path in runs.glob("*/sae_checkpoints") if path.parent.name != run.config_name
+        )
+
+    def sae_intermediate(self, run: SAERun, items_seen: int) -> Path:
+        return self._sae_checkpoints(run) / f"sparse_autoencoder_{items_seen}.safetensors"
+
+    def sae_state(self, run: SAERun) -> Path:
+        """State of an unfinished training, to resume from."""
+        return self._sae_checkpoints(run) / "training_state.safetensors"
+
+    def sae_log(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "training_log.csv"
+
+    def sae_figure(self, run: SAERun) -> Path:
+        """Training curves and the histogram of feature densities."""
+        return self._sae_checkpoints(run) / "training.png"
+
+    def concept_names(self, run: SAERun) -> Path:
+        return self._sae_checkpoints(run) / "concept_names.csv"
+
+    def _sae_checkpoints(self, run: SAERun) -> Path:
+        return self.settings.sae_dir / "SAEImg" / self._run(run) / "sae_checkpoints"
+
+    # Concept strengths and probes
+
+    def strengths(self, run: SAERun, probe_dataset: str, split: str) -> Path:
+        """Folder of CSR parts."""
+        return self._probed(run, probe_dataset) / split / "all_concepts"
+
+    def probe(self, run: SAERun, probe: ProbeRun) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_final_{probe.config_name}.safetensors"
+
+    def probes(self) -> Iterable[Path]:
+        """Every probe on concepts that was trained here."""
+        return self.settings.probe_dir.glob("*/*/*/*/*/*/on_concepts_ckpts/on_concepts_final_*.safetensors")
+
+    def probe_files(self, run: SAERun, probe: ProbeRun) -> Iterable[Path]:
+        """Everything that training a probe leaves."""
+        return self._probe_folder(run, probe).glob(f"on_{probe.inputs}_*")
+
+    def probe_intermediate(self, run: SAERun, probe: ProbeRun, epoch: int) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_epoch{epoch}_{probe.config_name}.safetensors"
+
+    def probe_state(self, run: SAERun, probe: ProbeRun) -> Path:
+        """State of an unfinished training, to resume from."""
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_state.safetensors"
+
+    def probe_log(self, run: SAERun, probe: ProbeRun) -> Path:
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_log.csv"
+
+    def probe_accuracies(self, run: SAERun, probe: ProbeRun) -> Path:
+        """Accuracy of every class, and of every group where there are groups."""
+        return self._probe_folder(run, probe) / f"on_{probe.inputs}_accuracies_{probe.config_name}.csv"
+
+    def nec(self, run: SAERun, probe_dataset: str) -> Path:
+        """Folder of the accuracies at a number of effective concepts."""
+        return self._probed(run, probe_dataset) / "nec"
+
+    def nec_table(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.nec(run, probe_dataset) / "nec.csv"
+
+    def nec_figure(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.nec(run, probe_dataset) / "nec.png"
+
+    def nec_state(self, run: SAERun, probe_dataset: str, inputs: str) -> Path:
+        """State of the unfinished path on `concepts`, `features` or `random` directions."""
+        return self.nec(run, probe_dataset) / f"state_{inputs}.safetensors"
+
+    def zero_shot(self, features: ProbeFeatures) -> Path:
+        """The zero-shot classifier."""
+        return self._on_features("zero_shot", features) / "zero_shot.safetensors"
+
+    def zero_shot_accuracies(self, features: ProbeFeatures) -> Path:
+        return self._on_features("zero_shot", features) / "accuracies.csv"
+
+    def probe_results(self) -> Path:
+        return self.settings.probe_dir / "probe_results.csv"
+
+    def _probe_folder(self, run: SAERun, probe: ProbeRun) -> Path:
+        probed = self._probed(run, probe.dataset)
+        if probe.on_features:  # does not depend on the SAE
+            probed = self._on_features("on_features", ProbeFeatures(probe.dataset, run.encoder, run.hook))
+        return probed / probe.config_name / f"on_{probe.inputs}_ckpts"
+
+    def _on_features(self, kind: str, features: ProbeFeatures) -> Path:
+        return self.settings.probe_dir / kind / features.dataset / encoder_folder(features.encoder) / features.hook
+
+    def _probed(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.settings.probe_dir / self._run(run) / probe_dataset
+
+    @staticmethod
+    def _run(run: SAERun) -> Path:
+        return Path(run.dataset, encoder_folder(run.encoder), run.hook, run.config_name)
+
+    # Explanations
+
+    def task_agnosticity(self, run: SAERun, split: str) -> ExplanationFolder:
+        return self.explanation("task_agnosticity", run, split)
+
+    def meta_clusters(self, run: SAERun, dataset: str, split: str, n_clusters: int) -> ExplanationFolder:
+        return self.explanation("meta_clusters", run, dataset, split, f"k{n_clusters}")
+
+    def local_explanations(self, run: SAERun, probe: ProbeRun, split: str) -> ExplanationFolder:
+        return self.explanation("local_explanations", run, probe.dataset, split, probe.config_name)
+
+    def global_explanations(self, run: SAERun, probe: ProbeRun, split: str) -> ExplanationFolder:
+        return self.explanation("global_explanations", run, probe.dataset, split, probe.config_name)
+
+    def dumps(self, kind: str) -> Iterable[Path]:
+        """Every dump of a kind of explanation."""
+        return (
+            manifest.parent for manifest in (self.settings.analysis_dir / kind).glob("*/*/*/*/**/data/manifest.json")
+        )
+
+    def explanation(self, kind: str, run: SAERun, *parts: str) -> ExplanationFolder:
+        """The folder of an explanation; the parts tell apart those of one kind and SAE."""
+        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
+        return ExplanationFolder(self.settings.analysis_dir.joinpath(kind, sae, *parts))
+
+    # Figures and summaries
+
+    def results_table(self, suffix: str) -> Path:
+        """The paper's table in a format: md, csv or tex."""
+        return self.settings.analysis_dir / f"results.{suffix}"
+
+    def summary(self) -> Path:
+        return self.settings.analysis_dir / "summary.json"
+
+    def concept_sheet(self) -> Path:
+        """The best-named latents and their images."""
+        return self.settings.analysis_dir / "concept_sheet.png"

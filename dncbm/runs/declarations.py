@@ -1,0 +1,345 @@
+"""What a run is: every setting of every stage, declared once as a field of a frozen dataclass.
+
+Flags, `--help`, the defaults of config.py, presets, run names, recipes and manifests are derived from these fields
+(`sparse_autoencoder.declare` says how). The defaults are the paper's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dncbm.runs.devices import default_cores, default_workers
+from dncbm.runs.errors import UserError
+from sparse_autoencoder import DEFAULT_SEED, VARIANTS, Sparsity, TrainingSettings
+from sparse_autoencoder.declare import check, choice, flags, run_name, setting
+from sparse_autoencoder.model import INPUT_TRANSFORMS
+
+SPLITS = ("train", "train_val", "val")
+HOOKS = ("out",)
+"""Points of the image encoder that features are taken from: `out`, the output of `encode_image`."""
+PRECISIONS = ("fp32", "fp16", "bf16")
+FOLDER = ""
+"""How a setting stands in a run's name if it is a folder of its own."""
+
+
+class _Checked:
+    """A declaration whose values are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+# ------------------------------------------------------------------------------------------------------ any stage
+
+
+@dataclass(frozen=True)
+class Execution(_Checked):
+    """How any stage runs; its fields are keyword arguments of every stage function."""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    overwrite: bool = setting(False, "replace outputs that were made from other inputs or settings")
+
+
+@dataclass(frozen=True)
+class Tracking(_Checked):
+    """Whether metrics are sent to Weights & Biases, and on whose behalf."""
+
+    use_wandb: bool = setting(False, "send metrics to Weights & Biases")
+    entity: str | None = setting(None, "the user or team that owns the wandb run", flag="wandb_entity")
+
+
+# ------------------------------------------------------------------------------------------------- images, features
+
+
+@dataclass(frozen=True)
+class NamedEncoder(_Checked):
+    """A CLIP-like encoder."""
+
+    encoder: str = setting(
+        "clip_RN50", "encoder: a name from config.py, openclip:MODEL/PRETRAINED or local-dir:FOLDER", flag="img_enc_name",
+        in_name=FOLDER, identifies="never",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageEncoder(NamedEncoder):
+    """An encoder and the point of its image tower that features come from."""
+
+    hook: str = setting(
+        "out", "point of the encoder that features come from", flag="hook_points", choices=HOOKS, in_name="_hook{}", place=5,
+        identifies="never",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SAEFeatures(ImageEncoder):
+    """The features that an SAE is trained on."""
+
+    dataset: str = setting(
+        "cc3m", "a name from sae_datasets in config.py", flag="sae_dataset", in_name=FOLDER, identifies="never"
+    )
+
+
+@dataclass(frozen=True)
+class ProbeDataset(_Checked):
+    """A labelled data set."""
+
+    dataset: str = setting("places365", "a name from probe_datasets in config.py", flag="probe_dataset", in_name=FOLDER)
+
+
+@dataclass(frozen=True)
+class ProbeFeatures(ImageEncoder, ProbeDataset):
+    """The features of a labelled data set."""
+
+
+@dataclass(frozen=True)
+class Splits(_Checked):
+    """Which splits of a labelled data set a stage works on."""
+
+    split: str | None = setting(None, "one split; by default all three", flag="probe_split", choices=SPLITS)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The split, or all three."""
+        return (self.split,) if self.split else SPLITS
+
+
+@dataclass(frozen=True)
+class Extraction(_Checked):
+    """How features are extracted. Only the precision changes what they are."""
+
+    batch_size: int | None = setting(
+        None, "images encoded at a time; by default 256 on a GPU, else 32", least=1, identifies="never"
+    )
+    precision: str | None = setting(
+        None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS
+    )
+    num_workers: int = setting(
+        None, "processes that decode images", factory=default_workers, least=0, identifies="never"
+    )
+    max_bad_fraction: float = setting(
+        0.05, "fraction of unreadable images above which the stage fails", least=0, identifies="never"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- SAE
+
+
+@dataclass(frozen=True)
+class SAERun(SAEFeatures):
+    """What identifies a trained SAE: its features, its shape, and how it is trained (METHOD section 2)."""
+
+    sparsity: Sparsity = choice(
+        VARIANTS, "relu", "how the code is kept sparse", flag="sae_type", in_name="_{}", place=2
+    )
+    expansion_factor: int = setting(8, "latents per input dimension", least=1, in_name="_ef{}", place=3)
+    input_transform: str = setting(
+        "none",
+        "transform of the SAE's inputs",
+        choices=INPUT_TRANSFORMS,
+        in_name="_input{}",
+        place=8,
+        name_default=False,
+    )
+    suffix: str = setting(
+        "", "appended to the run's name, to keep apart runs that differ in settings the name does not show",
+        flag="save_suffix", pattern=r"[\w.-]*", in_name="{}", place=10, identifies="never",
+    )  # fmt: skip
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    @property
+    def config_name(self) -> str:
+        """Folder name of the run, as in the paper's code, with whatever differs from the paper's settings appended."""
+        return run_name(self)
+
+
+# ----------------------------------------------------------------------------------------------------------- probe
+
+
+PAPER_PROBES = {
+    "imagenet": (1e-3, 1.0),
+    "cifar10": (1e-3, 1.0),
+    "cifar100": (1e-2, 1.0),
+    "places365": (1e-2, 0.1),
+    "waterbirds100": (0.1, 10.0),
+}
+"""Data set -> the paper's learning rate and lambda of the probe (METHOD section 4)."""
+ADAM = ("solver", "adam")
+"""Settings that only Adam reads."""
+
+
+@dataclass(frozen=True)
+class ProbeRun(ProbeDataset):
+    """What identifies a linear probe, given its inputs (METHOD section 4)."""
+
+    lr: float = setting(
+        1e-2, "learning rate of the probe (adam)", flag="probe_lr", above=0, in_name="_lr{}", place=1, when=ADAM,
+        presets={dataset: lr for dataset, (lr, _) in PAPER_PROBES.items()},
+    )  # fmt: skip
+    batch_size: int = setting(
+        512, "batch size of the probe (adam)", flag="probe_train_bs", least=1, in_name="_bs{}", place=2, when=ADAM,
+        presets=dict.fromkeys(PAPER_PROBES, 512),
+    )  # fmt: skip
+    epochs: int = setting(
+        200, "epochs of the probe; with prox, the most passes for each lambda", flag="probe_epochs", least=1,
+        in_name="_epo{}", place=4, presets=dict.fromkeys(PAPER_PROBES, 200),
+    )  # fmt: skip
+    sparsity_lambda: float = setting(
+        0.1, "weight of the probe's sparsity loss", flag="probe_sparsity_loss_lambda", least=0, in_name="_spl{}", place=7,
+        presets={dataset: sparsity_lambda for dataset, (_, sparsity_lambda) in PAPER_PROBES.items()},
+    )  # fmt: skip
+    on_features: bool = setting(False, "the baseline: probe raw features, not concepts", flag="probe_on_features")
+    seed: int = setting(
+        DEFAULT_SEED, flags(TrainingSettings)["seed"].setting.help, least=0, in_name="_seed{}", place=8, name_default=False,
+        when=ADAM,
+    )  # fmt: skip
+    solver: str = setting(
+        "adam", "adam as in the paper; prox solves the same objective by proximal steps and leaves exact zeros",
+        flag="probe_solver", choices=("adam", "prox"), in_name="_{}", place=3, name_default=False, identifies="changed",
+    )  # fmt: skip
+    classification_loss: str = setting(
+        "CE", "cross-entropy", flag="probe_classification_loss", choices=("CE",), in_name="_nobias_cl{}", place=5,
+        identifies="changed",
+    )  # fmt: skip
+    sparsity_loss: str = setting(
+        "L1", "mean absolute weight", flag="probe_sparsity_loss", choices=("L1",), in_name="_sp{}", place=6,
+        identifies="changed",
+    )  # fmt: skip
+
+    @property
+    def config_name(self) -> str:
+        """Folder name of the probe, as in the paper's code; another solver's name replaces Adam's settings."""
+        return run_name(self)
+
+    @property
+    def inputs(self) -> str:
+        """`concepts`, or `features` for the linear-probe baseline."""
+        return "features" if self.on_features else "concepts"
+
+
+def paper_preset(dataset: str) -> dict[str, Any]:
+    """Flag -> value of the paper's probe on a data set (METHOD section 4); empty if the paper has none."""
+    declared = flags(ProbeRun).items()
+    return {name: flag.setting.presets[dataset] for name, flag in declared if dataset in flag.setting.presets}
+
+
+@dataclass(frozen=True)
+class Preset(_Checked):
+    """Settings that are picked together."""
+
+    preset: str | None = setting(
+        None, "the paper's settings of the probe for --probe_dataset, except where a flag says otherwise",
+        choices=("paper",),
+    )  # fmt: skip
+
+    def values(self, dataset: str) -> Mapping[str, Any]:
+        """Flag -> value. Raises UserError if the paper has no probe of this data set."""
+        if self.preset is None:
+            return {}
+        if dataset not in PAPER_PROBES:
+            known = ", ".join(PAPER_PROBES)
+            raise UserError(f"--preset paper: the paper has no probe on --probe_dataset {dataset}, only on {known}")
+        return paper_preset(dataset)
+
+
+@dataclass(frozen=True)
+class ProbeSchedule(_Checked):
+    """When the training of a probe reports and saves; none of it changes the probe."""
+
+    val_freq: int = setting(1, "epochs between validations of the probe", flag="probe_val_freq", least=1)
+    coverage_freq: int = setting(
+        50,
+        "epochs between measurements of image-wise coverage; 0: only at the end",
+        flag="probe_eval_coverage_freq",
+        least=0,
+    )
+    ckpt_freq: int = setting(
+        0,
+        "epochs between checkpoints of the probe; 0: only the final one",
+        flag="probe_ckpt_freq",
+        alias="ckpt_freq",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Prompts(_Checked):
+    """How classes are described to a text encoder."""
+
+    templates: tuple[str, ...] = setting(
+        (), "descriptions with {} for the class; by default open_clip's 80 for imagenet, else 'a photo of a {}.'",
+        separate=True,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- explanations
+
+
+@dataclass(frozen=True)
+class Explained(_Checked):
+    """What is explained, beside the runs."""
+
+    split: str = setting("val", "split whose images are explained", flag="probe_split", choices=SPLITS, in_name=FOLDER)
+    method_name: str = setting("ours", "ours, the method of this library", choices=("ours",), identifies="never")
+    which_ckpt: str = setting("final", "final, the trained probe", choices=("final",), identifies="never")
+
+
+@dataclass(frozen=True)
+class ShownDatasets(_Checked):
+    """The data sets whose images show what a latent responds to."""
+
+    datasets: tuple[str, ...] = setting(
+        (), "names from probe_datasets in config.py, separated by commas; by default all that have strengths",
+        flag="probe_dataset", configurable=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clusters(_Checked):
+    """How many meta clusters there are."""
+
+    n_clusters: int | None = setting(
+        None,
+        "clusters of K-means; by default the paper's for the data set, else two per class",
+        least=1,
+        in_name=FOLDER,
+    )
+
+
+@dataclass(frozen=True)
+class LatentSelection(_Checked):
+    """Which latents are drawn; what is left empty restricts nothing."""
+
+    limit: int | None = setting(None, "draw at most this many figures", least=1)
+    indices: tuple[int, ...] = setting(
+        (), "numbers of the latents, clusters, images or classes to draw, separated by commas"
+    )
+    concepts: tuple[str, ...] = setting((), "names of latents, separated by commas")
+
+    def __bool__(self) -> bool:
+        return self != type(self)()
+
+
+@dataclass(frozen=True)
+class Selection(LatentSelection):
+    """Which images, classes or clusters are drawn."""
+
+    classes: tuple[str, ...] = setting((), "names of classes, separated by commas")
+
+
+@dataclass(frozen=True)
+class Drawing(_Checked):
+    """How figures are drawn."""
+
+    use_latex: bool = setting(False, "let LaTeX typeset the text; it must be installed")
+    workers: int = setting(None, "processes that draw", flag="num_workers", factory=default_cores, least=0)
+
+
+@dataclass(frozen=True)
+class Ranking(_Checked):
+    """By what the concepts of a class are ranked."""
+
+    rank_by: str = setting(
+        "contribution", "mean contribution; or mean-centred strength, the authors' ranking, which ignores the probe's weights",
+        choices=("contribution", "strength"),
+    )  # fmt: skip

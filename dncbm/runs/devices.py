@@ -1,0 +1,50 @@
+"""Devices, cores and memory of this machine."""
+
+import ctypes
+import os
+
+import torch
+
+from dncbm.runs.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; `auto` is the first available of cuda, mps and cpu.
+
+    Raises:
+        UserError: torch knows no such device, or this machine lacks it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not available: {reason}; use auto, cpu, cuda or mps") from error
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks instead of returning them to the kernel; other C libraries are left alone.
+
+    A network on a CPU allocates and frees the same large activations for every batch. By default glibc maps and unmaps them
+    each time, and the page faults cost more than the arithmetic.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 1 << 30)
+
+
+def default_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Number of worker processes that leave cores to the encoder: half of this process's share of them, at most 16."""
+    return max(1, min(16, default_cores() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

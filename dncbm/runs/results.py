@@ -1,0 +1,98 @@
+"""`probe_results.csv`: one row for each evaluation, whatever was evaluated, with its settings and what was measured."""
+
+import csv
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dncbm.runs.declarations import SPLITS
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import whole_file
+
+ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
+COVERAGES = (0.90, 0.95, 0.99)
+NECS = (5, 10, 15, 20, 25, 30)
+"""Numbers of effective concepts, the mean number of non-zero weights per class, at which accuracy is reported."""
+SETTINGS = (
+    "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "probe_lr",
+    "probe_batch_size", "probe_epochs", "probe_lambda", "seed",
+)  # fmt: skip
+"""`method` is `probe`, `nec` or `zero_shot`; `on` what it classifies: `concepts`, `features` or `random` directions."""
+METRICS = (
+    *(f"zeros_{tolerance:g}" for tolerance in ZERO_TOLERANCES),
+    *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "ce", "top1", "top5")),
+    *(f"val_coverage_{kind}_{share:.0%}" for kind in ("positive", "absolute") for share in COVERAGES),
+    *(f"val_{which}_{kind}_top1" for kind in ("class", "group") for which in ("mean", "worst")),
+    *(f"val_nec_{nec}" for nec in NECS),
+    "val_anec_5",
+    "val_anec_avg",
+)
+"""Accuracies are fractions. What does not apply to a method is blank."""
+
+
+def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A row with every column.
+
+    Args:
+        settings: some of SETTINGS; the time is added.
+        metrics: some of METRICS.
+
+    Raises:
+        KeyError: there is no such column.
+    """
+    row: dict[str, Any] = dict.fromkeys((*SETTINGS, *METRICS), "")
+    given = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **settings}
+    given |= {key: f"{value:.6g}" for key, value in metrics.items()}
+    if unknown := given.keys() - row.keys():
+        raise KeyError(f"no column of the results: {sorted(unknown)}")
+    return row | given
+
+
+def append_result(path: Path, *rows: dict[str, Any]) -> None:
+    """Append rows of the same columns to a CSV, under a lock, so that jobs of a cluster can share the file.
+
+    A file of an older version, whose columns are some of the row's, gets the others, blank.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    with FileLock(f"{path}.lock"):
+        is_new = not path.is_file() or path.stat().st_size == 0
+        if not is_new:
+            header, old = _read(path)
+            if set(header) < set(columns):
+                with whole_file(path) as temporary:
+                    _write(temporary, columns, old)
+            elif header != columns:
+                raise UserError(f"{path} has other columns than this version writes: move it away and run again")
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            if is_new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Every row of the results. Raises UserError if there are none."""
+    if not path.is_file():
+        raise UserError(f"no results {path}: scripts 07, 08 and 10 append to it")
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        return list(reader.fieldnames or ()), rows
+
+
+def _write(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)

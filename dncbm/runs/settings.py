@@ -1,0 +1,228 @@
+"""The config: config.py, or the file that $DNCBM_CONFIG names, with every key checked and every path resolved."""
+
+import difflib
+import os
+import runpy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dncbm.runs.declarations import SPLITS
+from dncbm.runs.errors import UserError
+
+ROOTS = ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")
+LOCAL_DIR = "local-dir:"
+OPEN_CLIP = "openclip:"
+
+
+@dataclass(frozen=True)
+class EncoderEntry:
+    """How open_clip makes an encoder: a model name with a pretrained tag or file, or a `local-dir:` folder."""
+
+    model: str
+    """open_clip's model name, or `local-dir:` and an absolute folder."""
+    pretrained: str | None
+    """A pretrained tag of open_clip, an absolute checkpoint file, or None (random weights, or a `local-dir:`)."""
+
+
+@dataclass(frozen=True)
+class ProbeSource:
+    """Where the images of a probe data set are, and how they are read."""
+
+    path: Path
+    reader: str
+    """How the folder is laid out; by default the data set's own name, if there is such a reader, else `folder`."""
+    splits: Mapping[str, str]
+    """Our split -> the data set's own; empty: the reader's. With `train_val`, nothing is held out of `train`."""
+
+    @property
+    def own_splits(self) -> tuple[str, ...]:
+        """The splits that the data set itself has."""
+        return tuple(split for split in SPLITS if self.own_split(split) == split)
+
+    def own_split(self, split: str) -> str:
+        """The data set's own split that one of ours is taken from."""
+        return "train" if split == "train_val" and split not in self.splits else split
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The contents of a config file, checked, with absolute paths."""
+
+    path: Path
+    """The config file itself, to name in errors."""
+    data_dir: Path
+    sae_dir: Path
+    probe_dir: Path
+    vocab_dir: Path
+    analysis_dir: Path
+    vocabulary: str
+    sae_datasets: Mapping[str, Mapping[str, str] | Path]
+    """Name -> split -> webdataset shard pattern, or name -> folder of images."""
+    probe_datasets: Mapping[str, ProbeSource]
+    encoders: Mapping[str, EncoderEntry]
+    defaults: Mapping[str, Any]
+    """Flag name -> value that replaces the flag's default."""
+
+    def encoder(self, name: str) -> EncoderEntry:
+        """The entry of an encoder: a name of the table, `openclip:MODEL/PRETRAINED` or `local-dir:FOLDER`.
+
+        Raises:
+            UserError: no such name, or a malformed one.
+        """
+        if name.startswith(LOCAL_DIR) and name not in self.encoders:
+            return EncoderEntry(LOCAL_DIR + str(Path(name.removeprefix(LOCAL_DIR)).absolute()), None)
+        if name.startswith(OPEN_CLIP) and name not in self.encoders:
+            model, slash, pretrained = name.removeprefix(OPEN_CLIP).rpartition("/")
+            if not slash or not model or not pretrained:
+                raise UserError(f"encoder {name!r}: write openclip:MODEL/PRETRAINED, for example openclip:RN50/openai")
+            return EncoderEntry(model, pretrained)
+        entry: EncoderEntry = self._entry("encoders", name, "encoder")
+        return entry
+
+    def sae_dataset(self, name: str) -> Mapping[str, str] | Path:
+        """Split -> shard pattern, or the folder, of the SAE's images. Raises UserError if config has no such data set."""
+        source: Mapping[str, str] | Path = self._entry("sae_datasets", name, "--sae_dataset")
+        return source
+
+    def probe_dataset(self, name: str) -> ProbeSource:
+        """Where a probe data set is. Raises UserError if config has no such data set or its folder is missing."""
+        source: ProbeSource = self._entry("probe_datasets", name, "--probe_dataset")
+        if not source.path.is_dir():
+            raise UserError(
+                f"the folder {source.path} is missing: probe_datasets[{name!r}] in {self.path} names it; put the images there"
+            )
+        return source
+
+    def own_split(self, dataset: str, split: str) -> str:
+        """The own split of a probe data set that one of ours is taken from. Raises UserError if config lacks the data set."""
+        source: ProbeSource = self._entry("probe_datasets", dataset, "--probe_dataset")
+        return source.own_split(split)
+
+    def _entry(self, key: str, name: str, what: str) -> Any:
+        entries = getattr(self, key)
+        if name not in entries:
+            known = ", ".join(entries) or "nothing"
+            raise UserError(f"{what} {name!r} is not in `{key}` of {self.path}, which has: {known}")
+        return entries[name]
+
+
+def config_path() -> Path:
+    """The config file in use: the one $DNCBM_CONFIG names, else config.py beside the dncbm package."""
+    named = os.environ.get("DNCBM_CONFIG")
+    path = Path(named).absolute() if named else Path(__file__).resolve().parents[2] / "config.py"
+    if not path.is_file():
+        source = "the environment variable DNCBM_CONFIG names it" if named else "set DNCBM_CONFIG to your config file"
+        raise UserError(f"the config file {path} is missing: {source}")
+    return path
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read and check a config file.
+
+    Args:
+        path: the file; without it, `config_path()`.
+
+    Raises:
+        UserError: the file is missing, does not run, or a key is missing, misspelt or of the wrong kind.
+    """
+    path = (path or config_path()).absolute()
+    try:
+        names = runpy.run_path(str(path)).items()
+        found = {k: v for k, v in names if not k.startswith("_") and not isinstance(v, ModuleType)}
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} does not run: {type(error).__name__}: {reason}") from error
+    return _checked(path, found)
+
+
+def _checked(path: Path, found: dict[str, Any]) -> Settings:
+    keys = (*ROOTS, "vocabulary", "sae_datasets", "probe_datasets", "encoders", "defaults")
+    for key in found:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            raise UserError(f"{path}: unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    found.setdefault("defaults", {})
+    for key in keys:
+        if key not in found:
+            raise UserError(f"{path}: the key `{key}` is missing; see config.py at the top of the repository")
+        wanted: tuple[type, ...] = (str, Path) if key in ROOTS else (str,) if key == "vocabulary" else (dict,)
+        if not isinstance(found[key], wanted):
+            raise UserError(f"{path}: `{key}` must be a {wanted[0].__name__}, not {found[key]!r}")
+
+    base = path.parent
+    roots = {key: base / found[key] for key in ROOTS}
+    for key, root in roots.items():
+        if not root.parent.is_dir():
+            value = str(found[key])
+            raise UserError(
+                f"the folder {root.parent} is missing: `{key}` in {path} is {value!r}; make it or correct the key"
+            )
+    for name, source in found["sae_datasets"].items():
+        if not isinstance(source, str | Path) and (
+            not isinstance(source, dict)
+            or set(source) != set(SPLITS)
+            or not all(isinstance(p, str) for p in source.values())
+        ):
+            raise UserError(
+                f"{path}: sae_datasets[{name!r}] must have the keys {', '.join(SPLITS)}, each a shard pattern, or be a folder"
+            )
+        if name in found["probe_datasets"]:
+            raise UserError(
+                f"{path}: {name!r} is in sae_datasets and in probe_datasets, so their files would mix: rename one"
+            )
+    by_folder: dict[str, str] = {}
+    for name in found["encoders"]:
+        other = by_folder.setdefault(name.replace("/", ""), name)
+        if other != name:
+            raise UserError(f"{path}: the encoders {other!r} and {name!r} would share a folder: rename one")
+    return Settings(
+        path=path,
+        **roots,
+        vocabulary=found["vocabulary"],
+        sae_datasets={
+            name: {split: str(base / pattern) for split, pattern in source.items()}
+            if isinstance(source, dict)
+            else base / source
+            for name, source in found["sae_datasets"].items()
+        },
+        probe_datasets={name: _probe_source(path, name, entry) for name, entry in found["probe_datasets"].items()},
+        encoders={name: _encoder_entry(path, name, entry) for name, entry in found["encoders"].items()},
+        defaults=found["defaults"],
+    )
+
+
+def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
+    where = f"{path}: probe_datasets[{name!r}]"
+    if isinstance(entry, str | Path):
+        entry = {"path": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str | Path):
+        raise UserError(
+            f'{where} must be a folder or {{"path": FOLDER, "reader": NAME, "splits": {{...}}}}, not {entry!r}'
+        )
+    if unknown := sorted(set(entry) - {"path", "reader", "splits"}):
+        raise UserError(f"{where} has the unknown key {unknown[0]!r}; it may have path, reader and splits")
+    splits, reader = entry.get("splits", {}), entry.get("reader", name)
+    complete = isinstance(splits, dict) and (not splits or {"train", "val"} <= set(splits) <= set(SPLITS))
+    if not complete or not all(isinstance(own, str) for own in splits.values()):
+        raise UserError(
+            f"{where}: splits must name the data set's own train, val and, if it has one, train_val: {splits!r}"
+        )
+    if not isinstance(reader, str):
+        raise UserError(f"{where}: reader must be a name, not {reader!r}")
+    return ProbeSource(path.parent / entry["path"], reader, splits)
+
+
+def _encoder_entry(path: Path, name: str, entry: Any) -> EncoderEntry:
+    if isinstance(entry, str) and entry.startswith(LOCAL_DIR):
+        return EncoderEntry(LOCAL_DIR + str(path.parent / entry.removeprefix(LOCAL_DIR)), None)
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], str | None):
+        model, pretrained = entry
+        if pretrained and (path.parent / pretrained).is_file():
+            pretrained = str(path.parent / pretrained)
+        return EncoderEntry(model, pretrained)
+    raise UserError(
+        f'{path}: encoders[{name!r}] must be ("MODEL", "PRETRAINED") or "local-dir:FOLDER", not {entry!r}',
+    )

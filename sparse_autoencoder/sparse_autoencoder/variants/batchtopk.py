@@ -1,0 +1,52 @@
+"""BatchTopK: the largest pre-activations of a batch, k per item on average."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_autoencoder.kernels import Array
+from sparse_autoencoder.variants.largest_k import LargestK
+
+
+@dataclass(frozen=True)
+class BatchTopK(LargestK, kernels=True):
+    """The k B largest positive pre-activations of a batch of B: Bussmann et al., "BatchTopK sparse autoencoders" (2024,
+    arXiv 2412.06410).
+
+    Outside training, an item's latents must not depend on its batch. Those above a threshold are active: the running mean of
+    the smallest active value of each training batch.
+    """
+
+    kind: ClassVar[str] = "batchtopk"
+    threshold_decay: ClassVar[float] = 0.99
+
+    def extra_buffers(self, n_latents: int) -> dict[str, Tensor]:
+        return {"threshold": torch.zeros(())}
+
+    def threshold(self, model: nn.Module) -> Tensor | None:
+        return model.get_buffer("threshold")
+
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        if not training:
+            return torch.where(pre > (0 if threshold is None else threshold), pre, 0).clamp_min(0)
+        values, indices = pre.flatten().topk(min(self.k * len(pre), pre.numel()), sorted=False)
+        return torch.zeros_like(pre).flatten().scatter(0, indices, torch.relu(values)).view_as(pre)
+
+    @torch.no_grad()
+    def after_batch(self, model: nn.Module, latents: Tensor) -> None:
+        """Updates the running mean of the threshold; a batch without active latents leaves it as it was."""
+        threshold = model.get_buffer("threshold")
+        if latents.numel() == 0:
+            return
+        smallest = torch.where(latents > 0, latents, torch.inf).min().to(threshold.dtype)
+        mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
+        threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
+
+    def level(self, threshold: Array | None) -> float:
+        assert threshold is not None
+        return float(threshold)
+
+    def batch_limit(self, n_items: int) -> int | None:
+        return self.k * n_items

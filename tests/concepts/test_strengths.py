@@ -1,0 +1,238 @@
+"""Concept strengths: what they are, how they lie on disk, and the stage."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+import dncbm.concepts.strengths
+from dncbm.concepts.strengths import (
+    encode_in_memory,
+    load_concept_strengths,
+    map_part,
+    save_concept_strengths,
+    strengths_width,
+)
+from dncbm.features.stage import open_features
+from dncbm.runs.declarations import SPLITS, ProbeDataset, SAERun, Splits
+from dncbm.runs.manifests import Outcome, read_manifest
+from sparse_autoencoder import (
+    BatchTopK,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    SparseAutoencoder,
+    Sparsity,
+    TopK,
+    TrainingSettings,
+    save_checkpoint,
+    train,
+)
+
+N = 17
+"""Rows, in shards of 7, 1 and 9."""
+
+
+def by_hand(mine, x: np.ndarray) -> np.ndarray:
+    """z = ReLU((x - b) W_e^T + b_e), in float64."""
+    model = mine.sae()
+    b, we, be = (p.detach().double().numpy() for p in (model.tied_bias, model.encoder_weight, model.encoder_bias))
+    return np.maximum((x.astype(np.float64) - b) @ we.T + be, 0)
+
+
+def save(mine, split: str | None = "val", **options) -> Outcome:
+    run = options.pop("run", mine.run)
+    return save_concept_strengths(mine.settings, run, ProbeDataset("mine"), Splits(split), **{"device": "cpu"} | options)
+
+
+def load(mine, split: str = "val"):
+    return load_concept_strengths(mine.settings, mine.run, "mine", split)
+
+
+def folder(mine, split: str = "val") -> Path:
+    return mine.artifacts.strengths(mine.run, "mine", split)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 4096])
+def test_strengths_are_the_latents(mine, monkeypatch, batch_size: int) -> None:
+    monkeypatch.setattr(dncbm.concepts.strengths, "BATCH", batch_size)
+    assert save(mine, None) is Outcome.RAN
+    for split in SPLITS:
+        found = load(mine, split)
+        expected = by_hand(mine, mine.features[split])
+        assert scipy.sparse.issparse(found.matrix)
+        assert found.matrix.dtype == np.float32
+        assert found.matrix.nnz == (expected > 0).sum()
+        assert 0 < found.matrix.nnz < 0.4 * expected.size
+        np.testing.assert_allclose(found.matrix.toarray(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found.keys, np.arange(N) * 3)
+        details = read_manifest(folder(mine, split))["details"]
+        assert details["images"] == N
+        assert details["l0"] == pytest.approx((expected > 0).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize(
+    "sparsity", [ReLU(), TopK(3), BatchTopK(3), JumpReLU(), Matryoshka(BatchTopK(3))], ids=lambda s: type(s).__name__
+)
+def test_an_images_strengths_do_not_depend_on_its_batch(mine, monkeypatch, sparsity: Sparsity) -> None:
+    run = SAERun(encoder="enc", sparsity=sparsity)
+    model = SparseAutoencoder(5, 20, sparsity=sparsity, seed=3)
+    x = torch.from_numpy(mine.features["val"])
+    train(model, x, TrainingSettings(epochs=3, batch_size=8), progress=False)  # some kinds learn a threshold
+    save_checkpoint(model, mine.artifacts.sae(run))
+    found = []
+    for batch_size in (1, 5, 4096):
+        monkeypatch.setattr(dncbm.concepts.strengths, "BATCH", batch_size)
+        save(mine, run=run)
+        found.append(load_concept_strengths(mine.settings, run, "mine", "val").matrix.toarray())
+        shutil.rmtree(mine.artifacts.strengths(run, "mine", "val"))
+    assert found[0].any()
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_without_an_active_latent_stay_in_place(mine, monkeypatch) -> None:
+    monkeypatch.setattr(dncbm.concepts.strengths, "BATCH", 2)
+    x = mine.features["val"].copy()
+    x[[0, 3, 6, 7, 16]] = 0  # among them a whole shard, and the first and last rows
+    expected = by_hand(mine, x)
+    assert (expected[[0, 3]] == 0).all()
+    mine.write_features("val", x)
+    save(mine)
+    np.testing.assert_allclose(load(mine).matrix.toarray(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_scipys_format_one_for_each_shard(mine) -> None:
+    save(mine)
+    parts = sorted(folder(mine).glob("*.npz"))
+    assert [scipy.sparse.load_npz(part).shape for part in parts] == [(size, 20) for size in (7, 1, 9)]
+    assert strengths_width(folder(mine)) == 20
+
+
+def test_codes_that_are_not_kept_are_the_same(mine) -> None:
+    save(mine)
+    store = open_features(mine.settings, "mine", "enc", "out", "val")
+    found = encode_in_memory(mine.sae(), store)
+    np.testing.assert_array_equal(found.toarray(), load(mine).matrix.toarray())
+
+
+@pytest.mark.parametrize("parts_done", [0, 1, 2])
+def test_an_interrupted_run_ends_with_the_same_bits(mine, monkeypatch, parts_done: int) -> None:
+    parts = folder(mine, "train")
+    save(mine, "train")
+    whole = {path.name: path.read_bytes() for path in parts.glob("*.npz")}
+    for path in parts.iterdir():
+        path.unlink()
+
+    write, written = dncbm.concepts.strengths._write_part, []
+
+    def write_some(path: Path, *rest: object) -> None:
+        if len(written) == parts_done:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.concepts.strengths, "_write_part", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            save(mine, "train")
+    (parts / ".00001-k1ll3d.npz").write_bytes(b"half a part")
+    times = {path: path.stat().st_mtime_ns for path in written}
+    assert save(mine, "train") is Outcome.RAN
+    assert {path.name: path.read_bytes() for path in parts.glob("[0-9]*.npz")} == whole
+    assert {path: path.stat().st_mtime_ns for path in written} == times
+    assert load(mine, "train").matrix.shape == (N, 20)
+
+
+def test_unfinished_strengths_are_not_read(mine, refusal) -> None:
+    command = "06_save_concept_strengths.py --probe_dataset mine --probe_split val"
+    with refusal(folder(mine), "missing", command):
+        load(mine)
+    save(mine)
+    (folder(mine) / "manifest.json").unlink()
+    with refusal(folder(mine), "unfinished", command):
+        load(mine)
+
+
+def test_a_damaged_part_is_named(mine, refusal) -> None:
+    save(mine)
+    part = folder(mine) / "00001.npz"
+    part.write_bytes(part.read_bytes()[:50])
+    with refusal(part):
+        load(mine)
+    assert save(mine, overwrite=True) is Outcome.RAN
+    load(mine)
+
+
+def test_done_stale_and_loaded_only_to_be_encoded(mine, monkeypatch, refusal) -> None:
+    with refusal("--device nonsense"):
+        save(mine, device="nonsense")
+    save(mine)
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.concepts.strengths, "load_sae", lambda *_: pytest.fail("loaded"))
+        assert save(mine, device="nonsense") is Outcome.ALREADY_DONE
+    assert save(mine, None) is Outcome.RAN, "the other splits"
+    run = read_manifest(folder(mine))["run"]
+    assert (run["sae_type"], run["probe_dataset"], run["probe_split"]) == ("relu", "mine", "val")
+    mine.replace_sae()
+    with refusal(folder(mine), "SAE", "has changed", "--overwrite"):
+        load(mine)
+    mine.write_features("val", mine.features["train"])
+    with refusal("SAE has changed; val features has changed"):
+        save(mine)
+    assert save(mine, overwrite=True) is Outcome.RAN
+    model = mine.sae(8)
+    x = torch.from_numpy(mine.features["train"])
+    np.testing.assert_allclose(load(mine).matrix.toarray(), model.encode(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_merged_as_scipy_stacks_them(mine) -> None:
+    save(mine)
+    found = load(mine).matrix
+    parts = [scipy.sparse.load_npz(path) for path in sorted(folder(mine).glob("*.npz"))]
+    expected = scipy.sparse.vstack(parts, format="csr")
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.indices.dtype == np.int32
+    found.data[:] = 0  # a copy: the files stay as they are
+    assert load(mine).matrix.data.all()
+
+
+def test_a_part_is_mapped_and_not_read(mine) -> None:
+    save(mine)
+    path = folder(mine) / "00000.npz"
+    mapped = map_part(path)
+    with np.load(path) as loaded:
+        assert set(mapped) == set(loaded)
+        for name, array in loaded.items():
+            np.testing.assert_array_equal(mapped[name], array)
+    assert isinstance(mapped["data"], np.memmap)
+
+
+def test_a_part_that_was_compressed_is_named(mine, refusal) -> None:
+    save(mine)
+    part = folder(mine) / "00001.npz"
+    matrix = scipy.sparse.load_npz(part)
+    scipy.sparse.save_npz(part, matrix)
+    with refusal(part, "compressed", "--overwrite"):
+        load(mine)
+    scipy.sparse.save_npz(part, matrix, compressed=False)  # and without keys
+    with refusal(part.parent, "keys"):
+        load(mine)
+
+
+def test_an_sae_of_another_width_is_refused(mine, refusal) -> None:
+    save_checkpoint(SparseAutoencoder(6, 20), mine.artifacts.sae(mine.run))
+    with refusal("6 features", "has 5"):
+        save(mine)
+
+
+def test_a_missing_sae_or_missing_features_name_the_command(mine, refusal) -> None:
+    with refusal("05_save_probe_features.py"):
+        save(mine, run=SAERun(encoder="other"))
+    mine.artifacts.sae(mine.run).unlink()
+    with refusal("02_train_sae_img.py"):
+        save(mine)

@@ -1,0 +1,150 @@
+"""The vocabulary: its words, their embeddings, ours and the published ones."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dncbm.concepts.vocabulary
+from dncbm.concepts.vocabulary import load_vocabulary, read_words, save_vocabulary_embeddings
+from dncbm.features.encoders import Encoder
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import NamedEncoder
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.settings import Settings
+
+WORDS = ["dog", "café", "traffic light", "sea"]
+
+
+class LetterCounts(torch.nn.Module):
+    """A text tower whose embedding of a text is how often each letter is in it."""
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(tokens, 256).sum(dim=1)[:, 97:123].float()
+
+
+def letters(texts: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([list(text.encode().ljust(20)[:20]) for text in texts])
+
+
+@pytest.fixture
+def settings(make_settings: Callable[..., Settings], tmp_path: Path, monkeypatch) -> Settings:
+    """Four words, and an encoder of texts."""
+    encoder = Encoder("letters", LetterCounts(), lambda image: image, letters, torch.device("cpu"))
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "load_encoder", lambda *_: encoder)
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name})
+    settings = make_settings()
+    (tmp_path / "vocab_dir").mkdir()
+    Artifacts(settings).words().write_text("\n".join(WORDS), encoding="utf-8")
+    return settings
+
+
+def save(settings: Settings, **options) -> Outcome:
+    return save_vocabulary_embeddings(settings, NamedEncoder("enc"), **{"device": "cpu"} | options)
+
+
+def test_words_are_lines(settings: Settings) -> None:
+    Artifacts(settings).words().write_text("dog \r\n\n traffic light\n  \ncafé", encoding="utf-8")
+    assert read_words(settings) == ["dog", "traffic light", "café"]
+
+
+def test_a_missing_or_broken_vocabulary_is_named(settings: Settings, refusal) -> None:
+    path = Artifacts(settings).words()
+    for content in (None, b"\n \n", "café".encode("latin-1")):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with refusal(path):
+            save(settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_embeddings_are_of_the_bare_words_and_normalised(settings: Settings, monkeypatch, batch_size: int) -> None:
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "BATCH", batch_size)
+    assert save(settings) is Outcome.RAN
+    found = np.load(Artifacts(settings).embeddings("enc"))
+    expected = np.array([[word.count(chr(letter)) for letter in range(97, 123)] for word in WORDS], dtype=np.float64)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    vocabulary = load_vocabulary(settings, "enc")
+    assert vocabulary.words == WORDS
+    torch.testing.assert_close(vocabulary.embeddings, torch.from_numpy(expected).float())
+    manifest = read_manifest(Artifacts(settings).embeddings("enc"))
+    assert (manifest["details"]["words"], manifest["run"]) == (4, {"img_enc_name": "enc"})
+
+
+def test_other_words_are_stale(settings: Settings, refusal) -> None:
+    with refusal("--device nonsense"):
+        save(settings, device="nonsense")
+    save(settings)
+    assert save(settings, device="nonsense") is Outcome.ALREADY_DONE
+    Artifacts(settings).words().write_text("one\ntwo\nthree\nfour")
+    with pytest.raises(StaleArtifact, match="words has changed"):
+        save(settings)
+    assert save(settings, overwrite=True) is Outcome.RAN
+
+
+def test_embeddings_of_other_words_are_not_read(settings: Settings, refusal) -> None:
+    save(settings)
+    Artifacts(settings).words().write_text("one\ntwo\nthree\nfour")
+    with refusal(Artifacts(settings).words(), "`vocabulary`", "--overwrite"):
+        load_vocabulary(settings, "enc")
+
+
+def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(settings: Settings, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no weights")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.concepts.vocabulary, "load_encoder", fail)
+        with pytest.raises(UserError, match="no weights"):
+            save(settings)
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
+    assert save(settings) is Outcome.RAN
+
+
+def test_the_authors_embeddings_are_used_where_they_lie(settings: Settings) -> None:
+    published = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).half()
+    torch.save(published, Artifacts(settings).published_embeddings("enc"))
+    assert save(settings) is Outcome.PROVIDED
+    assert not Artifacts(settings).embeddings("enc").exists()
+    embeddings = load_vocabulary(settings, "enc").embeddings
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, torch.nn.functional.normalize(published.float(), dim=1))
+
+
+def test_the_authors_file_is_never_unpickled(settings: Settings, tmp_path: Path, refusal) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Callable, tuple]:
+            return Path.touch, (tmp_path / "ran",)
+
+    path = Artifacts(settings).published_embeddings("enc")
+    torch.save(Evil(), path)
+    with refusal(path):
+        load_vocabulary(settings, "enc")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [torch.ones(3, 6), torch.ones(5, 6), torch.ones(4), torch.ones(4, 1, 6)],
+    ids=lambda t: str(tuple(t.shape)),
+)
+def test_embeddings_of_another_shape_are_refused(settings: Settings, refusal, embeddings: torch.Tensor) -> None:
+    path = Artifacts(settings).published_embeddings("enc")
+    torch.save(embeddings, path)
+    with refusal(path, tuple(embeddings.shape), "4 words", Artifacts(settings).words()):
+        load_vocabulary(settings, "enc")
+
+
+def test_missing_or_damaged_embeddings_are_named(settings: Settings, refusal) -> None:
+    path = Artifacts(settings).embeddings("enc")
+    with refusal(path, "03_save_vocab_embeddings.py --img_enc_name enc"):
+        load_vocabulary(settings, "enc")
+    path.write_bytes(b"\x93NUMPY")
+    with refusal(path):
+        load_vocabulary(settings, "enc")

@@ -1,0 +1,331 @@
+"""The images of an SAE: webdataset shards, whole, damaged and odd, and folders of images."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dncbm.features.datasets import ImageShards, file_states
+from dncbm.features.datasets.sae import WebdatasetShards, sae_images
+
+
+def read(shards: ImageShards) -> tuple[dict[str, np.ndarray], Counter[str]]:
+    """The pixels of the images that can be decoded, by key, and the reasons for those that cannot."""
+    bad: Counter[str] = Counter()
+    images = {}
+    seen = set()
+    for shard in range(len(shards)):
+        for key, decode in shards.read(shard, lambda reason: bad.update([reason])):
+            assert key not in seen
+            seen.add(key)
+            try:
+                images[key] = np.asarray(decode().convert("RGB"))
+            except Exception as error:
+                bad[type(error).__name__] += 1
+    return images, bad
+
+
+def of(path: Path, count: int | None = None) -> WebdatasetShards:
+    """A tar, with img2dataset's number of images if there is one."""
+    if count is not None:
+        path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": count}))
+    return WebdatasetShards((path,))
+
+
+def cut(path: Path, name: str, into_the_member: int) -> None:
+    """Cut a tar off some bytes after the header or the content of a member begins."""
+    with tarfile.open(path) as tar:
+        member = tar.getmember(name)
+    path.write_bytes(path.read_bytes()[: (member.offset_data if into_the_member else member.offset) + into_the_member])
+
+
+# --------------------------------------------------------------------------------------------------- webdataset shards
+
+
+def test_images_come_with_their_keys_in_order(tmp_path: Path, write_tar, random_image, encoded) -> None:
+    """Under a folder with `#` and `?`, which webdataset takes for parts of a URL."""
+    suffixes = {3: "jpg", 1: "jpeg", 2: "png", 4: "gif", 5: "WEBP"}
+    samples = {f"{i:09d}": {"txt": b"a caption", suffix: encoded(random_image(i))} for i, suffix in suffixes.items()}
+    images, bad = read(of(write_tar(tmp_path / "a #b?c" / "0.tar", samples)))
+    assert list(images) == ["000000003", "000000001", "000000002", "000000005"]
+    assert bad == {"no image in the sample": 1}  # GIFs are not read
+    for key, image in images.items():
+        np.testing.assert_array_equal(image, np.asarray(random_image(int(key))))
+
+
+def test_broken_images_and_samples_without_one_are_bad_images(tmp_path: Path, write_tar, members) -> None:
+    samples = members(6)
+    samples["000000001"]["jpg"] = b"\xff\xd8\xff not a picture"
+    samples["000000002"]["jpg"] = samples["000000002"]["jpg"][:100]
+    del samples["000000004"]["jpg"]
+    images, bad = read(of(write_tar(tmp_path / "0.tar", samples)))
+    assert [int(key) for key in images] == [0, 3, 5]
+    assert bad.total() == 3
+    assert bad["UnidentifiedImageError"] == bad["no image in the sample"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar at all"])
+def test_a_file_that_is_no_tar_gives_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    assert read(of(tmp_path / "0.tar")) == ({}, {"cut off or damaged tar": 1})
+
+
+@pytest.mark.parametrize("order", [("jpg", "json", "txt"), ("json", "jpg", "txt"), ("txt", "json", "jpg")])
+@pytest.mark.parametrize("count", [None, 4])
+def test_a_cut_inside_an_image_counts_once(
+    tmp_path: Path, write_tar, members, order: tuple[str, ...], count: int | None
+) -> None:
+    samples = {key: {suffix: parts[suffix] for suffix in order} for key, parts in members(4).items()}
+    path = write_tar(tmp_path / "0.tar", samples)
+    cut(path, "000000003.jpg", 30)
+    images, bad = read(of(path, count))
+    assert [int(key) for key in images] == [0, 1, 2]
+    assert bad == {"cut off or damaged tar": 1}
+
+
+@pytest.mark.parametrize(("count", "lost"), [(None, 1), (4, 2), (6, 4)])
+def test_a_cut_between_two_members_is_noticed(tmp_path: Path, write_tar, members, count: int | None, lost: int) -> None:
+    path = write_tar(tmp_path / "0.tar", members(4))
+    cut(path, "000000002.jpg", 0)
+    images, bad = read(of(path, count))
+    assert [int(key) for key in images] == [0, 1]
+    assert bad == {"cut off or damaged tar": lost}
+
+
+@pytest.mark.parametrize(("count", "missing"), [(3, 0), (4, 0), (6, 2)])
+def test_images_that_img2dataset_counted_and_the_tar_lacks_are_missing(
+    tmp_path: Path, write_tar, members, count: int, missing: int
+) -> None:
+    images, bad = read(of(write_tar(tmp_path / "0.tar", members(4)), count))
+    assert len(images) == 4
+    assert bad == ({"missing from the shard": missing} if missing else {})
+
+
+def test_keys_are_unique_and_captions_may_lie_elsewhere(tmp_path: Path, random_image, encoded) -> None:
+    path = tmp_path / "0.tar"
+    image = encoded(random_image(1))
+    names = [
+        "b/1.jpg",
+        "b/1.json",
+        "a/1.jpg",
+        "b/1.jpg",
+        "a/1.png",
+        "c/1.txt",
+        "a/1.seg.png",
+        "._1.jpg",
+        "c/1.jpg",
+        "x",
+    ]
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+    bad: list[str] = []
+    assert [key for key, _ in of(path).read(0, bad.append)] == ["b/1", "a/1", "c/1"]
+    assert bad == ["duplicate key"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_not_utf8_are_keys_too(tmp_path: Path, random_image, encoded, format: int) -> None:
+    image = encoded(random_image(1))
+    names = [b"caf\xe9".decode("utf-8", "surrogateescape"), "日本", "a b?#"]
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
+        for content, ending in ((image, ""), (b"no image", " bad")):
+            for name in names:
+                member = tarfile.TarInfo(f"{name}{ending}.jpg")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    images, bad = read(of(path))
+    assert list(images) == names
+    assert bad == {"UnidentifiedImageError": 3}
+
+
+def test_counts_come_from_img2dataset(tmp_path: Path) -> None:
+    shards = WebdatasetShards((tmp_path / "00000.tar", tmp_path / "00001.tar", tmp_path / "00002.tar"))
+    (tmp_path / "00000_stats.json").write_text('{"count": 10, "successes": 7}')
+    (tmp_path / "00001_stats.json").write_text("{")
+    assert [shards.count(i) for i in range(3)] == [7, None, None]
+
+
+def test_a_fingerprint_follows_names_and_sizes(tmp_path: Path, write_tar, members) -> None:
+    a = write_tar(tmp_path / "a.tar", members(1))
+    b = write_tar(tmp_path / "b.tar", members(1))
+    fingerprints = [WebdatasetShards(paths).fingerprint() for paths in ((a,), (b,), (a, b), (b, a))]
+    assert len(set(fingerprints)) == 4
+    moved = write_tar(tmp_path / "elsewhere" / "a.tar", members(1))
+    assert of(moved).fingerprint() == fingerprints[0]
+    write_tar(a, members(50))
+    assert of(a).fingerprint() != fingerprints[0]
+
+
+def test_shards_follow_the_pattern_of_the_config(make_settings, tmp_path: Path, write_tar, members, refusal) -> None:
+    """Names as those of pixparse/cc3m-wds, without img2dataset's counts."""
+    for split, shard, n in (("train", 0, 3), ("train", 1, 2), ("train", 2, 4), ("validation", 0, 5)):
+        write_tar(tmp_path / f"wds/cc3m-{split}-{shard:04d}.tar", members(n))
+    pattern = "wds/cc3m-train-{0000..0001}.tar"
+    patterns = {"train": pattern, "train_val": "wds/cc3m-train-0002.tar", "val": "wds/cc3m-validation-0000.tar"}
+    settings = make_settings(sae_datasets={"cc3m": patterns})
+    found = sae_images(settings, "cc3m")
+    assert {split: [path.name for path in shards.paths] for split, shards in found.items()} == {
+        "train": ["cc3m-train-0000.tar", "cc3m-train-0001.tar"],
+        "train_val": ["cc3m-train-0002.tar"],
+        "val": ["cc3m-validation-0000.tar"],
+    }
+    sizes = {split: [len(list(one.read(i, pytest.fail))) for i in range(len(one))] for split, one in found.items()}
+    assert sizes == {"train": [3, 2], "train_val": [4], "val": [5]}
+    assert all(shards.count(0) is None for shards in found.values())
+
+    (missing := tmp_path / "wds" / "cc3m-train-0001.tar").unlink()
+    with refusal("1 of 2 shards are missing", missing, "sae_datasets['cc3m']['train']", settings.path, pattern):
+        sae_images(settings, "cc3m")
+    with refusal("'cc12m'"):
+        sae_images(settings, "cc12m")
+
+
+@pytest.fixture(scope="module")
+def whole_tar(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[int]]:
+    """A tar of six images, as bytes, and where its members begin."""
+    path = tmp_path_factory.mktemp("whole") / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(6):
+            file = io.BytesIO()
+            pixels = np.random.default_rng(i).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            suffix = ("jpg", "png", "webp")[i % 3]
+            Image.fromarray(pixels).save(file, suffix.replace("jpg", "jpeg"))
+            for end, content in ((suffix, file.getvalue()), ("txt", b"caption"), ("json", b"{}")):
+                member = tarfile.TarInfo(f"{i:03d}.{end}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+    return path.read_bytes(), starts
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_mutated_tars_lose_images_and_nothing_else(
+    tmp_path_factory, whole_tar: tuple[bytes, list[int]], data: st.DataObject
+) -> None:
+    """Bytes flipped, members dropped, the end cut off: no crash, no key twice, and every image accounted for."""
+    content, starts = bytearray(whole_tar[0]), whole_tar[1]
+    ends = [*starts[1:], starts[-1] + 1024]
+    dropped = data.draw(st.sets(st.integers(0, len(starts) - 1), max_size=4), label="members dropped")
+    for first, last in sorted(((starts[i], ends[i]) for i in dropped), reverse=True):
+        del content[first:last]
+    in_a_header = st.tuples(st.sampled_from(starts), st.integers(0, 511)).map(sum)
+    anywhere = st.integers(0, len(content) - 1)
+    flip = st.tuples(st.one_of(in_a_header, anywhere), st.integers(1, 255))
+    flips = data.draw(
+        st.lists(flip, max_size=8).filter(lambda some: all(i < len(content) for i, _ in some)), label="flips"
+    )
+    for position, bits in flips:
+        content[position] ^= bits
+    if data.draw(st.booleans(), label="is cut"):
+        del content[data.draw(st.integers(0, len(content)), label="cut") :]
+    count = data.draw(st.sampled_from([None, 6]), label="count")
+    folder: Path = tmp_path_factory.mktemp("mutated")
+    (folder / "0.tar").write_bytes(bytes(content))
+    images, bad = read(of(folder / "0.tar", count))
+    if count:
+        assert len(images) + bad.total() >= count
+        if not flips:
+            assert len(images) + bad.total() == count
+    if not flips:
+        assert {int(key) for key in images} <= {i for i in range(6) if 3 * i not in dropped}
+    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def fill(random_image) -> Callable[..., dict[str, np.ndarray]]:
+    """Writes images of noise into a folder."""
+
+    def save(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+        images = {name: random_image(seed) for seed, name in enumerate(names)}
+        for name, image in images.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(folder / name, "png")
+        return {name: np.asarray(image) for name, image in images.items()}
+
+    return save
+
+
+def keys_of(found: dict[str, ImageShards]) -> dict[str, list[str]]:
+    return {split: list(read(shards)[0]) for split, shards in found.items()}
+
+
+def test_a_folder_without_splits_is_divided_at_random(make_settings, tmp_path: Path, fill, monkeypatch) -> None:
+    monkeypatch.setattr("dncbm.features.datasets.sae.SHARD_SIZE", 7)
+    names = [f"{'abc'[i % 3]}/deeper/{i:03d}.{('jpg', 'PNG', 'jpeg', 'webp')[i % 4]}" for i in range(60)]
+    images = fill(tmp_path / "photos", names)
+    for other in ("notes.txt", "a/.hidden.jpg", ".cache/x.jpg"):
+        (tmp_path / "photos" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / other).write_bytes(b"?")
+    settings = make_settings(sae_datasets={"mine": "photos"})
+    found = sae_images(settings, "mine")
+    assert list(found) == ["train", "train_val", "val"]
+    assert [shards.count(0) for shards in found.values()] == [7, 3, 3]
+    assert found["train"].name(7) == f"images 49 to 53 of {tmp_path / 'photos'}"
+    keys = keys_of(found)
+    assert {split: len(some) for split, some in keys.items()} == {"train": 54, "train_val": 3, "val": 3}
+    assert sorted(key for some in keys.values() for key in some) == sorted(names)
+    assert all(some == sorted(some) for some in keys.values())
+    for key, pixels in read(found["val"])[0].items():
+        np.testing.assert_array_equal(pixels, images[key])
+    assert keys == keys_of(sae_images(settings, "mine"))
+    fingerprints = {shards.fingerprint() for shards in found.values()}
+    assert len(fingerprints) == 3
+    fill(tmp_path / "photos", ["one more.jpg"])
+    assert not fingerprints & {shards.fingerprint() for shards in sae_images(settings, "mine").values()}
+
+
+def test_folders_named_as_splits_are_the_splits(make_settings, tmp_path: Path, fill) -> None:
+    wanted = {"train": ["a.png", "b/c.png"], "train_val": ["d.png"], "val": ["e.png", "f.png"]}
+    for split, names in wanted.items():
+        fill(tmp_path / "photos" / split, names)
+    assert keys_of(sae_images(make_settings(sae_datasets={"mine": "photos"}), "mine")) == wanted
+
+
+def test_without_train_val_some_of_train_is_held_out(make_settings, tmp_path: Path, fill) -> None:
+    names = [f"{i:02d}.png" for i in range(40)]
+    fill(tmp_path / "photos/train", names)
+    fill(tmp_path / "photos/val", ["x.png"])
+    found = keys_of(sae_images(make_settings(sae_datasets={"mine": "photos"}), "mine"))
+    assert len(found["train_val"]) == 2
+    assert sorted(found["train"] + found["train_val"]) == names
+    assert found["val"] == ["x.png"]
+
+
+def test_a_folder_that_cannot_be_divided_is_refused(make_settings, tmp_path: Path, fill, refusal) -> None:
+    settings = make_settings(sae_datasets={"mine": "photos"})
+    with refusal(tmp_path / "photos", "is missing", "sae_datasets['mine']", settings.path):
+        sae_images(settings, "mine")
+    fill(tmp_path / "photos", ["1.png", "2.png"])
+    with refusal("no images for", "20"):
+        sae_images(settings, "mine")
+    fill(tmp_path / "photos/train", ["1.png"])
+    with refusal("has the folder train but not", "val", settings.path):
+        sae_images(settings, "mine")
+
+
+def test_file_states_see_a_replaced_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert file_states([path]) == ["missing"]
+    path.write_bytes(b"one")
+    before = file_states([path])
+    os.utime(path, ns=(1, 1))
+    assert file_states([path]) != before

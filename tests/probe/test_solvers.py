@@ -1,0 +1,178 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from dncbm.probe.model import ProbeData, linear, probe_loss
+from dncbm.probe.solvers import (
+    CrossEntropy,
+    Progress,
+    cross_entropy_of,
+    falling_lambdas,
+    largest_lambda,
+    minimise,
+    root_mean_square,
+    soft_threshold,
+)
+
+CPU = torch.device("cpu")
+N, F, C = 200, 24, 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    """Concept strengths of very different sizes and rates of activity; the last is always 0."""
+    rng = np.random.default_rng(0)
+    rates, sizes = rng.uniform(0.02, 0.6, F), 10.0 ** rng.uniform(-1, 1, F)
+    z = rng.exponential(size=(N, F)) * sizes * (rng.random((N, F)) < rates)
+    z[:, -1] = 0
+    return z.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def labels(values: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=(F, C)) * (rng.random((F, C)) < 0.4)
+    return (values @ truth + rng.gumbel(size=(N, C))).argmax(axis=1)
+
+
+@pytest.fixture(params=["strengths", "features"])
+def data(request, values: np.ndarray, labels: np.ndarray, tmp_path, make_store) -> ProbeData:
+    if request.param == "strengths":
+        return ProbeData(scipy.sparse.csr_matrix(values), torch.from_numpy(labels))
+    return ProbeData(make_store(tmp_path / "store", [values[:90], values[90:]]), torch.from_numpy(labels))
+
+
+def solve(loss: CrossEntropy, penalty: float, start: Progress | None = None, **options) -> Progress:
+    start = start or Progress.at(torch.zeros(F, C))
+    return minimise(loss, loss.curvature(), start, penalty, **{"max_passes": 3000, "tolerance": 1e-7} | options)
+
+
+def objective(weight: np.ndarray, values: np.ndarray, labels: np.ndarray, penalty: float) -> float:
+    logits = values.astype(np.float64) @ weight
+    log_sums = np.log(np.exp(logits).sum(axis=1))
+    return float((log_sums - logits[np.arange(N), labels]).mean() + penalty * np.abs(weight).sum() / (F * C))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 3.0, 20.0])
+def test_the_optimum_is_that_of_scikit_learns_saga(
+    data: ProbeData, values: np.ndarray, labels: np.ndarray, penalty: float, saga
+) -> None:
+    coefficients = saga(values, labels, F * C / (penalty * N), 1e-7).T
+    theirs = objective(coefficients, values, labels, penalty)
+    with cross_entropy_of(data, CPU) as loss:
+        found = solve(loss, penalty)
+    ours = objective(found.weight.numpy(), values, labels, penalty)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours < 0.999 * objective(np.zeros((F, C)), values, labels, penalty)
+    zeros = found.weight.numpy() == 0
+    assert 0 < zeros.sum() < F * C
+    assert (zeros == (np.abs(coefficients) < 1e-6)).mean() > 0.95
+    assert zeros[-1].all()
+
+
+def test_at_the_optimum_the_subgradient_holds_zero(data: ProbeData) -> None:
+    """|gradient| <= lambda / (C F) where a weight is 0, and gradient = -sign * lambda / (C F) elsewhere."""
+    with cross_entropy_of(data, CPU) as loss:
+        found = solve(loss, 3.0, tolerance=0.0, max_passes=2000)
+        gradient = loss(found.weight)[1]
+    limit = 3.0 / (F * C)
+    zero = found.weight == 0
+    assert float(gradient[zero].abs().max()) <= limit * 1.01
+    torch.testing.assert_close(gradient[~zero], -limit * found.weight[~zero].sign(), rtol=0.01, atol=0)
+
+
+def test_loss_and_gradient_are_autograds(data: ProbeData, values: np.ndarray) -> None:
+    weight = torch.randn(F, C, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(F, generator=torch.Generator().manual_seed(1)) + 0.5
+    for divide in (None, scale):
+        x = torch.from_numpy(values) / (1 if divide is None else divide)
+        dense = weight.clone().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(x @ dense, data.labels)
+        expected.backward()
+        with cross_entropy_of(data, CPU, divide) as loss:
+            found, gradient = loss(weight)
+            torch.testing.assert_close(gradient, dense.grad, rtol=1e-4, atol=1e-6)
+            by_hand = (x.abs() * x.abs().sum(dim=1, keepdim=True)).sum(dim=0) / (2 * N)
+            torch.testing.assert_close(loss.curvature(), by_hand, rtol=1e-4, atol=1e-6)
+        assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_curvature_bounds_the_hessian(data: ProbeData, values: np.ndarray) -> None:
+    x = torch.from_numpy(values).double()
+
+    def mean_loss(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(x @ weight.reshape(F, C), data.labels)
+
+    with cross_entropy_of(data, CPU) as loss:
+        bound = loss.curvature().double().repeat_interleave(C).diag()
+    for scale in (0.0, 0.05):
+        at = scale * torch.randn(F * C, generator=torch.Generator().manual_seed(0)).double()
+        hessian = torch.autograd.functional.hessian(mean_loss, at)
+        assert float(torch.linalg.eigvalsh(bound - hessian).min()) > -1e-6
+
+
+def test_the_objective_is_the_probes(values: np.ndarray, labels: np.ndarray) -> None:
+    weight = torch.randn(F, C, generator=torch.Generator().manual_seed(0))
+    data = ProbeData(scipy.sparse.csr_matrix(values), torch.from_numpy(labels))
+    with cross_entropy_of(data, CPU) as loss:
+        progress = minimise(loss, loss.curvature(), Progress.at(weight), 0.7, max_passes=1, tolerance=0)
+    expected = probe_loss(linear(torch.from_numpy(values), weight), data.labels, weight, 0.7)
+    assert progress.objectives == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+def test_from_the_largest_lambda_on_every_weight_is_zero(data: ProbeData) -> None:
+    with cross_entropy_of(data, CPU) as loss:
+        largest = largest_lambda(loss, C)
+        assert not solve(loss, largest * 1.001).weight.any()
+        assert solve(loss, largest * 0.97).weight.any()
+
+
+def test_where_it_begins_does_not_matter(data: ProbeData, values: np.ndarray, labels: np.ndarray) -> None:
+    with cross_entropy_of(data, CPU) as loss:
+        cold = solve(loss, 2.0)
+        warm = solve(loss, 2.0, Progress.at(solve(loss, 4.0).weight))
+    ends = [objective(found.weight.numpy(), values, labels, 2.0) for found in (cold, warm)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+
+
+def test_progress_is_all_that_going_on_needs(data: ProbeData) -> None:
+    seen: list[Progress] = []
+    with cross_entropy_of(data, CPU) as loss:
+        whole = solve(loss, 2.0, max_passes=40, on_pass=seen.append)
+        resumed = solve(loss, 2.0, seen[16], max_passes=40)
+    assert len(seen) == len(whole.objectives) == 40
+    assert torch.equal(whole.weight, resumed.weight)
+    assert whole.objectives == resumed.objectives
+
+
+def test_soft_threshold() -> None:
+    found = soft_threshold(torch.tensor([3.0, -3.0, 0.5, -0.5, 0.0, 1.0]), torch.tensor(1.0))
+    assert found.tolist() == [2, -2, 0, 0, 0, 0]
+
+
+def test_root_mean_square(data: ProbeData, values: np.ndarray) -> None:
+    expected = np.sqrt((values.astype(np.float64) ** 2).mean(axis=0))
+    expected[-1] = 1
+    np.testing.assert_allclose(root_mean_square(data, CPU), expected, rtol=1e-5)
+
+
+def test_lambdas_fall_by_no_more_than_the_ratio() -> None:
+    found = falling_lambdas(8.0, 1.0, 0.5)
+    assert found == pytest.approx([4, 2, 1])
+    found = falling_lambdas(7.0, 1.0, 0.5)
+    assert len(found) == 3
+    assert found[-1] == 1
+    assert all(after / before >= 0.5 for before, after in zip([7.0, *found], found, strict=False))
+    assert falling_lambdas(1.0, 2.0, 0.5) == [2.0]
+    assert falling_lambdas(1.0, 0.0, 0.5) == [0.0]

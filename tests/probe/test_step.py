@@ -1,0 +1,91 @@
+"""The compiled training step against nn.Linear, autograd and torch's Adam."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dncbm.probe.fit import initial_weight
+from dncbm.probe.model import linear, probe_loss
+from dncbm.probe.step import SparseAdamStep, take_rows
+
+CPU = torch.device("cpu")
+
+
+@given(
+    n_rows=st.integers(1, 9),
+    n_concepts=st.integers(1, 30),
+    n_classes=st.integers(1, 5),
+    density=st.sampled_from([0.0, 0.2, 1.0]),
+    penalty=st.sampled_from([0.0, 0.5, 20.0]),
+    seed=st.integers(0, 99),
+)
+def test_every_compiled_step_is_torchs(
+    strengths, n_rows: int, n_concepts: int, n_classes: int, density: float, penalty: float, seed: int
+) -> None:
+    values = strengths(n_rows, n_concepts, seed, density)
+    matrix = scipy.sparse.csr_matrix(values)
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, n_classes, n_rows))
+    layer = torch.nn.Linear(n_concepts, n_classes, bias=False)
+    with torch.no_grad():
+        layer.weight[0, 0] = 0  # where |w| has no derivative, torch's is 0
+    weight = layer.weight.detach().T.clone().contiguous().requires_grad_()
+    adams = [torch.optim.Adam([parameter], lr=0.01) for parameter in (layer.weight, weight)]
+    step = SparseAdamStep(weight, adams[1], penalty)
+    for number in range(4):
+        rows = rng.permutation(n_rows)[: 1 + number]
+        loss = torch.nn.functional.cross_entropy(layer(torch.from_numpy(values[rows])), labels[rows])
+        loss = loss + penalty * layer.weight.abs().mean()
+        adams[0].zero_grad()
+        loss.backward()
+        adams[0].step()
+        assert step(matrix, rows, labels[rows]) == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+        theirs, ours = adams[0].state[layer.weight], adams[1].state[weight]
+        assert theirs["step"] == ours["step"]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours[moment].T, theirs[moment], rtol=1e-4, atol=1e-7)
+        with torch.no_grad():  # a gradient that is rounding alone sets Adam's direction: continue from the same weights
+            assert float((weight.T - layer.weight).abs().max()) <= 0.021
+            moved = theirs["exp_avg"].abs() > 1e-5
+            torch.testing.assert_close(weight.T[moved], layer.weight[moved], rtol=1e-4, atol=1e-5)
+            weight.copy_(layer.weight.T)
+    step.close()
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_bits_do_not_depend_on_threads_and_torch_can_continue(strengths, sparse, n_threads: int) -> None:
+    train = sparse(strengths(64, 12, 1), np.arange(64) % 4)
+    rows, found = np.arange(64), []
+    for threads in (1, n_threads):
+        torch.set_num_threads(threads)
+        weight = initial_weight(12, 4, 49).requires_grad_()
+        adam = torch.optim.Adam([weight], lr=0.01)
+        step = SparseAdamStep(weight, adam, 0.5)
+        for _ in range(3):
+            step(train.inputs, rows, train.labels)
+        step.close()
+        found.append(weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    reference = initial_weight(12, 4, 49).requires_grad_()
+    torchs = torch.optim.Adam([reference], lr=0.01)
+    for parameter, optimizer, n_steps in ((reference, torchs, 4), (weight, adam, 1)):
+        for _ in range(n_steps):
+            optimizer.zero_grad()
+            batch, labels = train.batch(rows, CPU)
+            probe_loss(linear(batch, parameter), labels, parameter, 0.5).backward()
+            optimizer.step()
+    torch.testing.assert_close(weight, reference, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_are_taken_as_scipy_takes_them(strengths) -> None:
+    matrix = scipy.sparse.csr_matrix(strengths(20, 7, 5))
+    rows = np.array([19, 0, 3, 3, 11])
+    start, indices, data = take_rows(matrix, rows)
+    expected = matrix[rows]
+    np.testing.assert_array_equal(start, expected.indptr)
+    np.testing.assert_array_equal(indices, expected.indices)
+    np.testing.assert_array_equal(data, expected.data)
+    assert [len(part) for part in take_rows(matrix, np.array([], dtype=np.int64))] == [1, 0, 0]

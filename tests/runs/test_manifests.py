@@ -1,0 +1,361 @@
+"""Artifacts that are made once, from what their manifests say; and the chain of manifests behind each."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from dncbm.runs.errors import StaleArtifact
+from dncbm.runs.manifests import (
+    Outcome,
+    check_chain,
+    file_hash,
+    fingerprint,
+    making,
+    manifest_path,
+    read_manifest,
+    unfinished_path,
+    write_json,
+)
+
+
+class Recipe(NamedTuple):
+    stage: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path | str]
+
+
+RECIPE = Recipe("stage", {"lr": 0.1, "sizes": (1, 2)}, {"features": "abc"})
+OTHER = Recipe("stage", {"lr": 0.2, "sizes": (1, 2)}, {"features": "abd"})
+
+
+@pytest.fixture(params=["file", "folder"])
+def artifact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / ("names.csv" if request.param == "file" else "features")
+
+
+def contents(artifact: Path) -> Path:
+    """The file an artifact consists of."""
+    return artifact if artifact.suffix else artifact / "00000.npy"
+
+
+def make(artifact: Path, recipe: Recipe, text: str = "made", **options: Any) -> Outcome:
+    """Make an artifact unless it exists."""
+    with making(artifact, *recipe, **{"overwrite": False} | options) as work:
+        if work.needed:
+            contents(artifact).parent.mkdir(parents=True, exist_ok=True)
+            contents(artifact).write_text(text)
+            work.done([contents(artifact)], "made it", images=3)
+    return work.outcome
+
+
+def begin(artifact: Path, recipe: Recipe, **options: Any) -> Outcome:
+    """Begin to make an artifact, and be interrupted."""
+    with making(artifact, *recipe, **{"overwrite": False} | options) as work:
+        return work.outcome
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"name": "Börse", "list": [1, 2]})
+    assert json.loads(path.read_text()) == {"name": "Börse", "list": [1, 2]}
+    with pytest.raises(TypeError):
+        write_json(path, {"name": object()})
+    assert json.loads(path.read_text())["list"] == [1, 2]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_made_once_and_then_already_done(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    assert begin(artifact, RECIPE) is Outcome.ALREADY_DONE
+    assert begin(artifact, RECIPE, overwrite=True) is Outcome.ALREADY_DONE
+    assert contents(artifact).read_text() == "made"
+
+
+def test_the_manifest_says_where_it_came_from(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    manifest = read_manifest(artifact)
+    assert manifest["stage"] == "stage"
+    assert manifest["settings"] == {"lr": 0.1, "sizes": [1, 2]}
+    assert manifest["inputs"] == {"features": "abc"}
+    assert manifest["details"]["images"] == 3
+    assert set(manifest["versions"]) >= {"python", "torch", "open_clip_torch", "numpy"}
+    assert manifest["made"].endswith("+00:00")
+    sha256 = hashlib.sha256(b"made").hexdigest()
+    assert manifest["outputs"] == {contents(artifact).name: {"bytes": 4, "sha256": sha256}}
+
+
+def test_where_manifests_lie(tmp_path: Path) -> None:
+    assert manifest_path(tmp_path / "a.safetensors") == tmp_path / "a.safetensors.manifest.json"
+    assert manifest_path(tmp_path / "lr0.1_bs3" / "train") == tmp_path / "lr0.1_bs3" / "train" / "manifest.json"
+
+
+def test_another_recipe_is_refused_and_the_difference_named(artifact: Path, refusal) -> None:
+    make(artifact, RECIPE)
+    with refusal(artifact, "lr was 0.1, now 0.2", "features has changed", "--overwrite"):
+        begin(artifact, OTHER)
+    with pytest.raises(StaleArtifact) as caught:
+        begin(artifact, OTHER)
+    assert len(caught.value.differences) == 2
+    assert begin(artifact, RECIPE) is Outcome.ALREADY_DONE  # a refusal changes nothing
+
+
+def test_a_setting_more_or_less_is_a_difference(artifact: Path, refusal) -> None:
+    make(artifact, RECIPE)
+    with refusal("momentum was None, now 0.9"):
+        begin(artifact, RECIPE._replace(settings={**RECIPE.settings, "momentum": 0.9}))
+    with refusal("sizes was [1, 2], now None"):
+        begin(artifact, RECIPE._replace(settings={"lr": 0.1}))
+
+
+def test_overwrite_removes_what_another_recipe_made(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    assert begin(artifact, OTHER, overwrite=True) is Outcome.RAN
+    assert not contents(artifact).exists()
+    make(artifact, OTHER, "made anew")
+    assert begin(artifact, OTHER) is Outcome.ALREADY_DONE
+
+
+def test_overwrite_removes_in_the_way_it_is_told(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    removed = []
+    begin(artifact, OTHER, overwrite=True, remove=lambda: removed.append(artifact))
+    assert removed == [artifact]
+    assert contents(artifact).exists()
+
+
+def test_an_unfinished_artifact_goes_on_with_its_parts(artifact: Path) -> None:
+    begin(artifact, RECIPE)
+    contents(artifact).write_text("a part")
+    assert begin(artifact, RECIPE) is Outcome.RAN
+    assert contents(artifact).read_text() == "a part"
+
+
+def test_an_unfinished_artifact_of_another_recipe_is_refused(artifact: Path, refusal) -> None:
+    begin(artifact, RECIPE)
+    contents(artifact).write_text("a part")
+    with refusal(artifact, "lr was 0.1, now 0.2"):
+        begin(artifact, OTHER)
+    assert begin(artifact, OTHER, overwrite=True) is Outcome.RAN
+    assert not contents(artifact).exists()
+
+
+def test_a_run_that_failed_before_it_made_anything_stands_in_nobodys_way(artifact: Path) -> None:
+    begin(artifact, RECIPE)
+    make(artifact, OTHER)
+    assert begin(artifact, OTHER) is Outcome.ALREADY_DONE
+
+
+def test_an_unfinished_training_keeps_its_state_elsewhere_and_is_refused(artifact: Path) -> None:
+    begin(artifact, RECIPE)
+    with pytest.raises(StaleArtifact):
+        begin(artifact, OTHER, overwrite=False, remove=lambda: None)
+
+
+def test_a_file_put_there_by_hand_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "concept_names.csv"
+    path.write_text("0,dog\n")
+    assert begin(path, RECIPE) is Outcome.PROVIDED
+    assert path.read_text() == "0,dog\n"
+    assert begin(path, RECIPE, overwrite=True) is Outcome.RAN
+
+
+def test_an_output_that_is_gone_is_made_again(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    contents(artifact).unlink()
+    assert begin(artifact, RECIPE) is Outcome.RAN
+    assert not manifest_path(artifact).exists()
+    make(artifact, RECIPE)
+    assert begin(artifact, RECIPE) is Outcome.ALREADY_DONE
+
+
+def test_an_output_that_was_edited_or_cut_off_is_not_replaced_without_being_asked(artifact: Path, refusal) -> None:
+    make(artifact, RECIPE)
+    contents(artifact).write_text("ma")
+    with refusal(contents(artifact), "has changed since it was made", "--overwrite", manifest_path(artifact)):
+        begin(artifact, RECIPE)
+    assert contents(artifact).read_text() == "ma"
+    assert begin(artifact, RECIPE, overwrite=True) is Outcome.RAN
+    assert not contents(artifact).exists()  # what is damaged must not pass for a finished part
+
+
+def test_sound_outputs_beside_a_damaged_one_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    with making(folder, *RECIPE, overwrite=False) as work:
+        for name in ("a.npy", "b.npy"):
+            (folder / name).write_text("made")
+        work.done(folder.glob("*.npy"))
+    (folder / "a.npy").write_text("ma")
+    assert begin(folder, RECIPE, overwrite=True) is Outcome.RAN
+    assert [path.name for path in folder.glob("*.npy")] == ["b.npy"]
+
+
+def test_a_block_that_raises_leaves_its_parts_unfinished(artifact: Path, capsys) -> None:
+    with pytest.raises(KeyboardInterrupt), making(artifact, *RECIPE, overwrite=False) as work:
+        contents(artifact).parent.mkdir(parents=True, exist_ok=True)
+        contents(artifact).write_text("a part")
+        work.done([contents(artifact)], "made it")
+        raise KeyboardInterrupt
+    assert contents(artifact).read_text() == "a part"
+    assert unfinished_path(artifact).is_file()
+    assert not manifest_path(artifact).is_file()
+    assert capsys.readouterr().out == ""
+    assert make(artifact, RECIPE) is Outcome.RAN
+    assert capsys.readouterr().out == f"made it: {artifact}\n"
+
+
+def test_parts_hold_where_they_say_so(artifact: Path) -> None:
+    """Only for other inputs: other settings make other parts."""
+    changed = RECIPE._replace(inputs={"features": "abd"})
+    begin(artifact, RECIPE)
+    contents(artifact).parent.mkdir(parents=True, exist_ok=True)
+    contents(artifact).write_text("a part")
+    with pytest.raises(StaleArtifact):
+        begin(artifact, changed)
+    assert begin(artifact, changed, parts_hold=lambda: True) is Outcome.RAN
+    assert contents(artifact).read_text() == "a part"
+    assert begin(artifact, changed) is Outcome.RAN  # from now on, they are of these inputs
+    with pytest.raises(StaleArtifact):
+        begin(artifact, OTHER, parts_hold=lambda: True)
+
+
+def test_a_damaged_manifest_is_an_error_of_one_line(artifact: Path, refusal) -> None:
+    make(artifact, RECIPE)
+    manifest_path(artifact).write_text("{")
+    with refusal(manifest_path(artifact)):
+        read_manifest(artifact)
+    with refusal(manifest_path(artifact)):
+        begin(artifact, RECIPE)
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_follows_the_contents_alone(tmp_path: Path) -> None:
+    for folder, recipe, text in (("a", RECIPE, "same"), ("b", OTHER, "same"), ("c", RECIPE, "other")):
+        make(tmp_path / folder / "names.csv", recipe, text)
+    a, b, c = (fingerprint(tmp_path / folder / "names.csv") for folder in "abc")
+    assert a == b
+    assert a != c
+    assert a == fingerprint(tmp_path / "a" / "names.csv")
+
+
+def test_a_fingerprint_of_a_file_without_a_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "published.pt"
+    path.write_bytes(b"1")
+    first = fingerprint(path)
+    path.touch()
+    assert fingerprint(path) == first
+    path.write_bytes(b"2")
+    assert fingerprint(path) != first
+
+
+def test_a_fingerprint_of_a_folder_sees_every_file(tmp_path: Path) -> None:
+    found = set()
+    for folder, texts in (("a", "xy"), ("b", "xz"), ("c", "yx"), ("d", "x")):
+        with making(tmp_path / folder, *RECIPE, overwrite=False) as work:
+            for number, text in enumerate(texts):
+                (tmp_path / folder / f"{number}.npy").write_text(text)
+            work.done((tmp_path / folder).glob("*.npy"))
+        found.add(fingerprint(tmp_path / folder))
+    assert len(found) == 4
+
+
+def test_words_are_known_by_their_content(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("dog\n")
+    assert fingerprint(tmp_path / "a.txt") == fingerprint(tmp_path / "b.txt") == file_hash(tmp_path / "a.txt")
+
+
+def test_a_file_hash_is_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 20_000  # more than one piece
+    (tmp_path / "file").write_bytes(content)
+    assert file_hash(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_manifests_are_json_a_person_can_read(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    text = manifest_path(artifact).read_text()
+    assert json.loads(text) == read_manifest(artifact)
+    assert len(text.splitlines()) > 10
+
+
+# ------------------------------------------------------------------------------------------------- the chain of inputs
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Path]:
+    """words.txt -> embeddings -> names -> a folder of explanations; in folders of their own, as the roots are."""
+    words = tmp_path / "vocab" / "words.txt"
+    words.parent.mkdir()
+    words.write_text("dog")
+    paths = [
+        words,
+        tmp_path / "vocab" / "embeddings.npy",
+        tmp_path / "sae" / "names.csv",
+        tmp_path / "analysis" / "data",
+    ]
+    remake(paths)
+    return paths
+
+
+def remake(paths: list[Path], **options: Any) -> None:
+    for source, made in zip(paths, paths[1:], strict=False):
+        make(
+            made,
+            Recipe(made.stem, {}, {source.stem: source}),
+            f"from {source.read_text() if source.is_file() else ''}",
+            **options,
+        )
+
+
+class TestChain:
+    def test_nothing_is_said_while_nothing_has_changed(self, chain: list[Path]) -> None:
+        for path in chain:
+            check_chain(path)
+        os.utime(chain[0])  # the time is not the content
+        check_chain(chain[-1])
+
+    def test_a_change_is_seen_however_far_back(self, chain: list[Path], refusal) -> None:
+        chain[0].write_text("cat")
+        for path in chain[1:]:
+            with refusal(chain[1], "words", chain[0], "has changed", "--from embeddings", "--overwrite"):
+                check_chain(path)
+        remake(chain[:2], overwrite=True)
+        check_chain(chain[1])
+        with refusal(chain[2], "embeddings", "has changed", "--from names"):
+            check_chain(chain[3])
+        remake(chain, overwrite=True)
+        check_chain(chain[3])
+
+    def test_nothing_is_made_from_what_is_out_of_date(self, chain: list[Path], tmp_path: Path) -> None:
+        chain[0].write_text("cat")
+        for overwrite in (False, True):
+            with pytest.raises(StaleArtifact) as caught:
+                make(tmp_path / "new.csv", Recipe("new", {}, {"data": chain[-1]}), overwrite=overwrite)
+            assert caught.value.differences == ["words has changed"]
+        assert not (tmp_path / "new.csv").exists()
+
+    def test_what_was_moved_away_is_not_compared(self, chain: list[Path]) -> None:
+        chain[0].rename(chain[0].with_name("elsewhere.txt"))
+        check_chain(chain[-1])
+
+    def test_a_tree_that_moves_as_a_whole_stays_whole(self, chain: list[Path], tmp_path: Path, refusal) -> None:
+        new = tmp_path / "moved"
+        new.mkdir()
+        for root in ("vocab", "sae", "analysis"):
+            (tmp_path / root).rename(new / root)
+        check_chain(new / "analysis" / "data")
+        (new / "vocab" / "words.txt").write_text("cat")
+        with refusal("words"):
+            check_chain(new / "analysis" / "data")
+
+
+def test_a_manifest_holds_every_setting_of_the_run(artifact: Path) -> None:
+    make(artifact, RECIPE, run={"lr": 0.1, "log_every": 3})
+    assert read_manifest(artifact)["run"] == {"lr": 0.1, "log_every": 3}
+    assert begin(artifact, RECIPE, run={"lr": 0.1, "log_every": 4}) is Outcome.ALREADY_DONE

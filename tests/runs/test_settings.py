@@ -1,0 +1,183 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dncbm.runs.settings import EncoderEntry, Settings, config_path, load_settings
+
+REPOSITORY = Path(__file__).parents[2]
+KEYS = (
+    "data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir",
+    "vocabulary", "sae_datasets", "probe_datasets", "encoders",
+)  # fmt: skip
+SHARDS = {"train": "{00..07}.tar", "train_val": "08.tar", "val": "/elsewhere/09.tar"}
+
+
+def test_the_config_of_the_repository_is_valid() -> None:
+    settings = load_settings(REPOSITORY / "config.py")
+    assert settings.data_dir == REPOSITORY / "data"
+    assert set(settings.encoders) >= {"clip_RN50", "clip_ViT-B/16", "clip_ViT-L/14"}
+    assert set(settings.probe_datasets) >= {"places365", "imagenet", "cifar10", "cifar100", "waterbirds100"}
+
+
+def test_relative_paths_are_relative_to_the_file(
+    write_config: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch
+) -> None:
+    (tmp_path / "weights.pt").touch()
+    path = write_config(
+        sae_datasets={"cc3m": SHARDS},
+        probe_datasets={"imagenet": "images", "cifar10": "/far/cifar10"},
+        encoders={"a": "local-dir:clip", "b": ("RN50", "weights.pt"), "c": ("RN50", "openai"), "d": ("RN50", None)},
+    )
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    settings = load_settings(path)
+    for root in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir"):
+        assert getattr(settings, root) == tmp_path / root
+    assert settings.sae_dataset("cc3m") == {
+        "train": f"{tmp_path}/{{00..07}}.tar",
+        "train_val": f"{tmp_path}/08.tar",
+        "val": "/elsewhere/09.tar",
+    }
+    found = {name: source.path for name, source in settings.probe_datasets.items()}
+    assert found == {"imagenet": tmp_path / "images", "cifar10": Path("/far/cifar10")}
+    assert settings.encoder("a") == EncoderEntry(f"local-dir:{tmp_path}/clip", None)
+    assert settings.encoder("b") == EncoderEntry("RN50", f"{tmp_path}/weights.pt")
+    assert settings.encoder("c") == EncoderEntry("RN50", "openai")
+    assert settings.encoder("d") == EncoderEntry("RN50", None)
+
+
+def test_a_config_named_by_a_relative_path_gives_absolute_paths(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch
+) -> None:
+    write_config()
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(Path("config.py")).data_dir == tmp_path / "data_dir"
+
+
+def test_dncbm_config_names_the_file(write_config: Callable[..., Path], monkeypatch) -> None:
+    path = write_config(vocabulary="mine")
+    monkeypatch.setenv("DNCBM_CONFIG", str(path))
+    assert load_settings().path == path
+    assert load_settings().vocabulary == "mine"
+    monkeypatch.delenv("DNCBM_CONFIG")
+    assert config_path() == REPOSITORY / "config.py"
+
+
+def test_a_missing_file_is_named_with_the_variable(tmp_path: Path, monkeypatch, refusal) -> None:
+    monkeypatch.setenv("DNCBM_CONFIG", str(tmp_path / "none.py"))
+    with refusal(tmp_path / "none.py", "DNCBM_CONFIG"):
+        load_settings()
+
+
+@pytest.mark.parametrize("text", ["data_dir = (", "1 / 0", "raise ValueError('two\\nlines')"])
+def test_a_file_that_does_not_run_is_named(tmp_path: Path, refusal, text: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    with refusal(path, "does not run"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_is_named(write_config: Callable[..., Path], refusal, key: str) -> None:
+    path = write_config(**{key: None})
+    with refusal(f"`{key}`", "missing", path):
+        load_settings(path)
+
+
+def test_defaults_may_be_left_out(write_config: Callable[..., Path]) -> None:
+    assert load_settings(write_config(defaults=None)).defaults == {}
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(write_config: Callable[..., Path], refusal) -> None:
+    path = write_config(vocab_dir=None, vocabdir="vocab")
+    with refusal("`vocabdir`", "`vocab_dir`", path):
+        load_settings(path)
+    path = write_config(zebra=1)
+    with refusal("`zebra`", path):
+        load_settings(path)
+
+
+def test_imports_and_private_names_are_not_keys(write_config: Callable[..., Path]) -> None:
+    path = write_config()
+    path.write_text("import os\n_disk = '/mnt'\n" + path.read_text())
+    assert load_settings(path).vocabulary == "words"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data_dir", 3),
+        ("analysis_dir", ["a"]),
+        ("vocabulary", 20_000),
+        ("sae_datasets", ["cc3m"]),
+        ("sae_datasets", {"cc3m": 5}),
+        ("sae_datasets", {"cc3m": {"train": "{0..1}.tar"}}),
+        ("sae_datasets", {"cc3m": SHARDS | {"test": "1.tar"}}),
+        ("sae_datasets", {"cc3m": SHARDS | {"val": 5}}),
+        ("probe_datasets", "imagenet"),
+        ("probe_datasets", {"imagenet": 5}),
+        ("encoders", [("RN50", "openai")]),
+        ("encoders", {"clip_RN50": "RN50"}),
+        ("encoders", {"clip_RN50": ("RN50",)}),
+        ("encoders", {"clip_RN50": (50, "openai")}),
+        ("defaults", [("lr", 1)]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(write_config: Callable[..., Path], refusal, key: str, value: Any) -> None:
+    path = write_config(**{key: value})
+    with refusal(key, path):
+        load_settings(path)
+
+
+def test_a_root_whose_parent_is_missing_is_named(write_config: Callable[..., Path], tmp_path: Path, refusal) -> None:
+    path = write_config(sae_dir="not/there")
+    with refusal("`sae_dir`", path, tmp_path / "not"):
+        load_settings(path)
+
+
+def test_two_encoders_whose_files_would_be_the_same_are_refused(write_config: Callable[..., Path], refusal) -> None:
+    path = write_config(encoders={"clip_ViT-B/16": ("ViT-B-16", "openai"), "clip_ViT-B16": ("ViT-B-16", "laion2b")})
+    with refusal("clip_ViT-B/16", "clip_ViT-B16", path):
+        load_settings(path)
+
+
+def test_a_dataset_name_of_both_kinds_is_refused(write_config: Callable[..., Path], refusal) -> None:
+    path = write_config(sae_datasets={"both": SHARDS}, probe_datasets={"both": "images"})
+    with refusal("both", "sae_datasets", "probe_datasets", path):
+        load_settings(path)
+
+
+class TestLookingUp:
+    @pytest.fixture
+    def settings(self, make_settings: Callable[..., Settings]) -> Settings:
+        return make_settings(
+            sae_datasets={"cc3m": SHARDS}, probe_datasets={"imagenet": "images"}, encoders={"mine": ("RN50", "openai")}
+        )
+
+    def test_an_unknown_name_is_refused_with_those_there_are(self, settings: Settings, refusal) -> None:
+        with refusal("'your'", "`encoders`", settings.path, "mine"):
+            settings.encoder("your")
+        with refusal("'cc12m'", "`sae_datasets`", settings.path, "cc3m"):
+            settings.sae_dataset("cc12m")
+        with refusal("'cifar10'", "`probe_datasets`", settings.path, "imagenet"):
+            settings.probe_dataset("cifar10")
+
+    def test_a_missing_dataset_folder_is_named(self, settings: Settings, tmp_path: Path, refusal) -> None:
+        with refusal(tmp_path / "images", "probe_datasets['imagenet']", settings.path):
+            settings.probe_dataset("imagenet")
+        (tmp_path / "images").mkdir()
+        assert settings.probe_dataset("imagenet").path == tmp_path / "images"
+
+    def test_openclip_names(self, settings: Settings, refusal) -> None:
+        assert settings.encoder("openclip:ViT-B-32/laion2b_e16") == EncoderEntry("ViT-B-32", "laion2b_e16")
+        for malformed in ("openclip:ViT-B-32", "openclip:ViT-B-32/", "openclip:/openai", "openclip:"):
+            with refusal(malformed, "openclip:MODEL/PRETRAINED"):
+                settings.encoder(malformed)
+
+    def test_local_dir_names_are_relative_to_where_one_is(
+        self, settings: Settings, tmp_path: Path, monkeypatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert settings.encoder("local-dir:clip") == EncoderEntry(f"local-dir:{tmp_path}/clip", None)
+        assert settings.encoder("local-dir:/far/clip") == EncoderEntry("local-dir:/far/clip", None)
