@@ -120,7 +120,7 @@ def pages_per_s(folder: Path, workers: int) -> float:
         for i in range(N_PAGES)
     ]
     start = time.perf_counter()
-    files, title = ExplanationFolder(folder), f"{workers} processes"
+    files, title = ExplanationFolder.at(folder), f"{workers} processes"
     draw_all(dict.fromkeys(pages, "{}"), draw, files, use_latex=False, workers=workers, title=title)
     return N_PAGES / (time.perf_counter() - start)
 

@@ -1,12 +1,12 @@
-"""An epoch of the probe's training on concept strengths, against nn.Linear on the same strengths made dense.
+"""An epoch of the probe's training on concept strengths, against nn.Linear on the same strengths as dense tensors.
 
     python benchmarks/probe_epoch.py [--quick]
 
-Prints one JSON object. F = 8192 concepts, C = 365 classes, 32 active concepts an image, batches of 512. `dense_step_s` is
-nn.Linear, autograd on cross-entropy + lambda * mean |W| and torch's Adam, on batches that are already dense in memory;
-`fused_dense_step_s` the same with Adam(fused=True); `sparse_step_s` this library's step from the CSR matrix on. Each way makes
-a few steps in turn, since in an epoch a step finds in the caches what the one before left there; the ratios are medians over
-these rounds. `max_weight_difference` after all steps, relative to the largest weight.
+Prints one JSON object, for F = 8192 concepts, C = 365 classes, 32 active concepts per image and batches of 512. `dense_step_s`
+is the time of a step with nn.Linear, autograd on cross-entropy + lambda * mean |W| and torch's Adam, on batches that are dense
+in memory; `fused_dense_step_s` is the same with Adam(fused=True); `sparse_step_s` is a step of this library from the CSR
+matrix. The ways take turns of several steps, so that each finds its caches as it does within an epoch; ratios are medians over
+the rounds. `max_weight_difference` is measured after all steps, relative to the largest weight.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from dncbm.probe.step import SparseAdamStep
 
 F, C, ACTIVE, BATCH, LR, LAMBDA = 8192, 365, 32, 512, 1e-3, 0.1
 IN_TURN = 5
-"""Steps that a way makes in a round."""
+"""Steps per turn."""
 
 
 def strengths(n_rows: int) -> scipy.sparse.csr_matrix:
-    """Random concept strengths with ACTIVE entries a row."""
+    """Random concept strengths with ACTIVE entries per row."""
     rng = np.random.default_rng(0)
     indices = np.concatenate([np.sort(rng.choice(F, ACTIVE, replace=False)) for _ in range(n_rows)]).astype(np.int32)
     indptr = np.arange(n_rows + 1, dtype=np.int32) * ACTIVE
@@ -40,7 +40,7 @@ def strengths(n_rows: int) -> scipy.sparse.csr_matrix:
 
 
 def dense_way(fused: bool) -> tuple[torch.nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]:
-    """A layer and the step one would write."""
+    """A layer, and a training step as one would usually write it."""
     layer = torch.nn.Linear(F, C, bias=False)
     with torch.no_grad():
         layer.weight.copy_(initial_weight(F, C, 0).T)
@@ -67,7 +67,9 @@ def main() -> None:
     _, fused_dense_step = dense_way(fused=True)
 
     times: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
-    for round_, rows in enumerate(order.reshape(n_rounds + 1, IN_TURN, BATCH)):  # the first compiles and is not counted
+    for round_, rows in enumerate(
+        order.reshape(n_rounds + 1, IN_TURN, BATCH)
+    ):  # the first round compiles and is not counted
         batches = [
             (batch, torch.from_numpy(matrix[batch].toarray()), labels[torch.from_numpy(batch)]) for batch in rows
         ]

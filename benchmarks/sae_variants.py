@@ -4,7 +4,8 @@
 
 FOLDER holds .npy shards (n x D). Without it, the features are 20,000 synthetic items of 64 numbers, each a sum of a few of 256
 directions. The first rows compare training that uses the sparse step where it is faster with training by autograd throughout.
-Only rounding makes the two differ; resampling amplifies it, since a latent that fires once in a window is not restarted.
+Only rounding makes the two differ; resampling amplifies the difference, since it restarts a latent that never fires but not
+one that fires once.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python benchmarks/strengths.py [--quick]
 
-Prints one JSON object, for F = 8192 latents of which about 32 are active: `bytes_over_dense`, the files of a split over
-images x F x 4; `peak_rss_over_dense`, how much the process grew at most over the same, while it encoded features into parts
-and loaded them as one CSR matrix. `dense_way_peak_rss_over_dense` is that growth of a process that encodes into one dense
-array, saves and loads it. Each way runs in a process of its own. The part of a growth that is one batch of latents does not
-depend on the number of images, so the ratio falls as they become more. `places365_bytes`: at 1,623,114 images.
+Prints one JSON object, for F = 8192 latents of which about 32 are active per image. `bytes_over_dense` is the size of the
+files of a split, divided by the size of the dense matrix (images x F x 4 bytes). `peak_rss_over_dense` is the most that a
+process grew, divided by the same, while it encoded features into parts and loaded them as one CSR matrix;
+`dense_way_peak_rss_over_dense` is the growth of a process that encodes into one dense array, saves it and loads it. One batch
+of dense latents is part of that growth, whatever the number of images, so the ratio falls as the number grows.
+`places365_bytes` is the size of the files for the 1,623,114 images of Places365.
 """
 
 import argparse
@@ -23,14 +24,14 @@ import torch
 
 from dncbm.concepts.strengths import encode_store, map_part, merge_parts
 from dncbm.features.store import FeatureStore
-from dncbm.runs.manifests import Recipe, begin, finish
+from dncbm.runs.manifests import making
 from sparse_autoencoder import SparseAutoencoder
 
 D, F, ACTIVE, BATCH, SHARD, PLACES365 = 256, 8192, 32, 1024, 8192, 1_623_114
 
 
 def calibrated() -> SparseAutoencoder:
-    """A random SAE whose bias leaves about ACTIVE latents of an item active."""
+    """A random SAE whose bias leaves about ACTIVE latents per item active."""
     model = SparseAutoencoder(D, F)
     with torch.no_grad():
         model.encoder_weight.normal_(generator=torch.Generator().manual_seed(1)).div_(math.sqrt(D))
@@ -41,14 +42,13 @@ def calibrated() -> SparseAutoencoder:
 
 
 def write_features(folder: Path, n_images: int) -> None:
-    recipe = Recipe("benchmark")
-    begin(folder, recipe, overwrite=True)
     rng = np.random.default_rng(0)
-    for shard, start in enumerate(range(0, n_images, SHARD)):
-        n = min(SHARD, n_images - start)
-        np.save(folder / f"{shard:05d}.npy", rng.standard_normal((n, D), dtype=np.float32))
-        np.save(folder / f"{shard:05d}.keys.npy", np.arange(start, start + n))
-    finish(folder, recipe, folder.glob("*.npy"))
+    with making(folder, "benchmark", {}, {}, overwrite=True) as work:
+        for shard, start in enumerate(range(0, n_images, SHARD)):
+            n = min(SHARD, n_images - start)
+            np.save(folder / f"{shard:05d}.npy", rng.standard_normal((n, D), dtype=np.float32))
+            np.save(folder / f"{shard:05d}.keys.npy", np.arange(start, start + n))
+        work.done(folder.glob("*.npy"))
 
 
 def peak_bytes() -> int:
@@ -57,7 +57,7 @@ def peak_bytes() -> int:
 
 def sparse_way(store: FeatureStore, sae: SparseAutoencoder, folder: Path) -> float:
     folder.mkdir()
-    details = encode_store(sae, store, folder, BATCH, "sparse")
+    details = encode_store(sae, store, folder, "sparse", BATCH)
     merged = merge_parts([map_part(path) for path in sorted(folder.glob("*.npz"))])
     assert merged.matrix.shape == (len(store), F)
     return float(details["l0"])
@@ -73,13 +73,12 @@ def dense_way(store: FeatureStore, sae: SparseAutoencoder, folder: Path) -> floa
 
 def measured(way: str, features: Path, folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> None:
     store, sae = FeatureStore(features, ""), calibrated()
-    sae.encode(next(store.batches(8)))  # what torch needs in any case
+    sae.encode(next(store.batches(8)))  # allocates what torch always needs
     before, start = peak_bytes(), time.perf_counter()
     l0 = (sparse_way if way == "sparse" else dense_way)(store, sae, folder)
     growth, seconds = peak_bytes() - before, time.perf_counter() - start
-    results.put(
-        {"l0": l0, "growth": growth, "seconds": seconds, "bytes": sum(p.stat().st_size for p in folder.iterdir())}
-    )
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    results.put({"l0": l0, "growth": growth, "seconds": seconds, "bytes": n_bytes})
 
 
 def main() -> None:
@@ -91,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         features = Path(temporary) / "features"
         write_features(features, n_images)
-        # The dense way at a size that fits: its growth is proportional to the images.
+        # Fewer images for the dense way, whose growth is proportional to them.
         write_features(Path(temporary) / "few", SHARD)
         for way, of in (("sparse", features), ("dense", Path(temporary) / "few")):
             context = multiprocessing.get_context("spawn")

@@ -133,7 +133,8 @@ def _parser(stage: Stage, takes: Sequence[type], defaults: Mapping[str, Any]) ->
         for name in [name for name in flags(cls) if name in waiting]:
             flag = waiting.pop(name)
             names = [f"--{name}", *(f"--{alias}" for alias, of in aliases.items() if of == name)]
-            options: dict[str, Any] = {"help": _help(flag, defaults[name]) if name in shown else argparse.SUPPRESS}
+            default = None if flag.setting.positional else defaults[name]
+            options: dict[str, Any] = {"help": _help(flag, default) if name in shown else argparse.SUPPRESS}
             if flag.setting.positional:
                 names = [name]
             else:

@@ -1,6 +1,5 @@
 """The table of stages, and the pipeline over it. Each stage is declared beside its function; here they stand in order."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,33 +80,24 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
         UserError: `last` comes before `first`, or a stage failed.
         StaleArtifact: an artifact was made from other inputs or settings, and `overwrite` is off.
     """
-    first = _NAMES.index(pipeline.first)
-    last = _NAMES.index(pipeline.last) if pipeline.last else max(_NAMES.index(PROBE.name), first)
-    if not pipeline.last and last > _NAMES.index(PROBE.name):
-        last = len(_NAMES) - 1
+    first, probe = _NAMES.index(pipeline.first), _NAMES.index(PROBE.name)
+    last = _NAMES.index(pipeline.last) if pipeline.last else probe if first <= probe else len(_NAMES) - 1
     if last < first:
-        raise UserError(
-            f"--to {pipeline.last} comes before --from {pipeline.first}; the stages are {', '.join(_NAMES)}"
-        )
+        raise UserError(f"--to {pipeline.last} comes before --from {pipeline.first}; the stages are {', '.join(_NAMES)}")
     given = {type(one): one for one in declared}
     outcomes: dict[str, str] = {}
     outcome = Outcome.ALREADY_DONE
     try:
         for stage in PIPELINE_STAGES[first : last + 1]:
             print(f"== {stage.name}")
-            outcomes[stage.name] = "stale"
             outcome = stage.function(settings, *(given[cls] for cls in stage.takes), device=device, overwrite=overwrite)
             outcomes[stage.name] = outcome.value
             if outcome is Outcome.STOPPED:
                 break
     except StaleArtifact:
-        print_outcomes(outcomes)
+        outcomes[stage.name] = "stale"
         raise
-    print_outcomes(outcomes)
+    finally:
+        width = max([16, *(len(name) + 2 for name in outcomes)])
+        print("\n".join(["==", *(f"{name:<{width}}{what}" for name, what in outcomes.items())]))
     return outcome
-
-
-def print_outcomes(outcomes: Mapping[str, str]) -> None:
-    """Print what each stage did."""
-    width = max(16, *(len(stage) + 2 for stage in outcomes))
-    print("\n".join(["==", *(f"{stage:<{width}}{outcome}" for stage, outcome in outcomes.items())]))

@@ -7,12 +7,14 @@ import csv
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -375,6 +377,78 @@ def test_published_checkpoint_is_read_as_it_is(finished: Path, tmp_path: Path) -
     assert "sae             provided" in done.stdout
     assert "names           ran" in done.stdout
     assert not (checkpoints / "sparse_autoencoder_final.safetensors").exists()
+
+
+CONTRIBUTED = """
+import sys
+from pathlib import Path
+from dncbm.cli import main
+from dncbm.runs.settings import load_settings
+
+settings = load_settings()
+assert settings.encoder("mine").pretrained == "laion2b_s34b_b79k"
+assert settings.probe_datasets["birds"].path == settings.path.parent / "datasets/birds"
+main("sae", ["--num_epochs", "1", "--sae_type", "shifted", "--margin", "0.25"])
+main("names", ["--num_epochs", "1", "--sae_type", "shifted", "--margin", "0.25"])
+for _ in range(2):
+    main("class_sizes", [])
+    main("active_concepts_dump", ["--num_epochs", "30", "--indices", "3,5"])
+    main("active_concepts_plot", ["--num_workers", "1"])
+"""
+
+
+def test_what_contributing_says_is_true(finished: Path, tmp_path: Path) -> None:
+    """The code on the page, put where the page says in a copy of the tree, gives a variant, a stage and a figure that run."""
+    page = (ROOT / "docs/CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.findall(r"^ *```python\n(.*?)^ *```", page, flags=re.S | re.M)
+    blocks = [textwrap.dedent(block) for block in found]
+    encoder, dataset, variant, path, stage, script, dump, plot = blocks
+    tree = tmp_path / "tree"
+    for name in ("dncbm", "sparse_autoencoder", "scripts"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def insert(file: str, before: str, text: str) -> None:
+        old = (tree / file).read_text(encoding="utf-8")
+        assert old.count(before) >= 1, f"{file}: {before!r}"
+        (tree / file).write_text(old.replace(before, text + before, 1), encoding="utf-8")
+
+    variants = "sparse_autoencoder/sparse_autoencoder/variants"
+    new = {
+        f"{variants}/shifted.py": variant,
+        "dncbm/features/class_sizes.py": stage,
+        "scripts/12_class_sizes.py": script,
+    }
+    new |= {"dncbm/explain/dumps/active_concepts.py": dump, "dncbm/explain/plotting/active_concepts.py": plot}
+    for name, text in new.items():
+        (tree / name).write_text(text, encoding="utf-8")
+    insert(f"{variants}/__init__.py", "\nVARIANTS", "from sparse_autoencoder.variants.shifted import Shifted\n")
+    insert(f"{variants}/__init__.py", "TopK, BatchTopK, JumpReLU", "Shifted, ")
+    insert("dncbm/runs/artifacts.py", "    def labels(self", textwrap.indent(path, "    ") + "\n")
+    insert("dncbm/stages.py", "from dncbm.features.datasets", "from dncbm.features.class_sizes import CLASS_SIZES\n")
+    insert("dncbm/stages.py", "    STRENGTHS,\n", "    CLASS_SIZES,\n")
+    insert("dncbm/explain/plotting/__init__.py", "global_explanations, local", "active_concepts, ")
+    insert("dncbm/explain/plotting/__init__.py", "task_agnosticity.PLOT", "active_concepts.PLOT, ")
+
+    config = copy_of(finished, tmp_path) / "config.py"
+    with config.open("a") as file:
+        file.write(f"encoders |= {{{encoder}}}\nprobe_datasets |= {{{dataset}}}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", CONTRIBUTED],
+        env=os.environ
+        | {"DNCBM_CONFIG": str(config), "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'sparse_autoencoder'}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = config.parent / "run"
+    assert next((results / "SAE").rglob("*_shifted0.25_*/sae_checkpoints/concept_names.csv"))
+    sizes = json.loads(next((results / "data").rglob("class_sizes.json")).read_text())
+    assert sum(sizes) == len(list((results / "categories/train").rglob("*.jpg")))
+    drawn = {path.name for path in (results / "analysis/active_concepts").rglob("*.pdf")}
+    assert drawn == {"image_000003.pdf", "image_000005.pdf"}
+    assert "0 pages drawn, 2 already drawn" in done.stdout
 
 
 def outcomes_of(done: Done) -> dict[str, str]:

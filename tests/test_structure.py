@@ -63,6 +63,13 @@ def test_every_stage_has_its_script_and_every_script_its_stage() -> None:
     assert links == {name.split("_", 1)[1]: name for name in known if name[0].isdigit()}
 
 
+def test_stages_stand_after_what_they_read_and_explain() -> None:
+    names = list(STAGES)
+    for name, stage in STAGES.items():
+        for read in (*stage.inputs, *([stage.explains] if stage.explains else [])):
+            assert names.index(read.name) < names.index(name), f"{name} reads {read.name}"
+
+
 def test_only_one_module_knows_the_layout() -> None:
     """Names of the layout's folders and files stand in artifacts.py alone."""
     names = (

@@ -15,7 +15,8 @@ from dncbm.concepts.vocabulary import VOCABULARY, Vocabulary, load_vocabulary, s
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder, SAERun
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, whole_file
+from dncbm.runs.manifests import Outcome, check_chain, making
+from dncbm.runs.results import write_csv
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import values
@@ -34,10 +35,7 @@ class ConceptName:
 def nearest_words(dictionary: torch.Tensor, vocabulary: Vocabulary, chunk: int = 1024) -> list[ConceptName]:
     """Name of latent f = argmax over words of cosine(text embedding, decoder column f) (METHOD section 3).
 
-    Args:
-        dictionary: F x D; row f is the decoder column of latent f, of any norm.
-        vocabulary: V words.
-        chunk: latents compared at a time; memory is chunk x V.
+    The dictionary is F x D; its rows may have any norm. `chunk` latents are compared with all V words at a time.
 
     Raises:
         UserError: the dictionary and the embeddings differ in width.
@@ -88,10 +86,8 @@ def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overw
 
 def write_names(path: Path, names: list[ConceptName]) -> None:
     """Write names as CSV with a header, one row per latent."""
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "name", "similarity"])
-        writer.writerows([name.index, name.name, f"{name.similarity:.6f}"] for name in names)
+    rows = ([name.index, name.name, f"{name.similarity:.6f}"] for name in names)
+    write_csv(path, ("index", "name", "similarity"), rows)
 
 
 def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:

@@ -94,12 +94,7 @@ def sae_path(settings: Settings, run: SAERun) -> Path:
 
 
 def load_sae(settings: Settings, run: SAERun, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """The SAE of a run.
-
-    Raises:
-        UserError: it is missing.
-        sparse_autoencoder.CheckpointError: the file is malformed.
-    """
+    """The SAE of a run. Raises UserError if it is missing, sparse_autoencoder.CheckpointError if the file is malformed."""
     return load_checkpoint(sae_path(settings, run), device=str(device)).eval().requires_grad_(False)
 
 

@@ -89,8 +89,7 @@ def encode_store(
 ) -> dict[str, Any]:
     """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
 
-    Returns:
-        `images` and `l0`, the mean number of active latents.
+    Returns `images`, their number, and `l0`, the mean number of active latents.
     """
     device = sae.encoder_weight.device
     with tqdm(desc=title, total=len(store), unit="image") as bar:
@@ -135,9 +134,7 @@ def map_part(path: Path) -> dict[str, NDArray[Any]]:
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return {
-                member.filename.removesuffix(".npy"): _map_member(path, file, member) for member in archive.filelist
-            }
+            return {one.filename.removesuffix(".npy"): _map_member(path, file, one) for one in archive.filelist}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}; run {STRENGTHS.command('--overwrite')}") from error
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import file_hash
-from dncbm.runs.settings import LOCAL_DIR, EncoderEntry, Settings
+from dncbm.runs.settings import LOCAL_DIR, Settings
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Tokenizer = Callable[[Sequence[str]], torch.Tensor]
@@ -62,11 +62,8 @@ class Encoder:
 def load_encoder(settings: Settings, name: str, device: torch.device, precision: str | None = None) -> Encoder:
     """Build an encoder and load its weights.
 
-    Args:
-        settings: the config, whose table of encoders is searched.
-        name: a name in that table, `openclip:MODEL/PRETRAINED` or `local-dir:FOLDER`.
-        device: where it runs.
-        precision: one of PRECISIONS; None: fp16 on a GPU, else fp32.
+    `name` is a name in the config's table of encoders, `openclip:MODEL/PRETRAINED` or `local-dir:FOLDER`; `precision` is one
+    of PRECISIONS, by default fp16 on a GPU, else fp32.
 
     Raises:
         UserError: the name is unknown, or open_clip has no such model or cannot load its weights.
@@ -125,22 +122,17 @@ def _reason(error: Exception) -> str:
 def describe_encoder(settings: Settings, name: str) -> dict[str, Any]:
     """The identity of an encoder's weights, found without loading them: model, pretrained tag, hashes of local files."""
     entry = settings.encoder(name)
-    files = _local_files(settings, name, entry)
-    return {
-        "encoder": name,
-        "model": LOCAL_DIR if entry.model.startswith(LOCAL_DIR) else entry.model,
-        "pretrained": "file" if files and entry.pretrained else entry.pretrained,
-    } | ({"weights": {file.name: file_hash(file) for file in files}} if files else {})
-
-
-def _local_files(settings: Settings, name: str, entry: EncoderEntry) -> list[Path]:
+    described: dict[str, Any] = {"encoder": name, "model": entry.model, "pretrained": entry.pretrained}
+    files = []
     if entry.model.startswith(LOCAL_DIR):
         folder = Path(entry.model.removeprefix(LOCAL_DIR))
         config = folder / "open_clip_config.json"
         if not config.is_file():
             raise UserError(f"no encoder in {folder}: {name!r} in {settings.path} names it; it must hold {config.name}")
-        return [config, *sorted(folder.glob("open_clip_model.*"))]
-    return [Path(entry.pretrained)] if entry.pretrained and Path(entry.pretrained).is_file() else []
+        described["model"], files = LOCAL_DIR, [config, *sorted(folder.glob("open_clip_model.*"))]
+    elif entry.pretrained and Path(entry.pretrained).is_file():
+        described["pretrained"], files = "file", [Path(entry.pretrained)]
+    return described | ({"weights": {file.name: file_hash(file) for file in files}} if files else {})
 
 
 def _openai_weights(checkpoint: str | None) -> dict[str, torch.Tensor] | None:

@@ -130,15 +130,8 @@ def encode_shards(
 ) -> dict[str, Any]:
     """Encode every image into `folder`, one .npy file per shard. Finished shards are not read again.
 
-    A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes.
-
-    Args:
-        shards: the images.
-        encoder: the encoder.
-        folder: where the features are written.
-        extraction: batch size, workers and the allowed fraction of bad images.
-        title: label of the progress bar.
-        ranks: the processes that share the shards.
+    A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes. `title` labels
+    the progress bar; `ranks` are the processes that share the shards.
 
     Returns:
         Details for the manifest: `images` (the number encoded), `bad` (reason -> number), device, precision, batch size.
@@ -151,17 +144,11 @@ def encode_shards(
     batch_size = extraction.batch_size or (256 if on_gpu else 32)
     pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
     mine = ranks.share_of(pending)
-    loader = DataLoader(
-        _Reader(shards, mine, encoder, batch_size),
-        batch_size=None,
-        num_workers=min(extraction.num_workers, len(mine)),
-        pin_memory=on_gpu,
-    )
-    with (
-        closing(_Progress(shards, folder, pending, title, ranks)) as progress,
-        ThreadPoolExecutor(1) as writer,
-        _one_line_errors(),
-    ):
+    reader = _Reader(shards, mine, encoder, batch_size)
+    n_workers = min(extraction.num_workers, len(mine))
+    loader = DataLoader(reader, batch_size=None, num_workers=n_workers, pin_memory=on_gpu)
+    progress = _Progress(shards, folder, pending, title, ranks)
+    with closing(progress), ThreadPoolExecutor(1) as writer, _one_line_errors():
         features: dict[int, list[Callable[[], torch.Tensor]]] = defaultdict(list)
         keys: dict[int, list[Any]] = defaultdict(list)
         received: dict[int, torch.Tensor] = {}
@@ -275,7 +262,7 @@ def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[s
     reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
     if images == 0:
         others = " and the other shards" if len(shards) > 1 else ""
-        raise UserError(f"no image could be read from {shards.name(0)}{others}: {reasons}")
+        raise UserError(f"no image could be read from {shards.name(0)}{others}: {reasons or 'the split is empty'}")
     if n_bad > max_bad_fraction * (images + n_bad):
         worst = max(records, key=lambda record: sum(record["bad"].values()))
         raise UserError(
@@ -293,7 +280,7 @@ def _record(folder: Path, shard: int) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: remove it if it exists, and run the same command again") from error
+        raise UserError(f"{path} is missing or damaged: remove it, and run the same command again") from error
     return record
 
 

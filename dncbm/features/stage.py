@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dncbm.features.datasets import ImageShards
-from dncbm.features.datasets.probe import ProbeImages, ProbeShards, probe_images, split_train
+from dncbm.features.datasets import ImageShards, random_split
+from dncbm.features.datasets.probe import ProbeImages, ProbeShards, probe_images
 from dncbm.features.datasets.sae import sae_images
 from dncbm.features.encoders import Encoder, describe_encoder, load_encoder
 from dncbm.features.encoding import are_from, encode_shards
@@ -69,8 +69,8 @@ def _probe_split(
     artifacts = Artifacts(settings)
     indices = {split: np.arange(len(found.labels)) for split, found in images.items()}
     if "train_val" not in images:
-        # The split does not follow --seed: runs of several seeds are compared on the same images.
-        indices |= split_train(len(images["train"].labels), DEFAULT_SEED)
+        # 10 % as in DN-CBM's code. The split does not follow --seed: runs of several seeds are compared on the same images.
+        indices |= random_split(len(images["train"].labels), DEFAULT_SEED, {"train_val": 0.1})
     split_file = artifacts.probe_split(dataset)
     hashes = {f"{split} images of {dataset}": found.content_hash for split, found in images.items()}
     with making(split_file, "probe_split", {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite) as work:
@@ -82,10 +82,10 @@ def _probe_split(
             for path, array in arrays.items():
                 with whole_file(path) as temporary:
                     np.save(temporary, array)
-            about: dict[str, Any] = {"class_names": images["train"].class_names}
+            names: dict[str, Any] = {"class_names": images["train"].class_names}
             if images["train"].group_names:
-                about["group_names"] = images["train"].group_names
-            write_json(split_file, about | {"sizes": {split: len(indices[split]) for split in SPLITS}})
+                names["group_names"] = images["train"].group_names
+            write_json(split_file, names | {"sizes": {split: len(indices[split]) for split in SPLITS}})
             work.done([split_file, *arrays])
     return images, indices
 
@@ -147,7 +147,7 @@ PROBE_FEATURES = Stage(
 )
 
 
-# ------------------------------------------------------------------------------------------------- what was made
+# ---------------------------------------------------------------------------------------------- finished outputs
 
 
 def open_features(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> FeatureStore:

@@ -14,52 +14,49 @@ from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import manifest_path
 
 ARRAYS = "[0-9]*.npy"
-"""The files of a store; hidden ones are what a killed process was writing."""
+"""The files of a store, without the hidden temporary files of killed processes."""
 
 
 class FeatureStore:
-    """Features on disk: a folder of `NNNNN.npy` (rows x D, float16 or float32) with `NNNNN.keys.npy` beside each.
+    """Features on disk: files `NNNNN.npy` (rows x D, float16 or float32) in a folder, each with its `NNNNN.keys.npy`.
 
-    Nothing is read until rows are asked for; shards are memory maps.
+    The files are memory maps: rows are read when they are asked for.
+
+    Args:
+        folder: the folder.
+        made_by: the command that makes it, for errors.
+
+    Raises:
+        UserError: it is missing, unfinished or empty.
     """
 
     def __init__(self, folder: Path, made_by: str) -> None:
-        """Open a finished store.
-
-        Args:
-            folder: the folder.
-            made_by: the command that makes it, for the error.
-
-        Raises:
-            UserError: it is not there or not finished.
-        """
         if not manifest_path(folder).is_file():
             state = "unfinished" if folder.is_dir() else "missing"
             raise UserError(f"the features {folder} are {state}: run {made_by}")
         self.folder = folder
         paths = sorted(path for path in folder.glob(ARRAYS) if not path.name.endswith(".keys.npy"))
-        maps = [np.load(path, mmap_mode="r") for path in paths]
-        self.paths = [path for path, shard in zip(paths, maps, strict=True) if len(shard)]
-        self._shards = [shard for shard in maps if len(shard)]
-        if not self.paths:
+        maps = {path: shard for path in paths if len(shard := np.load(path, mmap_mode="r"))}
+        if not maps:
             raise UserError(f"the features {folder} have no rows: remove the folder and run {made_by}")
-        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self.paths, self._shards = list(maps), list(maps.values())
+        self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
     def width(self) -> int:
-        """D, the number of features of an item."""
+        """D, the number of features per row."""
         return int(self._shards[0].shape[1])
 
     @cached_property
     def keys(self) -> NDArray[Any]:
-        """Key of every row: the sample's key (webdataset) or the index in the dataset's own split (probe datasets)."""
+        """Key of every row: the sample's key (SAE images) or the index in the data set's own split (probe data sets)."""
         return np.concatenate([np.load(shard_keys(path)) for path in self.paths])
 
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Rows in the order asked for, n x D float32. Shards are visited once each, in order.
+        """Rows in the order asked for, n x D float32. Every shard is visited at most once, in order.
 
         Raises:
             IndexError: there is no such row.
@@ -87,6 +84,6 @@ class FeatureStore:
             yield torch.from_numpy(rows[start : start + batch_size].astype(np.float32))
 
     def describe(self, index: int) -> str:
-        """Where a row lies, for messages."""
+        """The place of a row, for messages."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"row {index - int(self._starts[shard])} of {self.paths[shard]}"

@@ -1,10 +1,9 @@
 """Fitting the linear probe: Adam as in the paper, or proximal steps to exact zeros. Both resume after an interruption."""
 
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,12 @@ from tqdm import tqdm
 
 from dncbm.features.store import FeatureStore
 from dncbm.probe.model import ProbeData, evaluate_probe, linear, probe_loss
-from dncbm.probe.solvers import Progress, cross_entropy_of, falling_lambdas, largest_lambda, minimise
+from dncbm.probe.solvers import CrossEntropy, Progress, falling_lambdas, largest_lambda, minimise
 from dncbm.probe.step import SparseAdamStep
 from dncbm.runs.declarations import ProbeRun, ProbeSchedule
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import whole_file
+from dncbm.runs.results import write_csv
 from dncbm.runs.tracking import Log
 from sparse_autoencoder.files import write_safetensors
 
@@ -98,7 +98,7 @@ def fit_probe(
             bar.set_postfix(report.after(epoch + 1, weight.detach(), {"train_loss": train_loss}, last=last))
             moments = optimizer.state[weight]
             state = {"weight": weight, **moments, "step": moments["step"].reshape(1)}
-            report.save(state, last=last, epoch=epoch + 1, log=report.rows)
+            report.save(state, {"epoch": epoch + 1, "log": report.rows}, last=last)
     report.write()
     return weight.detach()
 
@@ -119,7 +119,7 @@ def fit_prox(
         progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
         report.rows, done, passes = about["log"], about["step"], about["passes"]
     with (
-        cross_entropy_of(train, device) as loss,
+        closing(CrossEntropy(train, device)) as loss,
         tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar,
     ):
         curvature = loss.curvature()
@@ -131,7 +131,7 @@ def fit_prox(
             bar.set_postfix(report.after(passes, now.weight, values, last=last))
             about = {"step": step, "passes": passes, "momentum": now.momentum, "objectives": now.objectives}
             tensors = {"weight": now.weight, "previous": now.previous}
-            report.save(tensors, last=last, progress=about | {"log": report.rows})
+            report.save(tensors, {"progress": about | {"log": report.rows}}, last=last)
 
         def on_pass(now: Progress, step: int) -> None:
             nonlocal passes
@@ -176,9 +176,7 @@ class _Report:
         if last or epoch % every.val_freq == 0:
             coverage = last or (every.coverage_freq > 0 and epoch % every.coverage_freq == 0)
             metrics = evaluate_probe(weight, self.validation, self.run.sparsity_lambda, coverage=coverage)
-            if (
-                self.rows and self.rows[-1]["epoch"] == epoch
-            ):  # fit_prox reports its last pass before it knows it is the last
+            if self.rows and self.rows[-1]["epoch"] == epoch:  # fit_prox reports its last pass twice, now as the last
                 self.rows.pop()
             self.rows.append({"epoch": epoch} | values | metrics)
             if self.keep.log is not None:
@@ -189,21 +187,17 @@ class _Report:
             return {}
         return {"loss": f"{self.rows[-1]['train_loss']:.3f}", "top1": f"{self.rows[-1]['top1']:.1%}"}
 
-    def save(self, tensors: dict[str, torch.Tensor], *, last: bool, **about: Any) -> None:
+    def save(self, tensors: dict[str, torch.Tensor], about: dict[str, Any], *, last: bool) -> None:
         """Save the state if it is the last one, or if the previous save is long ago."""
         if last or time.monotonic() - self.saved_at > STATE_EVERY_S:
-            save_state(self.keep.state, tensors, **about)
+            save_state(self.keep.state, tensors, about)
             self.saved_at = time.monotonic()
 
     def write(self) -> None:
         """Write the rows as CSV."""
-        if self.keep.log_path is None:
-            return
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with whole_file(self.keep.log_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        if self.keep.log_path is not None:
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            write_csv(self.keep.log_path, columns, ([row.get(column, "") for column in columns] for row in self.rows))
 
 
 @contextmanager
@@ -224,14 +218,11 @@ def _stepper(
     if device.type != "cpu" or isinstance(matrix, FeatureStore):
         yield plain
         return
-    step = SparseAdamStep(weight, optimizer, sparsity_lambda)
-    try:
+    with closing(SparseAdamStep(weight, optimizer, sparsity_lambda)) as step:
         yield lambda rows: step(matrix, rows, train.labels[torch.from_numpy(rows)])
-    finally:
-        step.close()
 
 
-def save_state(path: Path, tensors: dict[str, torch.Tensor], **about: Any) -> None:
+def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Save the state of unfinished work: tensors, and values as JSON."""
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
     write_safetensors(copies, path, {name: json.dumps(value) for name, value in about.items()})

@@ -1,7 +1,7 @@
-"""The linear probe as numbers: its inputs in batches, its product, its loss, and what is measured of it.
+"""The linear probe: its inputs in batches, its logits, its loss, and its metrics.
 
-A batch of inputs is a `SparseRows` (concept strengths) or a dense tensor (features); `linear` multiplies either with the
-weights. Weights are kept input-major (inputs x C), the layout a sparse product reads.
+A batch of inputs is a `SparseRows` (concept strengths) or a dense tensor (features); `linear` multiplies either by the
+weights. Weights are input-major (inputs x C), the layout that a sparse product reads.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ class SparseRows(NamedTuple):
     """Some rows of a CSR matrix, as tensors."""
 
     indices: torch.Tensor
-    """int64, the columns of the entries."""
+    """Column of each entry, int64."""
     offsets: torch.Tensor
-    """int64, where each row begins."""
+    """First entry of each row, int64."""
     values: torch.Tensor
     """float32."""
 
@@ -40,9 +40,9 @@ class ProbeData:
 
     inputs: Inputs
     labels: torch.Tensor
-    """int64, one for each row."""
+    """int64, one per row."""
     groups: torch.Tensor | None = None
-    """int64, the group of each row (Waterbirds: bird and background), where the data set has groups."""
+    """int64, the group of each row (Waterbirds: bird and background), if the data set has groups."""
 
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Batch, torch.Tensor]:
         """The inputs and labels of some rows."""
@@ -50,10 +50,7 @@ class ProbeData:
         if isinstance(self.inputs, FeatureStore):
             return self.inputs.gather(rows).to(device), labels
         start, indices, values = take_rows(self.inputs, rows)
-        sparse = SparseRows(
-            *(torch.from_numpy(array).to(device) for array in (indices, start[:-1], values)),
-        )
-        return sparse, labels
+        return SparseRows(*(torch.from_numpy(a).to(device) for a in (indices, start[:-1], values))), labels
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
         """All rows in order."""
@@ -73,23 +70,16 @@ class ProbeData:
 
 
 def linear(batch: Batch, weight: torch.Tensor) -> torch.Tensor:
-    """Logits, rows x C.
-
-    Args:
-        batch: rows of the inputs, sparse or dense.
-        weight: inputs x C.
-    """
+    """Logits (rows x C) of a batch, for weights of inputs x C."""
     if isinstance(batch, torch.Tensor):
         return batch @ weight
-    return functional.embedding_bag(
-        batch.indices, weight, batch.offsets, mode="sum", per_sample_weights=batch.values, include_last_offset=False
-    )
+    return functional.embedding_bag(batch.indices, weight, batch.offsets, mode="sum", per_sample_weights=batch.values)
 
 
 def probe_loss(
     logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, sparsity_lambda: float
 ) -> torch.Tensor:
-    """Cross-entropy + lambda * mean |W|, the mean over all C x inputs weights (METHOD section 4)."""
+    """Cross-entropy + lambda * mean |W| over all inputs x C weights (METHOD section 4)."""
     return functional.cross_entropy(logits, labels) + sparsity_lambda * weight.abs().mean()
 
 
@@ -99,19 +89,13 @@ def zero_counts(weight: torch.Tensor) -> dict[str, int]:
 
 
 def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> torch.Tensor:
-    """How many concepts, taken greedily by contribution, reach each share of the predicted logit (METHOD section 4).
+    """Number of concepts, taken greedily by contribution, that reach each share of the predicted logit (METHOD section 4).
 
-    The contribution of concept f to the predicted class c is z_f * W[f, c]. What is to be covered is the sum of the positive
-    contributions, or with `absolute` the sum of the contributions' absolute values. (The authors' code reports a zero-based
-    index, one less than this count.)
-
-    Args:
-        batch: rows of the inputs.
-        weight: inputs x C.
-        absolute: cover the absolute value.
+    The share is of the sum of the positive `contributions` to the predicted class, or with `absolute` of the sum of their
+    absolute values. (The authors' code reports a zero-based index, one less than this count.)
 
     Returns:
-        rows x len(COVERAGES), int64; 0 for a row with nothing to cover.
+        rows x len(COVERAGES), int64; 0 for a row without contributions.
     """
     predicted = linear(batch, weight).argmax(dim=1)
     found = _rows(batch, contributions(batch, weight, predicted))
@@ -119,19 +103,13 @@ def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> to
     reached = found.sort(dim=1, descending=True).values.double().cumsum(dim=1)
     shares = torch.tensor(COVERAGES, dtype=torch.float64, device=reached.device)
     wanted = reached[:, -1:] * shares if reached.shape[1] else reached.new_zeros(len(reached), len(shares))
-    return torch.stack([(reached < wanted[:, [i]]).sum(dim=1) + (wanted[:, i] > 0) for i in range(len(shares))], dim=1)
+    return (reached[:, :, None] < wanted[:, None]).sum(dim=1) + (wanted > 0)
 
 
 def contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Contribution of concept f to class c, z_f * W[f, c], for one class a row (METHOD section 5).
+    """Contribution of concept f to class c, z_f * W[f, c], for one class per row, int64 (METHOD section 5).
 
-    Args:
-        batch: rows of the inputs.
-        weight: inputs x C.
-        classes: int64, the class of each row.
-
-    Returns:
-        One for each entry of a sparse batch; rows x inputs for a dense one.
+    Returns one per entry of a sparse batch; rows x inputs for a dense one.
     """
     if isinstance(batch, torch.Tensor):
         return batch * weight.T[classes]
@@ -144,7 +122,7 @@ def _row_of_entries(batch: SparseRows) -> torch.Tensor:
 
 
 def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
-    """One number for each entry, as rows padded with zeros to the most entries of a row."""
+    """One number per entry, as rows padded with zeros to the length of the longest."""
     if isinstance(batch, torch.Tensor):
         return entries
     row = _row_of_entries(batch)
@@ -158,7 +136,7 @@ def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
 def evaluate_probe(
     weight: torch.Tensor, data: ProbeData, sparsity_lambda: float, *, coverage: bool = False, batch_size: int = 4096
 ) -> dict[str, float]:
-    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe, and, if asked, its mean image-wise coverage."""
+    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe; with `coverage`, its mean image-wise coverage."""
     n_classes = weight.shape[1]
     ce = top1 = top5 = 0.0
     covered = torch.zeros(2, len(COVERAGES), dtype=torch.float64)
@@ -172,17 +150,12 @@ def evaluate_probe(
             for i, absolute in enumerate((False, True)):
                 covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0).cpu()
     n = len(data)
-    metrics = {
-        "loss": ce / n + sparsity_lambda * float(weight.abs().mean()),
-        "ce": ce / n,
-        "top1": top1 / n,
-        "top5": top5 / n,
-    }
+    penalty = sparsity_lambda * float(weight.abs().mean())
+    metrics = {"loss": ce / n + penalty, "ce": ce / n, "top1": top1 / n, "top5": top5 / n}
     if coverage:
-        for i, kind in enumerate(("positive", "absolute")):
+        for kind, counts in zip(("positive", "absolute"), covered.tolist(), strict=True):
             metrics |= {
-                f"coverage_{kind}_{share:.0%}": float(count) / n
-                for share, count in zip(COVERAGES, covered[i], strict=True)
+                f"coverage_{kind}_{share:.0%}": count / n for share, count in zip(COVERAGES, counts, strict=True)
             }
     return metrics
 
@@ -191,19 +164,10 @@ def evaluate_probe(
 def accuracy_of_groups(
     weight: torch.Tensor, data: ProbeData, groups: torch.Tensor, n_groups: int, batch_size: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many images each group has, and how many of them are classified correctly; two int64 tensors.
+    """The number of images in each group, and of those that a probe classifies correctly; two int64 tensors.
 
-    Args:
-        weight: inputs x C.
-        data: the images.
-        groups: int64 group of every image; the labels give the accuracy of every class.
-        n_groups: how many there are.
-        batch_size: images at a time.
+    `groups` has the int64 group of every image; if it is the labels, a group is a class.
     """
-    right = torch.cat(
-        [
-            (linear(batch, weight).argmax(dim=1) == labels).cpu()
-            for batch, labels in data.batches(batch_size, weight.device)
-        ]
-    )
+    batches = data.batches(batch_size, weight.device)
+    right = torch.cat([(linear(batch, weight).argmax(dim=1) == labels).cpu() for batch, labels in batches])
     return groups.bincount(minlength=n_groups), groups[right].bincount(minlength=n_groups)

@@ -1,4 +1,4 @@
-"""The paper's table: accuracies of methods (rows) on data sets (columns) for an encoder, ours beside the published ones."""
+"""The paper's table: accuracies of methods (rows) on data sets (columns) per encoder, ours beside the published ones."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ PUBLISHED_ROWS = {
     "dn_cbm": "DN-CBM",
     "dn_cbm_reproduced": "DN-CBM, reproduced",
 }
-"""Method of the file of published figures -> its name in the table, in the order of the rows."""
+"""Method in the file of published figures -> its name in the table, in the order of the rows."""
 OUR_ROWS = {
     "Zero-shot": ("zero_shot", "features", "", "val_top1"),
     "Linear probe": ("probe", "features", "adam", "val_top1"),
@@ -44,14 +44,12 @@ OUR_ROWS = {
     "ANEC-avg, random directions": ("nec", "random", "prox", "val_anec_avg"),
 }
 """Name in the table -> method, on, solver and column of `probe_results.csv`."""
-SETTING_PARTS = ("hook", "sae_dataset", "sae", "probe")
-"""Columns that tell the settings of a row apart."""
 FORMATS = ("md", "csv", "tex")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An accuracy of the table."""
+    """One accuracy of the table."""
 
     encoder: str
     method: str
@@ -60,15 +58,14 @@ class Cell:
     top1: float
     """Percent; the mean over the seeds."""
     deviation: float | None = None
-    """Standard deviation over the seeds, where there are two or more."""
+    """Standard deviation over the seeds, if there are several."""
     seeds: int = 1
     source: str = ""
-    """Where a published figure was read, or the settings ours was made with."""
+    """The source of a published figure, or the settings of ours."""
 
     def text(self, plus_minus: str) -> str:
-        """As it is printed."""
-        spread = "" if self.deviation is None else f" {plus_minus} {self.deviation:.1f}"
-        return f"{self.top1:.1f}{spread}"
+        """The accuracy with its deviation."""
+        return f"{self.top1:.1f}" + ("" if self.deviation is None else f" {plus_minus} {self.deviation:.1f}")
 
 
 def published_figures() -> dict[str, Any]:
@@ -78,7 +75,7 @@ def published_figures() -> dict[str, Any]:
 
 
 def published_cells(figures: Mapping[str, Any], encoder: str) -> list[Cell]:
-    """The published accuracies for an encoder; what was not found (null) is left out."""
+    """The published accuracies for an encoder, without those that are unknown (null)."""
     return [
         Cell(encoder, name, dataset, False, value[0], source=value[1])
         for method, name in PUBLISHED_ROWS.items()
@@ -90,25 +87,25 @@ def published_cells(figures: Mapping[str, Any], encoder: str) -> list[Cell]:
 def our_cells(rows: Sequence[Mapping[str, str]], encoder: str) -> list[Cell]:
     """Our accuracies for an encoder, from rows of the results.
 
-    Runs that differ in their seed alone are one cell, of which the last run of each seed counts. Where there are several
-    settings for a cell, those with the best mean accuracy on `train_val` are taken (for NEC, where it is not recorded, the
-    last): never those that happen to be best on `val`.
+    Runs that differ only in their seed form one cell; of each seed the last run counts. If a cell has runs of several
+    settings, those with the best mean accuracy on `train_val` are chosen (for NEC, whose rows lack it, the last), never those
+    that happen to be best on `val`.
     """
     cells = []
     for name, (method, on, solver, column) in OUR_ROWS.items():
         runs: dict[str, dict[str, dict[str, Mapping[str, str]]]] = {}
         for row in rows:
             if row["encoder"] == encoder and _kind(row) == (method, on, solver):
-                # An older version named an SAE beside the linear probe on features, which does not depend on it.
-                parts = ("hook", "probe") if (method, on) == ("probe", "features") else SETTING_PARTS
-                settings = ", ".join(re.sub(r"_seed\d+", "", row[part]) for part in parts if row[part])
+                # Older rows name an SAE for the linear probe on features too, which does not depend on it.
+                of_sae = () if (method, on) == ("probe", "features") else ("sae_dataset", "sae")
+                parts = [re.sub(r"_seed\d+", "", row[part]) for part in ("hook", *of_sae, "probe")]
+                settings = ", ".join(filter(None, parts))
                 of_settings = runs.setdefault(row["probe_dataset"], {})
-                # The last run is the last of its settings too.
+                # Its settings move to the end, so that the last settings are those of the last run.
                 of_settings[settings] = of_settings.pop(settings, {}) | {row["seed"]: row}
         for dataset, by_settings in runs.items():
-            chosen, by_seed = max(
-                enumerate(by_settings.items()), key=lambda item: (_selection(item[1][1].values()), item[0])
-            )[1]
+            # Of equally good settings the last are chosen: `max` returns the first it sees.
+            chosen, by_seed = max(reversed(by_settings.items()), key=lambda item: _selection(item[1].values()))
             values = [100 * float(row[column]) for row in by_seed.values()]
             deviation = statistics.stdev(values) if len(values) > 1 else None
             cells.append(Cell(encoder, name, dataset, True, statistics.mean(values), deviation, len(values), chosen))
@@ -116,7 +113,7 @@ def our_cells(rows: Sequence[Mapping[str, str]], encoder: str) -> list[Cell]:
 
 
 def _kind(row: Mapping[str, str]) -> tuple[str, str, str]:
-    """Method, on and solver of a row. Rows of a version that had only the paper's probe do not say so."""
+    """Method, on and solver of a row. An older version, which had only the paper's probe, left out method and solver."""
     method = row.get("method") or "probe"
     return method, row["on"], row.get("solver") or ("adam" if method == "probe" else "")
 
@@ -128,7 +125,7 @@ def _selection(rows: Any) -> float:
 def write_results_table(settings: Settings, *, device: str = "auto", overwrite: bool = False) -> Outcome:
     """Stage 9: print the table, and write it as Markdown, CSV and LaTeX, for every encoder that has results.
 
-    It is always written again: it reads one small file, and runs on no device.
+    It is written every time, since it reads one small file; `device` and `overwrite` are ignored.
 
     Raises:
         UserError: there are no results.
@@ -153,7 +150,7 @@ def write_results_table(settings: Settings, *, device: str = "auto", overwrite: 
 
 
 def _grid(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, bool]], dict[tuple[str, bool, str], Cell]]:
-    """Columns, rows (a published one before ours of the same method) and the cell at each."""
+    """Columns, rows (published before ours for each method) and the cells."""
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
     names = list(dict.fromkeys((*PUBLISHED_ROWS.values(), *OUR_ROWS)))
     names.sort(key=lambda name: list(OUR_ROWS).index(name) if name.startswith("ANEC") else -1)
@@ -168,48 +165,40 @@ def _marker(cell: Cell) -> str:
 
 
 def markdown(encoder: str, cells: Sequence[Cell], sources: Mapping[str, str]) -> str:
-    """A table with the places published figures were read below it."""
+    """A table, with the sources of the published figures below it."""
     datasets, rows, at = _grid(cells)
-    lines = [
-        f"### {encoder}: top-1, %",
-        "",
-        f"| method | | {' | '.join(datasets)} |",
-        "| --- " * (len(datasets) + 2) + "|",
-    ]
+    lines = [f"### {encoder}: top-1, %", "", f"| method | | {' | '.join(datasets)} |"]
+    lines.append("| --- " * (len(datasets) + 2) + "|")
     for name, ours in rows:
         found = [at.get((name, ours, dataset)) for dataset in datasets]
-        texts = [
-            "" if cell is None else cell.text("±") + ("" if cell.ours else f" [{_marker(cell)}]") for cell in found
-        ]
+        texts = [cell.text("±") + ("" if ours else f" [{_marker(cell)}]") if cell else "" for cell in found]
         lines.append(f"| {name} | {'ours' if ours else 'published'} | {' | '.join(texts)} |")
-    notes = dict.fromkeys(cell.source for cell in cells if not cell.ours)
     lines.append("")
-    for marker in dict.fromkeys(note.split(":")[0] for note in notes):
-        more = [
-            f"{cell.method} on {cell.dataset} {cell.source.split(':', 1)[1].strip()}"
-            for cell in cells
-            if not cell.ours and _marker(cell) == marker and ":" in cell.source
-        ]
-        lines.append(f"[{marker}] {'; '.join([sources[marker], *more])}.  ")
+    notes: dict[str, list[str]] = {}
+    for cell in cells:
+        if not cell.ours:
+            about = notes.setdefault(_marker(cell), [sources[_marker(cell)]])
+            if ":" in cell.source:
+                about.append(f"{cell.method} on {cell.dataset} {cell.source.split(':', 1)[1].strip()}")
+    lines += [f"[{marker}] {'; '.join(about)}.  " for marker, about in notes.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def as_csv(cells: Sequence[Cell]) -> str:
-    """One line for each cell."""
+    """One line per cell."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["encoder", "method", "by", "dataset", "top1_percent", "deviation", "seeds", "source"])
     for cell in cells:
         by, seeds = ("ours", cell.seeds) if cell.ours else ("published", "")
         deviation = "" if cell.deviation is None else f"{cell.deviation:.4g}"
-        writer.writerow(
-            [cell.encoder, cell.method, by, cell.dataset, f"{cell.top1:.6g}", deviation, seeds, cell.source]
-        )
+        where = cell.encoder, cell.method, by, cell.dataset
+        writer.writerow([*where, f"{cell.top1:.6g}", deviation, seeds, cell.source])
     return file.getvalue()
 
 
 def latex(encoder: str, cells: Sequence[Cell]) -> str:
-    """A tabular with booktabs' rules."""
+    """A tabular with booktabs rules."""
     datasets, rows, at = _grid(cells)
     lines = [
         f"% {encoder}, top-1 in percent; needs \\usepackage{{booktabs}}",

@@ -1,7 +1,7 @@
-"""The probe stage: train the linear probe, sparse on concept strengths or dense on features; evaluate, save and log it."""
+"""The probe stage: train the linear probe on concept strengths or features, evaluate it, save it, and load it again."""
 
-import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ImageEncoder, ProbeRun, ProbeSchedule, SAERun, Tracking
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, whole_file
-from dncbm.runs.results import append_result, result_row
+from dncbm.runs.manifests import Outcome, check_chain, making
+from dncbm.runs.results import append_result, result_row, write_csv
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from dncbm.runs.tracking import NO_TRACKING, tracker
@@ -39,12 +39,12 @@ def train_linear_probe(
 ) -> Outcome:
     """Stage 7: train the linear probe on concept strengths, or with `probe.on_features` the baseline on features.
 
-    Evaluates it on all three splits (`val` is the dataset's own validation or test split, the number to report) and appends
-    a row to `probe_results.csv`.
+    Evaluates it on all three splits and appends a row to `probe_results.csv`. The accuracy to report is that on `val`, the
+    data set's own validation or test split.
 
     Raises:
-        UserError: no strengths, features or labels; the loss became NaN.
-        StaleArtifact: there is a probe from other inputs or settings.
+        UserError: the strengths, the features or the labels are missing, or the loss became NaN.
+        StaleArtifact: a probe from other inputs or settings exists.
     """
     artifacts = Artifacts(settings)
     target, state = artifacts.probe(run, probe), artifacts.probe_state(run, probe)
@@ -63,13 +63,8 @@ def train_linear_probe(
         data = {split: load_probe_data(settings, run, probe, split) for split in SPLITS}
         torch_device = resolve_device(device)
         with tracker(tracking, "probe", f"{probe.dataset} {probe.config_name} on {probe.inputs}") as log:
-            keep = Keep(
-                state,
-                schedule or ProbeSchedule(),
-                lambda epoch: artifacts.probe_intermediate(run, probe, epoch),
-                log,
-                artifacts.probe_log(run, probe),
-            )
+            checkpoint = partial(artifacts.probe_intermediate, run, probe)
+            keep = Keep(state, schedule or ProbeSchedule(), checkpoint, log, artifacts.probe_log(run, probe))
             fit = fit_probe if probe.solver == "adam" else fit_prox
             weight = fit(data["train"], data["train_val"], len(class_names), probe, torch_device, keep)
         metrics: dict[str, float] = dict(zero_counts(weight))
@@ -79,15 +74,11 @@ def train_linear_probe(
         accuracies = artifacts.probe_accuracies(run, probe)
         metrics |= save_accuracies(settings, probe.dataset, weight, data["val"], accuracies)
         save_probe(weight, target)
-        # Before the probe counts as done: a row that cannot be appended is appended by the next run.
+        # Before the probe counts as done: if the row cannot be appended now, the next run appends it.
         append_result(artifacts.probe_results(), _result_row(run, probe, metrics))
-        work.done(
-            [target, accuracies],
-            f"probe on {probe.inputs} of {probe.dataset}, top-1 {metrics['val_top1']:.1%} on val",
-            metrics=metrics,
-            device=str(torch_device),
-            classes=len(class_names),
-        )
+        said = f"probe on {probe.inputs} of {probe.dataset}, top-1 {metrics['val_top1']:.1%} on val"
+        about = {"device": str(torch_device), "classes": len(class_names)}
+        work.done([target, accuracies], said, metrics=metrics, **about)
     state.unlink(missing_ok=True)
     return work.outcome
 
@@ -102,7 +93,8 @@ def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str
     """Inputs and labels of a split: concept strengths, or features for `probe.on_features`.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are missing.
+        StaleArtifact: what the strengths were made from has changed since.
     """
     inputs: Inputs
     if probe.on_features:
@@ -116,7 +108,7 @@ def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str
 
 
 def load_groups(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> torch.Tensor | None:
-    """int64 group of the rows with these keys (indices in the dataset's own split); None where there are no groups."""
+    """int64 group of the rows with these keys (indices in the data set's own split); None if it has no groups."""
     path = Artifacts(settings).groups(dataset, settings.own_split(dataset, split))
     return torch.from_numpy(np.load(path)[keys]) if path.is_file() else None
 
@@ -124,57 +116,50 @@ def load_groups(settings: Settings, dataset: str, split: str, keys: NDArray[np.i
 def save_accuracies(
     settings: Settings, dataset: str, weight: torch.Tensor, data: ProbeData, path: Path
 ) -> dict[str, float]:
-    """Write the accuracy on `val` of every class, and of every group where there are groups, as a CSV.
+    """Write the accuracy on `val` of every class, and of every group if there are groups, as a CSV.
 
-    Its columns are kind (`class` or `group`), index, name, images and top1, which is blank where there is no image. Names of
-    groups are those of `group_names` beside the class names, where they are there.
+    Its columns are kind (`class` or `group`), index, name, images and top1, which is blank for a class or group without
+    images. Groups are named by `group_names` in the data set's `split.json`, or numbered.
 
     Returns:
-        The mean and the worst of each kind, as in the results.
+        The mean and the worst accuracy of each kind, as columns of the results; those without images do not count.
     """
     named: dict[str, list[str]] = json.loads(Artifacts(settings).probe_split(dataset).read_text(encoding="utf-8"))
     kinds = {"class": (data.labels, named["class_names"])}
     if data.groups is not None:
         n_groups = int(data.groups.max()) + 1
         kinds["group"] = (data.groups, named.get("group_names") or [str(group) for group in range(n_groups)])
+    rows: list[tuple[Any, ...]] = []
     found: dict[str, float] = {}
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["kind", "index", "name", "images", "top1"])
-        for kind, (membership, names) in kinds.items():
-            images, right = accuracy_of_groups(weight, data, membership, len(names))
-            shares = right / images  # NaN where there is none
-            for index, name in enumerate(names):
-                top1 = f"{float(shares[index]):.6g}" if images[index] else ""
-                writer.writerow([kind, index, name, int(images[index]), top1])
-            shares = shares[images > 0]
-            found |= {f"val_mean_{kind}_top1": float(shares.mean()), f"val_worst_{kind}_top1": float(shares.min())}
+    for kind, (membership, names) in kinds.items():
+        images, right = accuracy_of_groups(weight, data, membership, len(names))
+        shares = right / images  # NaN without images
+        for index, (name, n, share) in enumerate(zip(names, images.tolist(), shares.tolist(), strict=True)):
+            rows.append((kind, index, name, n, f"{share:.6g}" if n else ""))
+        shares = shares[images > 0]
+        found |= {f"val_mean_{kind}_top1": float(shares.mean()), f"val_worst_{kind}_top1": float(shares.min())}
+    write_csv(path, ("kind", "index", "name", "images", "top1"), rows)
     return found
 
 
 def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict[str, Any]:
-    by_adam = probe.solver == "adam"
-    described = {
-        "probe_dataset": probe.dataset,
-        "method": "probe",
-        "on": probe.inputs,
-        "encoder": run.encoder,
-        "hook": run.hook,
-        "sae_dataset": "" if probe.on_features else run.dataset,
-        "sae": "" if probe.on_features else run.config_name,
-        "probe": probe.config_name,
-        "solver": probe.solver,
-        "probe_lr": probe.lr if by_adam else "",
-        "probe_batch_size": probe.batch_size if by_adam else "",
-        "probe_epochs": probe.epochs,
-        "probe_lambda": probe.sparsity_lambda,
-        "seed": probe.seed,
-    }
+    described: dict[str, Any] = {"probe_dataset": probe.dataset, "method": "probe", "on": probe.inputs}
+    described |= {"encoder": run.encoder, "hook": run.hook, "probe": probe.config_name, "solver": probe.solver}
+    described |= {"probe_epochs": probe.epochs, "probe_lambda": probe.sparsity_lambda, "seed": probe.seed}
+    if not probe.on_features:
+        described |= {"sae_dataset": run.dataset, "sae": run.config_name}
+    if probe.solver == "adam":
+        described |= {"probe_lr": probe.lr, "probe_batch_size": probe.batch_size}
     return result_row(described, metrics)
 
 
 def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor:
-    """The weights of a trained probe, inputs x C. Raises UserError if there is none, or it is malformed."""
+    """The weights of a trained probe, inputs x C.
+
+    Raises:
+        UserError: the probe is missing or malformed.
+        StaleArtifact: its inputs have changed since.
+    """
     path = Artifacts(settings).probe(run, probe)
     if not path.is_file():
         raise PROBE.missing("the probe", path, "with these flags")

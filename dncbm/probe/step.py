@@ -1,10 +1,11 @@
 """The probe's training step on concept strengths, compiled for CPUs: the same numbers as nn.Linear, autograd and Adam.
 
-Of a batch only the active entries are touched. The gradient, inputs x C, is never stored: each input's row of it is summed
-where it stays in the cache, and Adam updates that row of the weights at once, with the L1 gradient written out.
+Only the active entries of a batch are read. The gradient (inputs x C) is never stored: the row of each input is summed in
+the cache, and Adam updates that row of the weights at once, with the L1 gradient written out.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -21,14 +22,14 @@ Array: TypeAlias = np.ndarray
 T = TypeVar("T")
 FASTMATH = {"reassoc", "contract", "nsz"}
 PIECES_PER_THREAD = 4
-"""Ranges of inputs a thread updates in a step: several, so that none waits long for the other."""
+"""Ranges of inputs per thread in a step: several, so that no thread waits long for another."""
 
 
 @njit(nogil=True, cache=True)
 def gather_rows(
     rows: Array, indptr: Array, indices: Array, data: Array, start: Array, to_indices: Array, to_data: Array
 ) -> None:
-    """Copy some rows of a CSR matrix. `start` (rows + 1) says where each goes."""
+    """Copy some rows of a CSR matrix, each to its `start` (rows + 1)."""
     for i in range(rows.shape[0]):
         first, to = indptr[rows[i]], start[i]
         for p in range(start[i + 1] - to):
@@ -39,7 +40,7 @@ def gather_rows(
 def take_rows(
     matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Some rows of a CSR matrix: where each begins (rows + 1), the columns of their entries, and their values."""
+    """Some rows of a CSR matrix: the first entry of each (rows + 1), and the column and value of every entry."""
     start = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(matrix.indptr[rows + 1] - matrix.indptr[rows], out=start[1:])
     indices, data = np.empty(start[-1], dtype=np.int64), np.empty(start[-1], dtype=np.float32)
@@ -51,16 +52,10 @@ def take_rows(
 def sort_by_input(
     start: Array, indices: Array, data: Array, input_start: Array, item: Array, value: Array, cursor: Array
 ) -> None:
-    """Sort the entries of a batch by input, and by item within one: the batch transposed, by counting.
+    """Transpose a batch by counting: sort its entries by input, then by item.
 
-    Args:
-        start: where each item's entries begin (items + 1).
-        indices: the input of each entry.
-        data: its value.
-        input_start: filled with where each input's entries begin (inputs + 1).
-        item: filled with the items.
-        value: filled with the values.
-        cursor: room for the inputs.
+    Reads the first entry of each item (`start`, items + 1) and the input and value of each entry; fills what `Slopes` has.
+    `cursor` is scratch space, one per input.
     """
     input_start[:] = 0
     for p in range(indices.shape[0]):
@@ -78,31 +73,14 @@ def sort_by_input(
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
 def update_inputs(
-    first: int,
-    last: int,
-    input_start: Array,
-    item: Array,
-    value: Array,
-    slopes: Array,
-    weight: Array,
-    mean: Array,
-    variance: Array,
-    rates: tuple[np.float32, ...],
-) -> float:
-    """Adam on the weights of the inputs from `first` to `last`, by the gradient of cross-entropy + penalty * sum |W|.
+    input_start: Array, item: Array, value: Array, slopes: Array, weight: Array, mean: Array, variance: Array,
+    rates: tuple[np.float32, ...], first: int, last: int,
+) -> float:  # fmt: skip
+    """Adam's step, in place, on the weights of inputs `first` to `last` - 1, for cross-entropy + penalty * sum |W|.
 
-    Args:
-        first: of a range of inputs.
-        last: one beyond its end.
-        input_start: where each input's entries begin, sorted by input.
-        item: the item of each entry.
-        value: its value.
-        slopes: derivative of the cross-entropy by each logit, items x C.
-        weight: inputs x C, changed in place.
-        mean: Adam's first moment of it.
-        variance: Adam's second moment.
-        rates: penalty of a weight, 1 - beta_1, beta_2, 1 - beta_2, the step size, the inverse square root of the second bias
-            correction, epsilon; all float32.
+    The first four arguments are those of Slopes; the next are inputs x C, with Adam's moments as `mean` and `variance`.
+    `rates` are the penalty per weight, 1 - beta_1, beta_2, 1 - beta_2, the step size, the inverse square root of the second
+    bias correction, and epsilon; all float32.
 
     Returns:
         The sum of |W| before the step.
@@ -132,9 +110,9 @@ def update_inputs(
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def add_gradient(
-    first: int, last: int, input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array
+    input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array, first: int, last: int
 ) -> None:
-    """Add the cross-entropy's gradient by the weights of the inputs from `first` to `last`; arguments as above."""
+    """Add the gradient of the cross-entropy by the weights of inputs `first` to `last` - 1; arguments as above."""
     for f in range(first, last):
         row = gradient[f]
         for p in range(input_start[f], input_start[f + 1]):
@@ -144,24 +122,24 @@ def add_gradient(
 
 
 class Slopes(NamedTuple):
-    """The cross-entropy of a batch, and what its gradient by the weights is made of."""
+    """The cross-entropy of a batch, and the factors of its gradient by the weights."""
 
     ce: float
-    """Its sum over the items, divided as asked for."""
+    """Sum over the items / divisor."""
     input_start: Array
-    """Where each input's entries start (inputs + 1, int64)."""
+    """First entry of each input (inputs + 1, int64), where entries are sorted by input."""
     item: Array
-    """The item of each entry, sorted by input (int32)."""
+    """Item of each entry (int32)."""
     value: Array
-    """Its value (float32)."""
+    """Value of each entry (float32)."""
     slopes: Array
     """Derivative of `ce` by each logit, items x C float32."""
 
 
 class BatchSlopes:
-    """Computes the slopes of batches of a CSR matrix, and shares out work on ranges of inputs, over threads of its own.
+    """Computes the slopes of batches of a CSR matrix, and work on ranges of inputs, in threads of its own.
 
-    A thread computes whole items and whole inputs, so that the bits do not depend on the number of threads.
+    A thread computes whole items and whole inputs, so the bits do not depend on the number of threads.
     """
 
     def __init__(self, n_inputs: int) -> None:
@@ -179,12 +157,12 @@ class BatchSlopes:
         labels: torch.Tensor,
         divisor: int,
     ) -> Slopes:
-        """The slopes of some rows and their labels, and the cross-entropy's sum over them divided by `divisor`."""
+        """The slopes of some rows with their labels, for the sum of their cross-entropies / `divisor`."""
         start, indices, data = take_rows(matrix, rows)
         slopes = np.empty((len(rows), weight.shape[1]), dtype=np.float32)
         item, value = np.empty(len(indices), dtype=np.int32), np.empty(len(indices), dtype=np.float32)
         transposed = self._workers.submit(
-            lambda: sort_by_input(start, indices, data, self._input_start, item, value, self._cursor)
+            partial(sort_by_input, start, indices, data, self._input_start, item, value, self._cursor)
         )
 
         def classify(span: tuple[int, int]) -> torch.Tensor:
@@ -208,7 +186,7 @@ class BatchSlopes:
         return Slopes(ce, self._input_start, item, value, slopes)
 
     def over_inputs(self, work: Callable[[int, int], T]) -> list[T]:
-        """Do work on ranges of inputs, (first, last + 1), that together are all."""
+        """Do work on all inputs, in ranges `first` to `last` - 1."""
         return self._workers.map(lambda piece: work(*piece), self._pieces)
 
     def close(self) -> None:
@@ -217,14 +195,14 @@ class BatchSlopes:
 
 
 class SparseAdamStep:
-    """Training steps on rows of a CSR matrix, for weights that lie on a CPU.
+    """Training steps on rows of a CSR matrix, for weights on a CPU.
 
-    The moments are those in the state of a torch.optim.Adam, which are made here if it has none, so that either can go on
-    where the other stopped.
+    The moments are those in the state of a torch.optim.Adam (new ones if it has none), so that either can continue where the
+    other stopped.
     """
 
     def __init__(self, weight: torch.Tensor, optimizer: torch.optim.Adam, sparsity_lambda: float) -> None:
-        """Args: weight: inputs x C float32. optimizer: has this weight alone. sparsity_lambda: of the mean of |W|."""
+        """For weights of inputs x C float32, the only ones of the optimizer."""
         self.weight = weight.detach()
         self.optimizer = optimizer
         self.penalty = sparsity_lambda / weight.numel()
@@ -238,18 +216,12 @@ class SparseAdamStep:
         self._slopes = BatchSlopes(len(weight))
 
     def __call__(self, matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64], labels: torch.Tensor) -> float:
-        """One step on some rows of a matrix and their labels.
-
-        Returns:
-            The loss before the step: mean cross-entropy + lambda * mean |W| (METHOD section 4).
-        """
-        ce, start, item, value, slopes = self._slopes(self.weight, matrix, rows, labels, len(rows))
+        """One step on some rows. Returns the loss before it: mean cross-entropy + lambda * mean |W| (METHOD section 4)."""
+        found = self._slopes(self.weight, matrix, rows, labels, len(rows))
         self._state["step"] += 1
         rates = self._rates(int(self._state["step"]))
-        totals = self._slopes.over_inputs(
-            lambda first, last: float(update_inputs(first, last, start, item, value, slopes, *self._arrays, rates))
-        )
-        return ce + self.penalty * sum(totals)
+        totals = self._slopes.over_inputs(partial(update_inputs, *found[1:], *self._arrays, rates))
+        return found.ce + self.penalty * sum(totals)
 
     def _rates(self, step: int) -> tuple[np.float32, ...]:
         group: dict[str, Any] = self.optimizer.param_groups[0]

@@ -29,59 +29,38 @@ def encoder_folder(encoder: str) -> str:
 
 @dataclass(frozen=True)
 class ExplanationFolder:
-    """The files of an explanation: what is computed (`data`) and what is drawn from it (`vis`)."""
+    """The files of an explanation: what is computed (`data`), and what is drawn from it (`vis`)."""
 
-    folder: Path
+    dump: Path
+    """Folder that the figures are drawn from."""
+    numbers: Path
+    about: Path
+    """Texts."""
+    chosen: Path
+    """What was chosen to be drawn."""
+    figures: Path
+    """Folder of the pages."""
+    contact_sheet: Path
+    clustering: Path
+    """Folder of the cluster of every image, which names and figures do not change."""
+    cluster_labels: Path
+    cluster_state: Path
+    """State of an unfinished clustering, to resume from."""
 
-    @property
-    def dump(self) -> Path:
-        """What the figures are drawn from."""
-        return self.folder / "data"
-
-    @property
-    def numbers(self) -> Path:
-        return self.dump / "numbers.npz"
-
-    @property
-    def about(self) -> Path:
-        """Texts."""
-        return self.dump / "about.json"
-
-    @property
-    def chosen(self) -> Path:
-        """What was chosen to be drawn."""
-        return self.dump / "chosen.json"
+    @classmethod
+    def at(cls, folder: Path) -> "ExplanationFolder":
+        """The files in a folder."""
+        data, vis, clustering = folder / "data", folder / "vis", folder / "clustering"
+        dump = (data, data / "numbers.npz", data / "about.json", data / "chosen.json")
+        return cls(*dump, vis, vis / "index.html", clustering, clustering / "labels.npy", clustering / "state.npz")
 
     def image(self, dataset: str, index: int) -> Path:
         """Thumbnail of an image of a data set's split."""
         return self.dump / "images" / dataset / f"{index}.jpg"
 
-    @property
-    def figures(self) -> Path:
-        """Folder of the pages."""
-        return self.folder / "vis"
-
     def page(self, name: str, suffix: str) -> Path:
         """A page: `pdf` or `png`."""
         return self.figures / f"{name}.{suffix}"
-
-    @property
-    def contact_sheet(self) -> Path:
-        return self.figures / "index.html"
-
-    @property
-    def clustering(self) -> Path:
-        """Folder of the cluster of every image, which names and figures do not change."""
-        return self.folder / "clustering"
-
-    @property
-    def cluster_labels(self) -> Path:
-        return self.clustering / "labels.npy"
-
-    @property
-    def cluster_state(self) -> Path:
-        """State of an unfinished clustering, to resume from."""
-        return self.clustering / "state.npz"
 
 
 def shard_files(features: Path, shard: int) -> tuple[Path, Path, Path]:
@@ -291,7 +270,7 @@ class Artifacts:
     def explanation(self, kind: str, run: SAERun, *parts: str) -> ExplanationFolder:
         """The folder of an explanation; the parts tell apart those of one kind and SAE."""
         sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
-        return ExplanationFolder(self.settings.analysis_dir.joinpath(kind, sae, *parts))
+        return ExplanationFolder.at(self.settings.analysis_dir.joinpath(kind, sae, *parts))
 
     # Figures and summaries
 

@@ -41,7 +41,7 @@ class Outcome(Enum):
 
 @dataclass
 class Work:
-    """What `making` yields: whether an artifact must be made, and what to record of it."""
+    """What `making` yields: whether an artifact must be made, and what its manifest records."""
 
     outcome: Outcome
     outputs: list[Path] = field(default_factory=list)

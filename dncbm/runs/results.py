@@ -1,7 +1,7 @@
-"""`probe_results.csv`: one row for each evaluation, whatever was evaluated, with its settings and what was measured."""
+"""`probe_results.csv`: one row per evaluation of any kind, with its settings and its metrics."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from dncbm.runs.manifests import whole_file
 ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
 COVERAGES = (0.90, 0.95, 0.99)
 NECS = (5, 10, 15, 20, 25, 30)
-"""Numbers of effective concepts, the mean number of non-zero weights per class, at which accuracy is reported."""
+"""Numbers of effective concepts, i.e. mean numbers of non-zero weights per class, at which accuracy is reported."""
 SETTINGS = (
     "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "probe_lr",
     "probe_batch_size", "probe_epochs", "probe_lambda", "seed",
 )  # fmt: skip
-"""`method` is `probe`, `nec` or `zero_shot`; `on` what it classifies: `concepts`, `features` or `random` directions."""
+"""`method` is `probe`, `nec` or `zero_shot`; `on` is its input: `concepts`, `features` or `random` directions."""
 METRICS = (
     *(f"zeros_{tolerance:g}" for tolerance in ZERO_TOLERANCES),
     *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "ce", "top1", "top5")),
@@ -30,15 +30,11 @@ METRICS = (
     "val_anec_5",
     "val_anec_avg",
 )
-"""Accuracies are fractions. What does not apply to a method is blank."""
+"""Accuracies are fractions. Columns that do not apply to a method are blank."""
 
 
 def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A row with every column.
-
-    Args:
-        settings: some of SETTINGS; the time is added.
-        metrics: some of METRICS.
+    """A row with every column, from values of some of SETTINGS (the time is added) and of METRICS.
 
     Raises:
         KeyError: there is no such column.
@@ -52,9 +48,9 @@ def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dic
 
 
 def append_result(path: Path, *rows: dict[str, Any]) -> None:
-    """Append rows of the same columns to a CSV, under a lock, so that jobs of a cluster can share the file.
+    """Append rows with the same columns to a CSV, under a lock, so that jobs of a cluster can share the file.
 
-    A file of an older version, whose columns are some of the row's, gets the others, blank.
+    If the file was written by an older version and lacks some of the columns, they are added, blank.
 
     Raises:
         UserError: the file has other columns.
@@ -66,15 +62,13 @@ def append_result(path: Path, *rows: dict[str, Any]) -> None:
         if not is_new:
             header, old = _read(path)
             if set(header) < set(columns):
-                with whole_file(path) as temporary:
-                    _write(temporary, columns, old)
+                write_csv(path, columns, ([row.get(column, "") for column in columns] for row in old))
             elif header != columns:
-                raise UserError(f"{path} has other columns than this version writes: move it away and run again")
+                raise UserError(f"the columns of {path} are not those of this version: move it away and run again")
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file).writerows(
+                [*([columns] if is_new else []), *([row[column] for column in columns] for row in rows)]
+            )
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
@@ -91,8 +85,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         return list(reader.fieldnames or ()), rows
 
 
-def _write(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV with a header, whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])

@@ -17,8 +17,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "local_explanations": {"probe_split": "val", "limit": 12},
     "global_explanations": {"probe_split": "val"},
 }
-"""Latents and clusters are explained with the training images, predictions and classes with the held-out ones. With 80 clusters
-of 1,425 images, most clusters show one thing."""
+"""Latents and clusters are explained with the training images, predictions and classes with the held-out ones. With 80
+clusters of 1,425 images, most clusters show one thing."""
 
 
 def explain(

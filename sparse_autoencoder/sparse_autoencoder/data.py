@@ -95,15 +95,10 @@ def in_batches(
     name: Callable[[int], str] | None = None,
     reader: Workers | None = None,
 ) -> Iterator[Tensor]:
-    """Yields items in batches (n x D, float32); the last batch may be short.
+    """Yields the items at the indices `order` in batches (n x D, float32), from batch `first` on; the last may be short.
 
-    Args:
-        features: the items.
-        order: indices (int64) of the items, in the order wanted.
-        batch_size: items per batch.
-        first: the batch to start with.
-        name: names a batch in errors, by default "batch 3".
-        reader: a thread that gathers the next batches while the caller works on this one.
+    `name` names a batch in errors, by default "batch 3". If there is a `reader`, its thread gathers the next batches while
+    the caller works on this one.
 
     Raises:
         NonFiniteError: a batch holds NaN or infinity.

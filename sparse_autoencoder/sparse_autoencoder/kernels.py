@@ -184,24 +184,17 @@ def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array,
         row_start[i + 1] = row_start[i] + count
 
 
-def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
-    """The entries that a selection left in working memory, copied to arrays of their own."""
-    total = int(row_start[-1])
-    entries = ItemMajor(
-        row_start.copy(), np.empty(total, np.int32), np.empty(total, np.float32), np.empty(total, np.float32)
-    )
-    pack(latent, value, row_start, entries.latent, entries.z)
-    return entries
-
-
 @njit(nogil=True, cache=True)
-def pack(latent: Array, value: Array, row_start: Array, packed_latent: Array, packed_value: Array) -> None:
-    """Copies each row's entries to the packed arrays, starting at row_start (n + 1)."""
+def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
+    """The entries that a selection left in working memory (latent and value: n x F), copied to arrays of their own."""
+    total = row_start[-1]
+    packed_latent, packed_value = np.empty(total, np.int32), np.empty(total, np.float32)
     for i in range(row_start.shape[0] - 1):
         start = row_start[i]
         for j in range(row_start[i + 1] - start):
             packed_latent[start + j] = latent[i, j]
             packed_value[start + j] = value[i, j]
+    return ItemMajor(row_start.copy(), packed_latent, packed_value, np.empty(total, np.float32))
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
@@ -278,23 +271,16 @@ def decode_left_over(
     return error
 
 
-def item_sums(entries: ItemMajor) -> tuple[Array, Array]:
-    """The sum of each item's values and its number of active latents (both n, float32)."""
-    n = len(entries.row_start) - 1
-    total, active = np.empty(n, np.float32), np.empty(n, np.float32)
-    sum_items(entries.row_start, entries.z, total, active)
-    return total, active
-
-
 @njit(nogil=True, cache=True)
-def sum_items(row_start: Array, z: Array, total: Array, active: Array) -> None:
-    """For each item, the sum of its entries' values (n) and the number of non-zero ones (n)."""
-    for i in range(total.shape[0]):
-        total[i] = 0
-        active[i] = 0
-        for p in range(row_start[i], row_start[i + 1]):
-            total[i] += z[p]
-            active[i] += z[p] != 0
+def item_sums(entries: ItemMajor) -> tuple[Array, Array]:
+    """For each item, the sum of its entries' values and the number of non-zero ones (both n, float32)."""
+    n = entries.row_start.shape[0] - 1
+    total, active = np.zeros(n, np.float32), np.zeros(n, np.float32)
+    for i in range(n):
+        for p in range(entries.row_start[i], entries.row_start[i + 1]):
+            total[i] += entries.z[p]
+            active[i] += entries.z[p] != 0
+    return total, active
 
 
 @njit(nogil=True, cache=True)

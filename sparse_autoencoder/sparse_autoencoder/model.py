@@ -28,8 +28,7 @@ class SparseAutoencoder(nn.Module):
     z = activate((x - b) W_e^T + b_e) and x_hat = z W_d + b, where x is the input after `input_transform`.
 
     Parameters: `tied_bias` b (D), `encoder_weight` W_e (F x D), `encoder_bias` b_e (F) and `decoder_weight` W_d (F x D;
-    row f, of unit norm, is latent f's direction). JumpReLU adds `log_threshold` (F); BatchTopK adds the buffer
-    `threshold` (a scalar).
+    row f, of unit norm, is latent f's direction), and those that the variant adds.
 
     Args:
         n_inputs: D.

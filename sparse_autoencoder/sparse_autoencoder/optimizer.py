@@ -43,7 +43,7 @@ class Adam:
         )
         self.moments: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
-            # torch makes these at the first step; made here, the dense and the sparse step share them.
+            # torch would create these at the first step; created here, the dense and the sparse step share them.
             state = self._adam.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             state["exp_avg"] = self.moments[f"{name}.mean"] = torch.zeros_like(parameter)

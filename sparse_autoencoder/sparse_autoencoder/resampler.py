@@ -59,25 +59,15 @@ def resample(
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Restarts the latents that never fired: changes their parameters and Adam's moments in place.
+    """Restarts the latents that `fired` (F) counts as never active: changes their parameters and Adam's moments in place.
 
     Inputs are drawn without replacement, by `sampling_probability`, from at most `dataset_size` random items. If there are
-    fewer items to draw than dead latents, only the first dead latents restart.
-
-    Args:
-        model: the model.
-        adam: its optimiser.
-        features: the training data.
-        fired: how often each latent was active (F).
-        losses: a faster equivalent of `code_losses`.
-        dataset_size: the most items whose losses are computed.
-        batch_size: items per batch.
-        generator: source of the draws.
-        reader: a thread that gathers the next batches.
-        stop: asked before each batch; if it returns True, nothing is changed.
+    fewer items to draw than dead latents, only the first dead latents restart. `losses` is a faster equivalent of
+    `code_losses`.
 
     Returns:
-        The indices (int64) of the restarted latents; None if `stop` ended it.
+        The indices (int64) of the restarted latents; None, with nothing changed, if `stop`, asked before each batch,
+        returned True.
     """
     dead = (fired == 0).nonzero().flatten()
     if len(dead) == 0:

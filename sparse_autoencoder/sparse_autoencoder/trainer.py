@@ -101,6 +101,8 @@ class TrainingResult:
 class _State:
     """Everything that the next step depends on, apart from settings and data."""
 
+    COUNTERS = ("items_seen", "window_items", "resampled_after")
+
     def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
         self.model = model
         self.adam = adam
@@ -146,9 +148,7 @@ class _State:
             raise NonFiniteError(f"step {self.adam.steps}: {', '.join(bad)} hold NaN or infinity")
         counters = {
             "steps": self.adam.steps,
-            "items_seen": self.items_seen,
-            "window_items": self.window_items,
-            "resampled_after": self.resampled_after,
+            **{name: getattr(self, name) for name in self.COUNTERS},
             "density": self.stepper.density,
         }
         write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
@@ -162,8 +162,8 @@ class _State:
         saved, header = read_safetensors(path)
         try:
             saved_run, counters = json.loads(header["run"]), json.loads(header["counters"])
-            steps, items_seen, window = (int(counters[name]) for name in ("steps", "items_seen", "window_items"))
-            resampled_after, density = int(counters["resampled_after"]), float(counters["density"])
+            own_counters = {name: int(counters[name]) for name in self.COUNTERS}
+            steps, density = int(counters["steps"]), float(counters["density"])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a training state ({error})") from error
         differences = [
@@ -184,11 +184,9 @@ class _State:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        self.adam.steps = steps
-        self.items_seen = items_seen
-        self.window_items = window
-        self.resampled_after = resampled_after
-        self.stepper.density = density
+        self.adam.steps, self.stepper.density = steps, density
+        for name, value in own_counters.items():
+            setattr(self, name, value)
 
 
 _MEASURES = ("loss", "l2_loss", "l1_loss", "l0", "explained_variance")

@@ -80,7 +80,7 @@ def test_two_latents_may_share_a_name() -> None:
 
 
 def test_another_encoders_vocabulary_is_refused(refusal) -> None:
-    with refusal("3 dimensions", "in 2", "another encoder"):
+    with refusal("3 dimensions", "words 2", "another encoder"):
         nearest_words(torch.ones(4, 3), vocabulary_of(np.eye(2)))
 
 

@@ -45,7 +45,9 @@ def by_hand(mine, x: np.ndarray) -> np.ndarray:
 
 def save(mine, split: str | None = "val", **options) -> Outcome:
     run = options.pop("run", mine.run)
-    return save_concept_strengths(mine.settings, run, ProbeDataset("mine"), Splits(split), **{"device": "cpu"} | options)
+    return save_concept_strengths(
+        mine.settings, run, ProbeDataset("mine"), Splits(split), **{"device": "cpu"} | options
+    )
 
 
 def load(mine, split: str = "val"):

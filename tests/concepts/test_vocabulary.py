@@ -91,7 +91,7 @@ def test_other_words_are_stale(settings: Settings, refusal) -> None:
 def test_embeddings_of_other_words_are_not_read(settings: Settings, refusal) -> None:
     save(settings)
     Artifacts(settings).words().write_text("one\ntwo\nthree\nfour")
-    with refusal(Artifacts(settings).words(), "`vocabulary`", "--overwrite"):
+    with refusal(Artifacts(settings).words(), "--from vocabulary --to vocabulary --overwrite"):
         load_vocabulary(settings, "enc")
 
 
@@ -103,7 +103,9 @@ def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(setting
         patched.setattr(dncbm.concepts.vocabulary, "load_encoder", fail)
         with pytest.raises(UserError, match="no weights"):
             save(settings)
-    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
+    monkeypatch.setattr(
+        dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"}
+    )
     assert save(settings) is Outcome.RAN
 
 

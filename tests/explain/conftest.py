@@ -31,7 +31,7 @@ NAMES = ["sand", "dog", "sea", "dog", "a word that is much longer than any colum
 NAMES += [f"word{i}" for i in range(7, 14)]
 F, N = len(NAMES), 60
 DEAD, RARE = 9, 6
-"""A latent that no image activates, and one that two images do."""
+"""A latent that no image activates, and one that two images activate."""
 CONFIG = {
     **{name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")},
     "vocabulary": "words",
@@ -68,9 +68,9 @@ class World:
     z: np.ndarray
     """images x F of val."""
     keys: np.ndarray
-    """Index of each image in the data set: one was unreadable, so that rows and indices differ."""
+    """Index of each image in the data set; one was unreadable, so rows and indices differ."""
     labels: np.ndarray
-    """Of the rows."""
+    """True class of each row."""
     weight: np.ndarray
     """F x C."""
     similarity: np.ndarray
@@ -162,7 +162,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(template: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world of one's own."""
+    """A copy of the world for one test."""
     # torchvision knows the checksums of the real lists
     monkeypatch.setattr("torchvision.datasets.places365.check_integrity", lambda file, md5: Path(file).is_file())
     shutil.copytree(template.settings.path.parent, tmp_path, dirs_exist_ok=True)

@@ -20,7 +20,7 @@ from dncbm.explain.explanations import (
 
 
 def by_brute_force(dense: np.ndarray, latent: int, k: int) -> list[int]:
-    """Images by falling strength, the lower row first where two are equal, those that activate not at all left out."""
+    """Images by falling strength, without those that do not activate the latent; ties go to the lower row."""
     rows = sorted(range(len(dense)), key=lambda row: (-dense[row, latent], row))
     return [row for row in rows if dense[row, latent] > 0][:k]
 
@@ -39,7 +39,7 @@ def test_top_images_are_the_strongest(n_images: int, n_latents: int, k: int, see
     assert [list(top) for top in tops] == [by_brute_force(dense, latent, k) for latent in latents]
 
 
-def test_zeros_that_are_stored_are_zeros() -> None:
+def test_stored_zeros_are_zeros() -> None:
     strengths = scipy.sparse.csr_matrix(
         (np.array([0.0, 2.0, 0.0], np.float32), np.array([0, 0, 0]), np.array([0, 1, 2, 3])), shape=(3, 2)
     )
@@ -47,7 +47,7 @@ def test_zeros_that_are_stored_are_zeros() -> None:
     assert [list(top) for top in top_activating(strengths, np.array([0, 1]), 3)] == [[1], []]
 
 
-def test_the_strengths_are_left_as_they_are() -> None:
+def test_the_strengths_do_not_change() -> None:
     strengths = scipy.sparse.random(20, 5, 0.4, format="csr", random_state=0, dtype=np.float32)
     before = strengths.copy()
     top_activating(strengths, np.arange(5), 3)
@@ -55,7 +55,7 @@ def test_the_strengths_are_left_as_they_are() -> None:
     np.testing.assert_array_equal(strengths.indices, before.indices)
 
 
-# ------------------------------------------------------------------------------------- contributions and what leads
+# ------------------------------------------------------------------------------------- contributions and leaders
 
 
 def sparse(dense: np.ndarray) -> scipy.sparse.csr_matrix:
@@ -116,7 +116,7 @@ def test_leading_entries_by_brute_force(rows: int, columns: int, k: int, seed: i
         assert found.n_remaining[row] == np.count_nonzero(others)
 
 
-def test_what_is_worked_on_in_batches_is_the_same(monkeypatch) -> None:
+def test_batches_do_not_change_results(monkeypatch) -> None:
     z, weight = strengths_and_weight(11, 8, 3, 0)
     classes = np.arange(11) % 3
     whole = contributions(sparse(z), torch.from_numpy(weight), classes)
@@ -145,7 +145,7 @@ def test_means_of_groups(n: int, f: int, c: int, seed: int) -> None:
     np.testing.assert_allclose(means.toarray(), expected, rtol=1e-6)
     centred = mean_centred(means, sparse(z))
     dense = expected - z.mean(axis=0)
-    for g in range(c):  # those that a group lacks are not above the mean, so leaving them out changes no ranking
+    for g in range(c):  # concepts that a group lacks are at most the mean, so leaving them out changes no ranking
         kept = set(centred[[g]].indices.tolist())
         np.testing.assert_allclose(centred[[g]].toarray()[0][sorted(kept)], dense[g][sorted(kept)], atol=1e-6)
         assert all(dense[g, j] <= 0 for j in range(f) if j not in kept)
@@ -185,6 +185,6 @@ def test_kmeans_ends_the_same_however_it_is_cut(monkeypatch, at_once: int) -> No
         np.testing.assert_allclose(other.centres, whole.centres, rtol=1e-5)
 
 
-def test_kmeans_does_not_go_on_for_ever(monkeypatch) -> None:
+def test_kmeans_ends_after_the_most_iterations(monkeypatch) -> None:
     monkeypatch.setattr(dncbm.explain.explanations, "MAX_ITERATIONS", 2)
     assert kmeans(topics(300, 20, 0), 7, 3).iterations == 2

@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,32 @@ def test_a_process_that_dies_is_one_line(draw, monkeypatch, refusal) -> None:
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", dead)
     with refusal("killed", "--num_workers"):
         draw(workers=2)
+
+
+def test_a_page_that_fails_ends_the_drawing(drawn, draw, monkeypatch) -> None:
+    """Threads stand in for the processes."""
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers: int, context: object, initializer: object) -> None:
+            assert workers == 2
+            super().__init__(1)
+
+    quick, draw_page = Canvas.save, pages._draw_page
+
+    def fails_at_the_second(self: Canvas, *args: object) -> None:
+        time.sleep(0.05)
+        if len(drawn) == 1:
+            raise OSError("no space left")
+        quick(self, *args)
+
+    monkeypatch.setattr(pages, "FEW", 1)
+    monkeypatch.setattr(pages, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(Canvas, "save", fails_at_the_second)
+    calls = []
+    monkeypatch.setattr(pages, "_draw_page", lambda *args: (calls.append(args), draw_page(*args)))
+    with pytest.raises(OSError, match="no space left"):
+        draw(workers=2)
+    assert len(calls) < 6
 
 
 def test_few_pages_start_no_process(drawn, draw, monkeypatch) -> None:

@@ -158,7 +158,7 @@ def test_the_only_trained_run_is_taken_and_named(world, script, capsys) -> None:
     script("meta_clusters_dump", "--n_clusters 3 --limit 1")
     assert f"sae: {artifacts.sae(other)} (the only one that the flags allow)" in capsys.readouterr().out
     script("local_explanations_plot")
-    folder = artifacts.local_explanations(other, probe, "val").folder
+    folder = artifacts.local_explanations(other, probe, "val").dump.parent
     assert f"local_explanations_dump: {folder} (the only one that the flags allow)" in capsys.readouterr().out
     assert len(pages(world, "local_explanations")) == 3
 

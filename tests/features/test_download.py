@@ -66,7 +66,7 @@ def test_download_from_tsvs_without_header(server: str, tmp_path: Path, write_co
     assert "2 of 2 images arrived (100.0%), 1 shards: cc3m/validation" in said
     assert train.read_text().startswith("a caption, 0\t"), "the downloaded file is left as it was"
 
-    # What it printed is what config.py takes.
+    # It prints an entry for config.py.
     entry = said[said.index('    "cc3m": {') :].split("    },")[0] + "    }"
     path = write_config()
     path.write_text(path.read_text().replace("sae_datasets = {}", f"sae_datasets = {{{entry}}}"))
@@ -77,7 +77,7 @@ def test_download_from_tsvs_without_header(server: str, tmp_path: Path, write_co
     images = [decode() for shard in range(len(shards)) for _, decode in shards.read(shard, pytest.fail)]
     assert [image.size for image in images] == [(32, 32)] * 10
 
-    # Again: complete shards are left as they are.
+    # The second time, complete shards are left as they are.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cc3m").rglob("*.tar")}
     main("download", flags)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cc3m").rglob("*.tar")} == before
@@ -140,7 +140,7 @@ def test_a_header_is_not_an_address(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "no file"),
+        (None, "is missing"),
         ("", "holds no address"),
         ("a\thttp://x\nb c d\n", "line 2"),
         ("http://x\tcaption\n", "line 1"),

@@ -1,4 +1,4 @@
-"""From shards of images to files of features: which images are encoded, in what batches, and what happens to bad ones."""
+"""From shards of images to files of features: which images are encoded, in what batches, and how bad images are handled."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +18,17 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from dncbm.features.datasets import BadImage, open_image
+from dncbm.features.datasets.probe import ProbeImages, ProbeShards
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder
 from dncbm.features.encoding import _Buffers, _Piece, encode_shards
 from dncbm.runs.declarations import Extraction
 from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import whole_file
 from tests.features.conftest import N_IMAGES
 
 ALL_MAY_BE_BAD = Extraction(batch_size=4, num_workers=0, max_bad_fraction=1.0)
@@ -60,7 +64,7 @@ class Listing(torch.nn.Module):
     [
         (3, 0, [3, 3, 1] * 3),
         (7, 0, [7] * 3),
-        (64, 0, [16] * 3),  # filled up, so that the last bits do not follow the number of threads
+        (64, 0, [16] * 3),  # padded, so that the last bits do not depend on the number of threads
         (None, 0, [16] * 3),
         (2, 1, [2, 2, 2, 1] * 3),
         (3, 2, [3, 3, 1] * 3),
@@ -83,9 +87,30 @@ def test_every_image_is_encoded_once_and_as_by_a_plain_loop(
     np.testing.assert_allclose(np.concatenate(found), means(keys), rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_the_progress_bar_ends_at_the_number_of_images(
+    tmp_path: Path, shards, make_encoder, corrupt, capsys, is_counted: bool
+) -> None:
+    """Also after an interruption, with bad images, and if shards do not know how many images they hold."""
+    corrupt(shards, 2, 20, 21)
+    if is_counted:
+        for path in shards.paths:
+            path.with_name(path.stem + "_stats.json").write_text(f'{{"successes": {N_IMAGES}}}')
+    extraction = Extraction(batch_size=3, num_workers=0, max_bad_fraction=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(shards, make_encoder(Listing(interrupted_at=4)), tmp_path / "features", extraction, "images")
+    capsys.readouterr()
+    encode_shards(shards, make_encoder(), tmp_path / "features", extraction, "some title")
+    bars = capsys.readouterr().err.split("\r")
+    if is_counted:
+        assert any(f" {N_IMAGES}/21 " in bar for bar in bars[:3])  # the first shard was kept
+    assert bars[-1].startswith("some title: 100%")
+    assert " 21/21 " in bars[-1]
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_on_a_gpu_batches_are_larger_and_never_filled_up(tmp_path: Path, shards, make_encoder, means) -> None:
-    """With an encoder that says that it runs on a GPU."""
+def test_on_a_gpu_batches_are_larger_and_never_padded(tmp_path: Path, shards, make_encoder, means) -> None:
+    """The encoder only claims to be on a GPU."""
     tower = Listing()
 
     class OnGPU(Encoder):
@@ -106,7 +131,7 @@ def test_on_a_gpu_batches_are_larger_and_never_filled_up(tmp_path: Path, shards,
 
 
 def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path, shards, make_encoder) -> None:
-    """A shard ends with a small batch, which kernels divide among threads in other ways."""
+    """A shard ends with a small batch, which kernels divide among threads differently."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4096), torch.nn.Linear(4096, 8))
     layers.encode_image = layers.forward
@@ -152,6 +177,28 @@ def test_a_shard_whose_files_are_lost_is_read_again(tmp_path: Path, shards, make
         encode_shards(shards, make_encoder(tower), folder, extraction, "images")
         assert files(folder) == whole
         assert sum(tower.sizes) == N_IMAGES
+
+
+def test_old_features_never_lie_beside_new_keys(tmp_path: Path, shards, make_encoder, corrupt, monkeypatch) -> None:
+    """A shard whose images were fixed is made again, and the process dies before it has written the features."""
+    corrupt(shards, 1, 12)
+    extraction, folder = Extraction(batch_size=3, num_workers=0, max_bad_fraction=0.1), tmp_path / "features"
+    encode_shards(shards, make_encoder(), folder, extraction, "images")
+    corrupt(shards, 1)
+
+    def dies(path: Path) -> AbstractContextManager[Path]:
+        if path.name == "00001.npy":
+            raise KeyboardInterrupt
+        return whole_file(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("dncbm.features.encoding.whole_file", dies)
+        encode_shards(shards, make_encoder(), folder, extraction, "images")
+    assert np.load(folder / "00001.keys.npy")[2] == "000000012"
+    assert not (folder / "00001.npy").exists()
+    encode_shards(shards, make_encoder(), folder, extraction, "images")
+    encode_shards(shards, make_encoder(), tmp_path / "whole", extraction, "images")
+    assert files(folder) == files(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad images
@@ -210,9 +257,9 @@ def test_too_many_bad_images_fail_the_stage_and_keep_what_is_extracted(
     with refusal("3 of 21", "UnidentifiedImageError", "--max_bad_fraction", shards.paths[1], folder):
         encode_shards(shards, make_encoder(), folder, strict, "images")
     kept = files(folder)
-    for path in shards.paths:  # nothing is read again
+    for path in shards.paths:  # the shards are not read again
         path.unlink()
-    allowed = replace(strict, max_bad_fraction=3 / 21)  # exactly as many as there are
+    allowed = replace(strict, max_bad_fraction=3 / 21)  # exactly the fraction that is bad
     assert encode_shards(shards, make_encoder(), folder, allowed, "images")["images"] == 18
     assert files(folder) == kept
 
@@ -221,6 +268,12 @@ def test_no_readable_image_at_all_is_an_error(tmp_path: Path, make_encoder, writ
     path = write_tar(tmp_path / "0.tar", {"a": {"png": b"none"}})
     with refusal(path, "no image could be read"):
         encode_shards(WebdatasetShards((path,)), make_encoder(), tmp_path / "f", ALL_MAY_BE_BAD, "images")
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path, make_encoder, refusal) -> None:
+    images = ProbeImages(np.zeros(0, np.int64), ("a",), Image.new, None, "hash")
+    with refusal("no image could be read", "the split is empty"):
+        encode_shards(ProbeShards(images, np.arange(0)), make_encoder(), tmp_path / "f", ALL_MAY_BE_BAD, "images")
 
 
 class NaNFor(torch.nn.Module):
@@ -339,6 +392,20 @@ def test_the_encoders_preprocessing_gets_unusual_images_as_pil_opens_them(tmp_pa
 # ------------------------------------------------------------------------------------------ worker processes, memory
 
 
+def test_there_are_no_more_workers_than_shards_to_read(tmp_path: Path, shards, make_encoder, monkeypatch) -> None:
+    n_workers = []
+
+    def without_workers(reader: IterableDataset, num_workers: int, **_: object) -> DataLoader:
+        n_workers.append(num_workers)
+        return DataLoader(reader, batch_size=None)
+
+    monkeypatch.setattr("dncbm.features.encoding.DataLoader", without_workers)
+    for folder, num_workers in (("a", 0), ("b", 2), ("c", 8), ("c", 8)):
+        extraction = Extraction(batch_size=4, num_workers=num_workers)
+        encode_shards(shards, make_encoder(), tmp_path / folder, extraction, "images")
+    assert n_workers == [0, 2, 3, 0]
+
+
 def test_a_worker_that_is_killed_is_an_error_of_one_line(tmp_path: Path, shards, make_encoder, refusal) -> None:
     def die(image: Image.Image) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -355,9 +422,7 @@ def test_a_missing_tar_is_an_error_of_one_line(tmp_path: Path, shards, make_enco
     extraction = Extraction(batch_size=2, num_workers=num_workers)
     with pytest.raises(UserError) as caught:
         encode_shards(shards, make_encoder(), tmp_path / "f", extraction, "images")
-    expected = (
-        f"cannot read {shards.paths[1]}: No such file or directory; run the same command again when it can be read"
-    )
+    expected = f"cannot read {shards.paths[1]}: No such file or directory; run the same command once it can be read"
     assert str(caught.value) == expected
 
 

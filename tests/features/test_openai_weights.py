@@ -1,7 +1,7 @@
 """OpenAI's models against OpenAI's own code (the package clip-anytorch).
 
-The true architectures are compared by their parameters, heads and activations, without memory for weights; what they compute
-is compared on smaller ones with random weights.
+The true architectures are compared by their parameters, heads and activations, without memory for weights; the features and
+embeddings are compared on smaller architectures with random weights.
 """
 
 import importlib.util

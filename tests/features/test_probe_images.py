@@ -1,4 +1,4 @@
-"""The data sets that a probe classifies, and how a line of config.py reads them."""
+"""The data sets that a probe classifies, and how config.py says where and how they are stored."""
 
 import csv
 import pickle
@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dncbm.features.datasets.probe import SHARD_SIZE, ProbeImages, ProbeShards, display_name, probe_images, split_train
+from dncbm.features.datasets import SHARD_SIZE, random_split
+from dncbm.features.datasets.probe import ProbeImages, ProbeShards, display_name, probe_images
 from dncbm.features.datasets.sae import WebdatasetShards
 
 
@@ -249,6 +250,11 @@ def test_two_copies_of_a_data_set_have_two_names(make_settings, cifar10, tmp_pat
         assert list(probe_images(settings, name, "train").labels) == [1, 2, 3, 4, 5]
     assert len({probe_images(settings, name, "val").content_hash for name in expected}) == 2
 
+    swapped = {"path": "clean", "reader": "cifar10", "splits": {"train": "test", "val": "train"}}
+    settings = make_settings(probe_datasets={"swapped": swapped})
+    sizes = {split: len(probe_images(settings, "swapped", split).labels) for split in ("train", "val")}
+    assert sizes == {"train": 1, "val": 5}
+
 
 def test_splits_rename_the_folders_of_a_data_set(make_settings, tmp_path: Path, put) -> None:
     """Of one that is called like a data set with a reader of its own."""
@@ -338,22 +344,24 @@ def test_shards_can_be_sent_to_a_spawned_process(
 
 
 @given(n=st.integers(0, 3000), seed=st.integers(0, 2**32))
-def test_a_tenth_of_the_train_split_is_held_out(n: int, seed: int) -> None:
-    split = split_train(n, seed)
-    assert set(split) == {"train", "train_val"}
+def test_shares_are_held_out_of_train(n: int, seed: int) -> None:
+    split = random_split(n, seed, {"train_val": 0.1, "val": 0.05})
+    assert list(split) == ["train", "train_val", "val"]
     assert len(split["train_val"]) == pytest.approx(n / 10, abs=0.5)
-    assert sorted([*split["train"], *split["train_val"]]) == list(range(n))
-    for indices in split.values():
+    assert len(split["val"]) == pytest.approx(n / 20, abs=0.5)
+    assert sorted(index for indices in split.values() for index in indices) == list(range(n))
+    again = random_split(n, seed, {"train_val": 0.1, "val": 0.05})
+    for name, indices in split.items():
         assert list(indices) == sorted(indices)
-        np.testing.assert_array_equal(
-            indices, split_train(n, seed)["train" if indices is split["train"] else "train_val"]
-        )
+        np.testing.assert_array_equal(indices, again[name])
 
 
 def test_the_held_out_images_are_drawn_at_random() -> None:
-    one, other = (split_train(1000, seed)["train_val"] for seed in (49, 50))
+    one, other = (random_split(1000, seed, {"train_val": 0.1})["train_val"] for seed in (49, 50))
     assert 0 < len(set(one) & set(other)) < 50  # 10 are expected to coincide
     assert 300 < one.mean() < 700
+    expected = np.sort(np.random.default_rng(49).permutation(1000)[:100])  # the bits of every earlier run
+    np.testing.assert_array_equal(one, expected)
 
 
 def test_probe_images_are_cut_into_shards(random_image) -> None:

@@ -102,6 +102,26 @@ def test_a_cut_between_two_members_is_noticed(tmp_path: Path, write_tar, members
     assert bad == {"cut off or damaged tar": lost}
 
 
+def test_a_member_that_ends_where_it_begins_is_damage(tmp_path: Path) -> None:
+    """A sparse member of negative size, after which tarfile reads the same header again."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:495] = bytes(97) + tarfile.itn(0, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "0.tar").write_bytes(bytes(header) + bytes(1024))
+
+    bad: list[str] = []
+
+    def on_bad(reason: str) -> None:
+        bad.append(reason)
+        assert len(bad) < 5
+
+    assert not list(of(tmp_path / "0.tar").read(0, on_bad))
+    assert bad == ["cut off or damaged tar"]
+
+
 @pytest.mark.parametrize(("count", "missing"), [(3, 0), (4, 0), (6, 2)])
 def test_images_that_img2dataset_counted_and_the_tar_lacks_are_missing(
     tmp_path: Path, write_tar, members, count: int, missing: int
@@ -269,7 +289,7 @@ def keys_of(found: dict[str, ImageShards]) -> dict[str, list[str]]:
 
 
 def test_a_folder_without_splits_is_divided_at_random(make_settings, tmp_path: Path, fill, monkeypatch) -> None:
-    monkeypatch.setattr("dncbm.features.datasets.sae.SHARD_SIZE", 7)
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 7)
     names = [f"{'abc'[i % 3]}/deeper/{i:03d}.{('jpg', 'PNG', 'jpeg', 'webp')[i % 4]}" for i in range(60)]
     images = fill(tmp_path / "photos", names)
     for other in ("notes.txt", "a/.hidden.jpg", ".cache/x.jpg"):
@@ -317,8 +337,12 @@ def test_a_folder_that_cannot_be_divided_is_refused(make_settings, tmp_path: Pat
     fill(tmp_path / "photos", ["1.png", "2.png"])
     with refusal("no images for", "20"):
         sae_images(settings, "mine")
-    fill(tmp_path / "photos/train", ["1.png"])
-    with refusal("has the folder train but not", "val", settings.path):
+    (tmp_path / "photos/train").mkdir()
+    (tmp_path / "photos/val").mkdir()
+    with refusal("no images for train", settings.path):
+        sae_images(settings, "mine")
+    (tmp_path / "photos/val").rmdir()
+    with refusal("has the folder train but not both train and val", settings.path):
         sae_images(settings, "mine")
 
 

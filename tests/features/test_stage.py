@@ -1,8 +1,9 @@
-"""Stages 1 and 5: what is extracted again and what is not, labels beside features, and data sets named in config.py."""
+"""Stages 1 and 5: when features are made again, labels beside features, and data sets read as config.py says."""
 
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dncbm.features.datasets.probe import split_train
+from dncbm.features.datasets import random_split
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder
 from dncbm.features.stage import open_features, probe_class_names, probe_labels, save_probe_features, save_sae_features
@@ -19,6 +20,7 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.ranks import Ranks
 from dncbm.runs.settings import Settings
 from tests.features.conftest import N_IMAGES
 
@@ -113,6 +115,36 @@ class TestStageOfTheSAE:
         with pytest.raises(StaleArtifact, match="precision was"):
             save_sae(settings, replace(LOOSE, precision="fp16"))
 
+    def test_the_device_reaches_the_encoder(self, settings: Settings, loaded: Loaded) -> None:
+        save_sae_features(settings, SAEFeatures("enc", "out", "mine"), LOOSE, device="meta")
+        assert loaded.arguments == [("enc", torch.device("meta"), None)]
+
+    @pytest.mark.parametrize(("rank", "expected"), [(0, ["load", "wait"]), (1, ["wait", "load"])])
+    def test_the_first_process_downloads_weights_for_all(
+        self, settings: Settings, monkeypatch, make_encoder, rank: int, expected: list[str]
+    ) -> None:
+        events = []
+
+        class Alone(Ranks):
+            """One of two processes, without the other."""
+
+            def first_makes(self, make: Callable[[], Any]) -> Any:
+                return make()
+
+            def wait(self) -> None:
+                events.append("wait")
+
+        def load(*_: object) -> Encoder:
+            events.append("load")
+            return make_encoder()
+
+        monkeypatch.setattr("dncbm.features.stage.load_encoder", load)
+        monkeypatch.setattr("dncbm.features.stage.joined", lambda: nullcontext(Alone(rank, 2)))
+        monkeypatch.setattr("dncbm.features.encoding._count", lambda *_: {"images": 7})
+        save_sae(settings)
+        assert events[:2] == expected
+        assert events.count("load") == 1
+
     def test_a_damaged_shard_is_named_and_made_again_when_asked(self, settings: Settings) -> None:
         save_sae(settings)
         folder = open_features(settings, "mine", "enc", "out", "train").folder
@@ -163,7 +195,7 @@ class TestStageOfTheSAE:
 
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
-    monkeypatch.setattr("dncbm.features.datasets.probe.SHARD_SIZE", 16)
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 16)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -206,7 +238,7 @@ class TestStageOfTheProbe:
         train, held_out = (np.load(artifacts.split_indices("mine", split)) for split in ("train", "train_val"))
         assert (len(train), len(held_out)) == (45, 5)
         assert sorted([*train, *held_out]) == list(range(50))
-        np.testing.assert_array_equal(train, split_train(50, seed=49)["train"])
+        np.testing.assert_array_equal(train, random_split(50, 49, {"train_val": 0.1})["train"])
         assert len(np.load(artifacts.labels("mine", "train"))) == 50
         assert len(np.load(artifacts.labels("mine", "val"))) == 11
         assert not artifacts.features("mine", "enc", "out", "train").exists()
@@ -363,7 +395,7 @@ def test_another_list_of_shards_is_not_a_fixed_one(
 def test_fixed_probe_images_are_read_again(
     make_settings, tmp_path: Path, put, random_image, loaded: Loaded, monkeypatch, refusal
 ) -> None:
-    monkeypatch.setattr("dncbm.features.datasets.probe.SHARD_SIZE", 8)
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 8)
     for split in ("train", "val"):
         for i in range(20):
             put(tmp_path / f"images/{split}/a/{i:02d}.png", i)

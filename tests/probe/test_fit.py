@@ -1,6 +1,9 @@
 """Fitting a probe: Adam against a training written out, prox against Adam, both interrupted anywhere."""
 
+import csv
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ def splits(strengths, sparse) -> Split:
 
 ADAM = ProbeRun("mine", lr=0.05, batch_size=32, epochs=6)
 PROX = ProbeRun("mine", epochs=300, sparsity_lambda=2.0, solver="prox")
+SHORT_PROX = replace(PROX, epochs=12)
 
 
 def fit(splits: Split, run: ProbeRun, state: Path, **keep) -> torch.Tensor:
@@ -98,7 +102,8 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    ("run", "at"), [(ADAM, 1), (ADAM, 4), (ADAM, 6), (PROX, 1), (PROX, 40), (PROX, "last")],
+    ("run", "at"),
+    [(ADAM, 1), (ADAM, 4), (ADAM, 6), (SHORT_PROX, 1), (SHORT_PROX, 30), (SHORT_PROX, "last")],
     ids=lambda value: getattr(value, "solver", value),
 )
 def test_an_interrupted_training_ends_with_the_same_bits(
@@ -209,14 +214,20 @@ def test_prox_without_penalty_and_with_too_much(splits: Split, tmp_path: Path, p
 
 
 def test_prox_passes_are_bounded_and_logged(splits: Split, tmp_path: Path) -> None:
-    """At most `epochs` passes for each lambda; lambda at least halves, down to the one asked for."""
+    """At most `epochs` passes for each lambda, each of which is at least half the previous one."""
     rows: list[dict[str, float]] = []
-    weight = fit(splits, ProbeRun("mine", epochs=3, sparsity_lambda=2.0, solver="prox"), tmp_path / "a.safetensors",
-                 log=lambda row, n: rows.append(row | {"n": n}))  # fmt: skip
+
+    def log(row: dict[str, float], n: int) -> None:
+        rows.append(row | {"n": n})
+
+    run = replace(PROX, epochs=3)
+    weight = fit(splits, run, tmp_path / "a.safetensors", log=log, log_path=tmp_path / "log.csv")
     assert rows[-1]["nonzero"] == int((weight != 0).sum())
+    with (tmp_path / "log.csv").open(newline="") as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(1, len(rows))), "the last one once"
     assert [row["n"] for row in rows] == [row["epoch"] for row in rows] == [*range(1, len(rows)), len(rows) - 1]
     lambdas = [row["lambda"] for row in rows[:-1]]
     steps = list(dict.fromkeys(lambdas))
     assert all(lambdas.count(step) == 3 for step in steps)
-    assert all(0.5 <= after / before < 1 for before, after in zip(steps, steps[1:], strict=False))
+    assert all(0.5 <= after / before < 1 for before, after in pairwise(steps))
     assert steps[-1] == rows[-1]["lambda"] == 2.0

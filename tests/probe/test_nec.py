@@ -38,7 +38,7 @@ def decided(n: int, width: int, seed: int) -> ProbeData:
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, ProbeData]:
-    return {split: decided(n, 60, seed) for seed, (split, n) in enumerate(zip(SPLITS, (300, 50, 80), strict=True))}
+    return {split: decided(n, 45, seed) for seed, (split, n) in enumerate(zip(SPLITS, (300, 50, 80), strict=True))}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_path_is_that_of_scikit_learns_saga(splits: dict[str, ProbeData], po
     x, y = splits["train"].inputs.toarray().astype(np.float64), splits["train"].labels.numpy()
     scale = np.sqrt((x**2).mean(axis=0))
     for point in points[:3]:
-        coefficients = saga(x / scale, y, 60 * C / (point.path_lambda * len(x)), 1e-6)
+        coefficients = saga(x / scale, y, 45 * C / (point.path_lambda * len(x)), 1e-6)
         assert (np.abs(coefficients) > 1e-4).sum() / C == pytest.approx(point.path_nonzero, rel=0.1)
         for split, found in (("train_val", point.train_val_top1), ("val", point.val_top1)):
             logits = splits[split].inputs.toarray() / scale @ coefficients.T
@@ -86,7 +86,8 @@ def test_the_scale_of_an_input_does_not_matter(few: dict[str, ProbeData], tmp_pa
     monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.1)
     powers = np.float32([1, 16, 1 / 16, 4, 1 / 4, 256, 2, 1 / 2])
     scaled = {
-        split: ProbeData(scipy.sparse.csr_matrix(data.inputs.toarray() * powers), data.labels) for split, data in few.items()
+        split: ProbeData(scipy.sparse.csr_matrix(data.inputs.toarray() * powers), data.labels)
+        for split, data in few.items()
     }
     plain, found = (nec_points("concepts", of, C, CPU, tmp_path / f"{id(of)}.safetensors") for of in (few, scaled))
     assert found == plain
@@ -111,7 +112,9 @@ def test_a_path_ends_at_its_last_lambda(splits: dict[str, ProbeData], tmp_path: 
     assert steps == [1, 2, 3, 4]  # 0.8 ** 4 < 0.5
     assert [point.nec for point in points] == list(NECS)
     assert points[-1].path_nonzero < 30
-    assert points[-1].path_lambda == pytest.approx(points[0].path_lambda * 0.8 ** (0 if points[0].path_nonzero < 5 else 1))
+    assert points[-1].path_lambda == pytest.approx(
+        points[0].path_lambda * 0.8 ** (0 if points[0].path_nonzero < 5 else 1)
+    )
 
 
 @pytest.mark.parametrize("at", [1, 11])
@@ -159,7 +162,10 @@ def settings(make_settings: Callable[..., Settings], make_store, write_labels, m
     settings = make_settings(probe_datasets={"mine": "images"})
     artifacts = Artifacts(settings)
     save_checkpoint(sae(), artifacts.sae(RUN))
-    x = {split: np.random.default_rng(i).normal(size=(n, 5)).astype(np.float32) for i, (split, n) in enumerate(SIZES.items())}
+    x = {
+        split: np.random.default_rng(i).normal(size=(n, 5)).astype(np.float32)
+        for i, (split, n) in enumerate(SIZES.items())
+    }
     for split in SPLITS:
         make_store(artifacts.features("mine", "enc", "out", split), [x[split][:20], x[split][20:]])
     # The keys of train_val are those of train's first rows here; its labels do not matter.
@@ -209,7 +215,10 @@ def test_the_stage_writes_a_table_and_rows(settings: Settings, refusal) -> None:
         assert float(row["val_anec_avg"]) == pytest.approx(sum(curve) / 6, rel=1e-5)
     assert float(rows[1]["val_nec_5"]) > 0.9, "the features are what the labels were made of"
     assert not list(artifacts.nec(RUN, "mine").glob("state*"))
-    assert read_manifest(artifacts.nec(RUN, "mine"))["run"]["sae_type"] == "relu"
+    manifest = read_manifest(artifacts.nec(RUN, "mine"))
+    assert manifest["run"]["sae_type"] == "relu"
+    of_splits = {f"{split} {kind}" for split in SPLITS for kind in ("concepts", "features")}
+    assert manifest["inputs"].keys() == {"SAE", "split", *of_splits}
 
 
 @pytest.fixture
@@ -258,6 +267,8 @@ def test_done_stale_and_loaded_only_to_be_measured(settings: Settings, given: di
         for name in ("load_probe_data", "load_sae"):
             patched.setattr(dncbm.probe.nec, name, fail)
         assert measure(settings, device="nonsense") is Outcome.ALREADY_DONE
+    with refusal("seed was 5, now 49"):  # at the same path, random directions would differ
+        measure(settings, SAERun(encoder="enc", suffix="_seed5"))
     save_checkpoint(sae(seed=8), Artifacts(settings).sae(RUN))
     with refusal("SAE", "has changed", "--overwrite"):
         measure(settings)

@@ -1,7 +1,6 @@
 """The paper's table: which rows of the results it shows, and how."""
 
 import csv
-import json
 import statistics
 from collections.abc import Callable
 

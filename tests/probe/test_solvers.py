@@ -1,4 +1,8 @@
-from collections.abc import Iterator
+"""The solver of the probe's objective, against scikit-learn, autograd and the conditions of an optimum."""
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,7 +13,6 @@ from dncbm.probe.model import ProbeData, linear, probe_loss
 from dncbm.probe.solvers import (
     CrossEntropy,
     Progress,
-    cross_entropy_of,
     falling_lambdas,
     largest_lambda,
     minimise,
@@ -19,14 +22,6 @@ from dncbm.probe.solvers import (
 
 CPU = torch.device("cpu")
 N, F, C = 200, 24, 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +59,19 @@ def objective(weight: np.ndarray, values: np.ndarray, labels: np.ndarray, penalt
     return float((log_sums - logits[np.arange(N), labels]).mean() + penalty * np.abs(weight).sum() / (F * C))
 
 
+@pytest.fixture(scope="module")
+def optimum(values: np.ndarray, labels: np.ndarray, saga) -> Callable[[float], np.ndarray]:
+    """Penalty -> scikit-learn's weights, inputs x C; solved once for strengths and features."""
+    return cache(lambda penalty: saga(values, labels, F * C / (penalty * N), 1e-7).T)
+
+
 @pytest.mark.parametrize("penalty", [0.5, 3.0, 20.0])
 def test_the_optimum_is_that_of_scikit_learns_saga(
-    data: ProbeData, values: np.ndarray, labels: np.ndarray, penalty: float, saga
+    data: ProbeData, values: np.ndarray, labels: np.ndarray, penalty: float, optimum: Callable[[float], np.ndarray]
 ) -> None:
-    coefficients = saga(values, labels, F * C / (penalty * N), 1e-7).T
+    coefficients = optimum(penalty)
     theirs = objective(coefficients, values, labels, penalty)
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         found = solve(loss, penalty)
     ours = objective(found.weight.numpy(), values, labels, penalty)
     assert ours == pytest.approx(theirs, rel=1e-3)
@@ -83,7 +84,7 @@ def test_the_optimum_is_that_of_scikit_learns_saga(
 
 def test_at_the_optimum_the_subgradient_holds_zero(data: ProbeData) -> None:
     """|gradient| <= lambda / (C F) where a weight is 0, and gradient = -sign * lambda / (C F) elsewhere."""
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         found = solve(loss, 3.0, tolerance=0.0, max_passes=2000)
         gradient = loss(found.weight)[1]
     limit = 3.0 / (F * C)
@@ -100,7 +101,7 @@ def test_loss_and_gradient_are_autograds(data: ProbeData, values: np.ndarray) ->
         dense = weight.clone().requires_grad_()
         expected = torch.nn.functional.cross_entropy(x @ dense, data.labels)
         expected.backward()
-        with cross_entropy_of(data, CPU, divide) as loss:
+        with closing(CrossEntropy(data, CPU, divide)) as loss:
             found, gradient = loss(weight)
             torch.testing.assert_close(gradient, dense.grad, rtol=1e-4, atol=1e-6)
             by_hand = (x.abs() * x.abs().sum(dim=1, keepdim=True)).sum(dim=0) / (2 * N)
@@ -114,7 +115,7 @@ def test_the_curvature_bounds_the_hessian(data: ProbeData, values: np.ndarray) -
     def mean_loss(weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(x @ weight.reshape(F, C), data.labels)
 
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         bound = loss.curvature().double().repeat_interleave(C).diag()
     for scale in (0.0, 0.05):
         at = scale * torch.randn(F * C, generator=torch.Generator().manual_seed(0)).double()
@@ -125,21 +126,21 @@ def test_the_curvature_bounds_the_hessian(data: ProbeData, values: np.ndarray) -
 def test_the_objective_is_the_probes(values: np.ndarray, labels: np.ndarray) -> None:
     weight = torch.randn(F, C, generator=torch.Generator().manual_seed(0))
     data = ProbeData(scipy.sparse.csr_matrix(values), torch.from_numpy(labels))
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         progress = minimise(loss, loss.curvature(), Progress.at(weight), 0.7, max_passes=1, tolerance=0)
     expected = probe_loss(linear(torch.from_numpy(values), weight), data.labels, weight, 0.7)
     assert progress.objectives == [pytest.approx(expected.item(), rel=1e-5)]
 
 
 def test_from_the_largest_lambda_on_every_weight_is_zero(data: ProbeData) -> None:
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         largest = largest_lambda(loss, C)
         assert not solve(loss, largest * 1.001).weight.any()
         assert solve(loss, largest * 0.97).weight.any()
 
 
 def test_where_it_begins_does_not_matter(data: ProbeData, values: np.ndarray, labels: np.ndarray) -> None:
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         cold = solve(loss, 2.0)
         warm = solve(loss, 2.0, Progress.at(solve(loss, 4.0).weight))
     ends = [objective(found.weight.numpy(), values, labels, 2.0) for found in (cold, warm)]
@@ -148,7 +149,7 @@ def test_where_it_begins_does_not_matter(data: ProbeData, values: np.ndarray, la
 
 def test_progress_is_all_that_going_on_needs(data: ProbeData) -> None:
     seen: list[Progress] = []
-    with cross_entropy_of(data, CPU) as loss:
+    with closing(CrossEntropy(data, CPU)) as loss:
         whole = solve(loss, 2.0, max_passes=40, on_pass=seen.append)
         resumed = solve(loss, 2.0, seen[16], max_passes=40)
     assert len(seen) == len(whole.objectives) == 40

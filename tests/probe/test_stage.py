@@ -254,7 +254,9 @@ def test_an_interrupted_stage_ends_with_the_same_probe(mine, monkeypatch) -> Non
     assert mine.artifacts.probe_state(mine.run, PROBE).exists()
     assert not target.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(dncbm.probe.fit, "initial_weight", lambda *_: torch.zeros(12, 4))  # it does not begin at the start
+        patched.setattr(
+            dncbm.probe.fit, "initial_weight", lambda *_: torch.zeros(12, 4)
+        )  # it does not begin at the start
         assert train(mine) is Outcome.RAN
     assert target.read_bytes() == whole
     assert not mine.artifacts.probe_state(mine.run, PROBE).exists()
@@ -290,7 +292,16 @@ def test_metrics_go_to_wandb_with_their_epochs(mine, monkeypatch) -> None:
 
 def test_every_flag_reaches_the_probe(mine) -> None:
     """A command line makes the probe that the same declarations make."""
-    flags = ["--probe_lr", "0.03", "--probe_train_bs", "16", "--probe_epochs", "3", "--probe_sparsity_loss_lambda", "0.7"]
+    flags = [
+        "--probe_lr",
+        "0.03",
+        "--probe_train_bs",
+        "16",
+        "--probe_epochs",
+        "3",
+        "--probe_sparsity_loss_lambda",
+        "0.7",
+    ]
     flags += ["--seed", "5", "--probe_val_freq", "2", "--ckpt_freq", "2", "--device", "cpu"]
     run, probe = SAERun(encoder="enc", training=TrainingSettings(seed=5)), ProbeRun("mine", 0.03, 16, 3, 0.7, seed=5)
     object.__setattr__(mine, "run", run)

@@ -56,7 +56,7 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def made_by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small data sets, a tiny encoder and their config in a folder, and in `out` what one process makes of them."""
+    """A folder with small data sets, a tiny encoder and a config, and in `out` the outputs of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "config.py").write_text(CONFIG)
     (folder / "tars").mkdir()
@@ -87,7 +87,7 @@ def made_by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh(made_by_one: Path, tmp_path: Path) -> Path:
-    """The same data sets, and nothing made of them."""
+    """The same folder without outputs."""
     folder = tmp_path / "fresh"
     shutil.copytree(made_by_one, folder, ignore=shutil.ignore_patterns("out"))
     return folder
@@ -110,7 +110,7 @@ TwoProcesses = Callable[..., tuple[list[int], str]]
 
 @pytest.fixture(scope="module")
 def in_two_processes() -> Iterator[TwoProcesses]:
-    """Runs a stage in two processes, without the slow start of torchrun; returns exit codes and what both said."""
+    """Runs a stage in two processes without the slow start of torchrun; returns exit codes and what both wrote to stderr."""
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py"))]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it
     with subprocess.Popen(command, env=one_thread, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:

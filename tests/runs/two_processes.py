@@ -1,8 +1,8 @@
 """Runs stages in two processes each, with the environment of torchrun but importing the library only once.
 
-Reads lines of JSON from stdin, and answers each with the exit codes of the processes:
-{"stage": ..., "flags": [...], "folder": where config.py is, "second": "", or what happens to the second process when it
-writes its second shard: "dies" or "fails"}. What the processes say is in FOLDER/stderr0 and FOLDER/stderr1.
+Reads lines of JSON from stdin, {"stage": ..., "flags": [...], "folder": ..., "second": ...}, and answers each with the exit
+codes of the two processes. `folder` holds config.py and gets their output, stderr0 and stderr1. `second` is "dies" or "fails"
+if that is to happen when the second process writes its second shard, else empty.
 """
 
 import json
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import open_clip.hf_model  # noqa: F401 - the stages import these when they need them, and each process would wait
+import open_clip.hf_model  # noqa: F401 - the stages import these late, which would cost each process seconds
 import torchvision.datasets  # noqa: F401
 import webdataset  # noqa: F401
 

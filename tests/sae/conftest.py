@@ -39,7 +39,7 @@ def reference_model(reference: dict[str, Tensor]) -> SparseAutoencoder:
 
 @pytest.fixture
 def features() -> Tensor:
-    """600 x 12 items, each a sum of few of 30 directions, off centre."""
+    """600 x 12 items, each a sum of a few of 30 directions, not centred."""
     generator = torch.Generator().manual_seed(3)
     directions = torch.nn.functional.normalize(torch.randn(30, 12, generator=generator), dim=1)
     strengths = torch.rand(600, 30, generator=generator) * (torch.rand(600, 30, generator=generator) < 0.1)

@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def edited(path: Path, *, header: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
-    """A copy of a good checkpoint with some tensors and header entries replaced (None: removed)."""
+    """A copy of a good checkpoint with some tensors and header entries replaced, or removed if None."""
     good = path.with_name("good.safetensors")
     save_checkpoint(SparseAutoencoder(3, 5), good)
     with safe_open(good, "pt") as file:

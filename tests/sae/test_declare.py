@@ -1,4 +1,4 @@
-"""Settings that are declared once: flags, values, names, identities and checks of a small example."""
+"""Flags, values, names, identities and checks that follow from the declarations of a small example."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +100,7 @@ def test_parsing(flag: str, text: str, expected: Any) -> None:
 
 
 DRAWINGS = [
-    # what is given, the drawing, its name, and what identifies it beside shape, seed, title and colour
+    # values of flags, the drawing they stand for, its name, and its identity without shape, seed, title and colour
     ({}, Drawing(), "round1.0_hue0.5fast", {}),
     ({"shape": "square", "side": 5.0, "radius": 9.0}, Drawing(Square(5.0)), None, {}),
     ({"radius": 3.0, "seed": 7}, Drawing(Round(3.0)), "round3.0_hue0.5fast", {}),

@@ -40,7 +40,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]
 
 
 def test_the_content_reaches_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a test can tell: the calls, in order."""
+    """Only the order of the system calls is tested, not the disk."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 

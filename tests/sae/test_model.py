@@ -31,7 +31,7 @@ def test_seed_fixes_the_initial_weights() -> None:
 
 @pytest.mark.parametrize("transform", ["none", "centre", "unit_norm"])
 def test_transform_is_undone(transform: str, features: Tensor) -> None:
-    """Encoding what the transform makes by hand, with a plain model, and undoing it by hand, gives the same."""
+    """Transforming by hand, applying a plain model and undoing the transform by hand gives the same result."""
     model = SparseAutoencoder(12, 40, input_transform=transform)
     plain = SparseAutoencoder(12, 40)
     if transform == "centre":

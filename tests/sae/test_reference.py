@@ -1,4 +1,4 @@
-"""Against tensors of the authors' own code."""
+"""Comparison with tensors from the authors' own code."""
 
 import numpy as np
 import torch

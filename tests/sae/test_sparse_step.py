@@ -1,4 +1,4 @@
-"""The sparse step against autograd on the dense code, over shapes, densities and variants."""
+"""Comparison of the sparse step with autograd on the dense code, over shapes, densities and variants."""
 
 import copy
 
@@ -17,18 +17,18 @@ from sparse_autoencoder.sparse_step import SparseStep
 from sparse_autoencoder.steps import StepResult, dense_step
 
 MARGIN = 2e-6
-"""How far a pre-activation must be from where it would switch: rounding differs between the two ways."""
+"""Minimum distance of a pre-activation from a threshold, because the two computations round differently."""
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces so small that a batch has several, the last one short."""
+    """Makes pieces so small that a batch has several, with a short last one."""
     monkeypatch.setattr(module, "ITEMS", 7)
     monkeypatch.setattr(module, "LATENTS", 5)
 
 
 def gap(values: Tensor, k: int) -> float:
-    """How far the k-th largest positive value of a row is from the next."""
+    """The smallest distance, over the rows, between the k-th largest positive value and the next."""
     ranked = torch.relu(values).sort(dim=-1, descending=True).values
     if k >= ranked.shape[-1]:
         return 1.0
@@ -37,7 +37,7 @@ def gap(values: Tensor, k: int) -> float:
 
 
 def is_clear(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> bool:
-    """No pre-activation lies within MARGIN of a switch."""
+    """Whether every pre-activation is at least MARGIN away from a threshold."""
     code = model.sparsity.code
     with torch.no_grad():
         pre = model.pre_activations(x)
@@ -58,7 +58,7 @@ def is_clear(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> bool:
 def one_step(
     model: SparseAutoencoder, x: Tensor, dead: Tensor, *, sparse: bool
 ) -> tuple[dict[str, Tensor], StepResult]:
-    """The model and Adam's moments after a step of a copy. From zero, the first moment is a tenth of the gradient."""
+    """A copy's parameters and Adam moments after a step. The first moment, starting at zero, is a tenth of the gradient."""
     own = copy.deepcopy(model)
     # A large epsilon keeps the update a smooth function of the gradient, so that parameters can be compared too.
     adam = Adam(own, lr=1e-2, epsilon=1e-2, weight_decay=0.01)
@@ -75,19 +75,21 @@ def one_step(
 
 
 def assert_equal_steps(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> None:
-    """Within 1e-5 of autograd in float64; where terms cancel so far that autograd in float32 is not, as near as it is."""
+    """Checks the sparse step to 1e-5 against autograd in float64. Where cancellation makes float32 autograd less exact than
+    that, the sparse step may be three times as far off."""
     got, result = one_step(model, x, dead, sparse=True)
     float32, _ = one_step(model, x, dead, sparse=False)
     float64, want = one_step(copy.deepcopy(model).double(), x.double(), dead, sparse=False)
     assert torch.equal(result.fired, want.fired)
+    rounding = 1e-6 * float(x.square().mean()) + 1e-9  # of a squared error much smaller than the inputs
     for name in ("loss", "l2", "penalty"):
-        assert float(getattr(result, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5, abs=1e-9)
-    # A small sum of large terms cannot be exact to its own size in float32: the tied bias's gradient, with few inputs, or
-    # a pre-activation near 0, which BatchTopK's threshold is.
+        assert float(getattr(result, name)) == pytest.approx(float(getattr(want, name)), rel=1e-5, abs=rounding)
+    # The error of a small sum of large terms is relative to the terms in float32. Examples are the tied bias's gradient with
+    # few inputs, and BatchTopK's threshold, which is a pre-activation near 0.
     floor = 0.05 * max(float(float64[name].abs().max()) for name in float64 if name.endswith(".mean"))
     for name, tensor in float64.items():
         if name.endswith(".variance"):
-            continue  # the squared gradient, seen through the parameter
+            continue  # the parameter depends on it, and is compared
         least = floor if name.endswith(".mean") else 1.0 if name == "threshold" else 1e-30
         scale = max(float(tensor.abs().max()), least)
         error, dense_error = (float((way[name] - tensor).abs().max()) / scale for way in (got, float32))
@@ -107,6 +109,36 @@ nested = st.builds(
 )
 
 
+def random_case(
+    sparsity: Sparsity, n_inputs: int, n_latents: int, n_items: int, shift: float, n_dead: int, seed: int
+) -> tuple[SparseAutoencoder, Tensor, Tensor]:
+    """A model, inputs and dead latents. The shift sets the density, from no active latent (-50) to all of them (9)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_items, n_inputs, generator=generator)
+    model = SparseAutoencoder(n_inputs, n_latents, sparsity=sparsity)
+    with torch.no_grad():
+        model.encoder_weight.normal_(generator=generator).div_(n_inputs**0.5)
+        model.encoder_bias.normal_(mean=shift, std=0.1, generator=generator)
+        model.tied_bias.normal_(std=0.1, generator=generator)
+        if isinstance(sparsity, JumpReLU):
+            model.log_threshold.normal_(mean=-1, generator=generator)
+    return model, x, torch.randperm(n_latents, generator=generator)[: min(n_dead, n_latents)].sort().values
+
+
+@pytest.mark.parametrize("shift", [-1.0, 0.0])
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        *(ReLU(0.3), TopK(5, aux_k=3), BatchTopK(5, aux_coeff=0.5), JumpReLU(1e-2, bandwidth=0.5)),
+        *(Matryoshka(TopK(5)), Matryoshka(BatchTopK(5, aux_coeff=0.5), (0.1, 0.3, 1.0))),
+    ],
+    ids=str,
+)
+def test_equal_to_autograd_in_a_usual_case(sparsity: Sparsity, shift: float) -> None:
+    cases = (random_case(sparsity, 12, 60, 20, shift, 8, seed) for seed in range(100))
+    assert_equal_steps(*next(case for case in cases if is_clear(*case)))
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sparsity=codes | nested,
@@ -120,19 +152,9 @@ nested = st.builds(
 def test_equal_to_autograd(
     sparsity: Sparsity, n_inputs: int, n_latents: int, n_items: int, shift: float, n_dead: int, seed: int
 ) -> None:
-    """From no active latent at all (shift -50) to all of them (9)."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n_items, n_inputs, generator=generator)
-    model = SparseAutoencoder(n_inputs, n_latents, sparsity=sparsity)
-    with torch.no_grad():
-        model.encoder_weight.normal_(generator=generator).div_(n_inputs**0.5)
-        model.encoder_bias.normal_(mean=shift, std=0.1, generator=generator)
-        model.tied_bias.normal_(std=0.1, generator=generator)
-        if isinstance(sparsity, JumpReLU):
-            model.log_threshold.normal_(mean=-1, generator=generator)
-    dead = torch.randperm(n_latents, generator=generator)[: min(n_dead, n_latents)].sort().values
-    assume(is_clear(model, x, dead))
-    assert_equal_steps(model, x, dead)
+    case = random_case(sparsity, n_inputs, n_latents, n_items, shift, n_dead, seed)
+    assume(is_clear(*case))
+    assert_equal_steps(*case)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,7 +200,7 @@ def test_items_without_any_active_latent(features: Tensor) -> None:
 @pytest.mark.parametrize(
     "sparsity", [ReLU(1e-3), TopK(4), BatchTopK(4), JumpReLU(1e-3, bandwidth=0.3), Matryoshka(BatchTopK(4))]
 )
-def test_same_bits_whatever_the_number_of_threads(features: Tensor, sparsity: Sparsity, n_threads: int) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(features: Tensor, sparsity: Sparsity, n_threads: int) -> None:
     def trained() -> dict[str, Tensor]:
         model = SparseAutoencoder(12, 60, sparsity=sparsity)
         adam = Adam(model, lr=1e-2)
@@ -200,7 +222,7 @@ def test_same_bits_whatever_the_number_of_threads(features: Tensor, sparsity: Sp
 
 
 def test_batchtopk_when_the_threshold_is_far_too_high(features: Tensor) -> None:
-    """The level that skips hopeless entries is a guess; a wrong one must not change the result."""
+    """The level below which entries are skipped is a guess; a wrong guess must not change the result."""
     model = SparseAutoencoder(12, 60, sparsity=BatchTopK(5))
     model.threshold.fill_(1e6)
     x = features[:40]
@@ -225,7 +247,7 @@ def test_nan_reaches_the_loss(features: Tensor, sparsity: Sparsity) -> None:
     k=st.integers(1, 60),
 )
 def test_largest_with_ties(values: list[list[int]], k: int) -> None:
-    """Exactly the k largest positive values; of equal ones at the edge, the first."""
+    """Exactly the k largest positive values are selected; of equal ones at the edge, the first."""
     width = min(map(len, values))
     pre = np.array([row[:width] for row in values], np.float32)
     latent, value = np.empty(pre.shape, np.int32), np.empty(pre.shape, np.float32)

@@ -38,7 +38,7 @@ def small_model(**options) -> SparseAutoencoder:
 
 
 def by_hand(x: Tensor, settings: TrainingSettings, model: SparseAutoencoder) -> dict[str, Tensor]:
-    """The whole run again, written out with torch's own Adam and the unfolded formula; without resampling."""
+    """The same run written out, with torch's own Adam and the unfolded formula, but without resampling."""
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     adam = torch.optim.Adam(parameters.values(), lr=settings.lr, eps=settings.adam_epsilon)
     for epoch in range(settings.epochs):
@@ -109,7 +109,7 @@ class Interrupted(Exception):
 
 
 class StopsAfter:
-    """Features whose n-th read raises, as a crash would at that moment."""
+    """Features that raise an error after `reads` reads, like a crash."""
 
     def __init__(self, x: Tensor, reads: int) -> None:
         self.x, self.reads = x, reads
@@ -124,12 +124,12 @@ class StopsAfter:
         return self.x[torch.from_numpy(indices)]
 
 
-def settles(sparsity: Sparsity, transform: str = "none", seed: int = 49) -> SparseAutoencoder:
+def model_of(sparsity: Sparsity, transform: str = "none", seed: int = 49) -> SparseAutoencoder:
     return SparseAutoencoder(12, 40, sparsity=sparsity, input_transform=transform, seed=seed)
 
 
 def lines(path: Path) -> list[list[str]]:
-    """A log without its items per second."""
+    """The rows of a log without its items per second."""
     with open(path, newline="") as file:
         return [row[:9] + row[10:] for row in csv.reader(file)]
 
@@ -149,19 +149,20 @@ def lines(path: Path) -> list[list[str]]:
 def test_resumed_runs_are_bit_equal(
     tmp_path: Path, features: Tensor, sparsity: Sparsity, transform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_autoencoder.metrics.ALMOST_DEAD", 0.1)  # some latents of so few items are
+    monkeypatch.setattr("sparse_autoencoder.metrics.ALMOST_DEAD", 0.1)  # the default needs 100,000 items
     settings = dataclasses.replace(SHORT, lr=5e-3, lr_warmup_steps=10, lr_decay_steps=10)
-    whole = settles(sparsity, transform)
+    whole = model_of(sparsity, transform)
     whole_log = tmp_path / "whole.csv"
     train(whole, features, settings, progress=False, log_path=whole_log)
     if not isinstance(sparsity, ReLU) or sparsity.l1_coeff > 0.01:
         assert lines(whole_log)[-1][10] == "1"  # it ends with sparse steps
     if isinstance(sparsity, TopK):
-        assert any(row[8] != "0" for row in lines(whole_log)[1:])  # almost dead
+        assert any(row[8] != "0" for row in lines(whole_log)[1:])  # some latents are almost dead
     state, log = tmp_path / "state.safetensors", tmp_path / "log.csv"
-    for reads in (3, 9, 12, 14, 20, 1000):  # in turn: each run takes over where the one before was cut off
-        model = settles(sparsity, transform, seed=1 if state.exists() else 49)
-        options = {"state_path": state, "state_every": 0.0, "log_path": log, "progress": False}
+    # Each run resumes where the previous one was cut off. One logs more steps than its last state holds.
+    for reads, state_every in ((3, 0), (9, 0), (14, 1e9), (14, 0), (20, 0), (1000, 0)):
+        model = model_of(sparsity, transform, seed=1 if state.exists() else 49)
+        options = {"state_path": state, "state_every": state_every, "log_path": log, "progress": False}
         try:
             train(model, StopsAfter(features, reads), settings, **options)
         except Interrupted:
@@ -169,7 +170,7 @@ def test_resumed_runs_are_bit_equal(
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert lines(log) == lines(whole_log)
-    again = settles(sparsity, transform, seed=5)
+    again = model_of(sparsity, transform, seed=5)
     result = train(again, features, settings, state_path=state, progress=False)
     assert result.steps == 30
     assert torch.equal(again.encoder_weight, whole.encoder_weight)
@@ -177,17 +178,27 @@ def test_resumed_runs_are_bit_equal(
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path, features: Tensor) -> None:
     state = tmp_path / "state.safetensors"
-    train(small_model(), features, TrainingSettings(epochs=1, batch_size=100), state_path=state, progress=False)
-    settings = TrainingSettings(epochs=1, batch_size=100, lr=0.1)
-    with pytest.raises(CheckpointError, match=r"lr is 0\.1 now, 0\.0005 there"):
-        train(small_model(), features, settings, state_path=state, progress=False)
-    with pytest.raises(CheckpointError, match="n_latents is 16 now, 32 there"):
-        train(SparseAutoencoder(12, 16), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
-    with pytest.raises(CheckpointError, match=r"features is [0-9a-f]{8} now, [0-9a-f]{8} there"):
-        train(small_model(), features + 1, TrainingSettings(epochs=1, batch_size=100), state_path=state)
+    settings = TrainingSettings(epochs=1, batch_size=100)
+    train(small_model(), features, settings, state_path=state, progress=False)
+    for model, data, changed, message in [
+        (small_model(), features, {"lr": 0.1}, r"lr is 0\.1 now, 0\.0005 there"),
+        (SparseAutoencoder(12, 16), features, {}, "n_latents is 16 now, 32 there"),
+        (small_model(input_transform="unit_norm"), features, {}, "input_transform is unit_norm now, none there"),
+        (SparseAutoencoder(12, 32, sparsity=ReLU(0.5)), features, {}, r"\(sparsity is .*0\.5.* now, .*0\.001.* there"),
+        (
+            small_model(),
+            features[:-1],
+            {},
+            r"features is [0-9a-f]{8} now, [0-9a-f]{8} there; n_items is 599 now, 600 there",
+        ),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            train(model, data, dataclasses.replace(settings, **changed), state_path=state, progress=False)
+    harmless = dataclasses.replace(settings, log_every=1, val_freq=2, ckpt_freq=5)
+    assert train(small_model(), features, harmless, state_path=state, progress=False).steps == 6
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-        train(small_model(), features, TrainingSettings(epochs=1, batch_size=100), state_path=state)
+        train(small_model(), features, settings, state_path=state, progress=False)
 
 
 def test_checkpoints_follow_the_items(features: Tensor) -> None:
@@ -241,19 +252,24 @@ def test_resampling_changes_exactly_the_dead(features: Tensor) -> None:
     assert model.encoder_bias[dead].eq(0).all()
 
 
-def test_resampling_prefers_badly_reconstructed_items() -> None:
-    """Items differ only in size; the share of draws follows the squared loss, here (size^2)^2."""
+@pytest.mark.parametrize(("is_exact", "squared_losses"), [(False, [1, 16, 81]), (True, [1, 4, 9])])
+def test_resampling_prefers_items_with_a_large_loss(is_exact: bool, squared_losses: list[int]) -> None:
+    """Items differ only in size. The frequency of draws follows the squared loss."""
     x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     counts = np.zeros(3)
     for seed in range(400):
         model, adam = prepared(x, 4)
         with torch.no_grad():
             model.encoder_bias.fill_(-10)  # nothing fires: the loss is |x|^2 / D
+            if is_exact:  # the loss is the penalty, in proportion to the size
+                model.encoder_bias[1:] = 0
+                for weight in (model.encoder_weight, model.decoder_weight):
+                    weight[1:] = torch.eye(3)
         fired = torch.tensor([0, 1, 1, 1])
         generator = np.random.default_rng(seed)
         resample(model, adam, TensorFeatures(x), fired, dataset_size=10, batch_size=2, generator=generator)
         counts[int(model.decoder_weight[0].argmax())] += 1
-    expected = np.array([1, 16, 81]) / 98
+    expected = np.array(squared_losses) / sum(squared_losses)
     assert np.abs(counts / 400 - expected).max() < 4 * math.sqrt(0.25 / 400)
 
 
@@ -281,7 +297,7 @@ class Recorded(TensorFeatures):
         return super().gather(indices)
 
 
-def test_resampling_reads_as_many_items_as_it_is_told(features: Tensor) -> None:
+def test_resampling_reads_resample_dataset_size_items(features: Tensor) -> None:
     model = small_model()
     with torch.no_grad():
         model.encoder_bias[:5] = -9
@@ -299,6 +315,16 @@ def test_resampling_that_is_stopped_changes_nothing(features: Tensor) -> None:
     assert resample(model, adam, TensorFeatures(features), fired, **options) is None
     assert torch.equal(model.decoder_weight, before)
     assert all(moment.eq(1).all() for moment in adam.moments.values())
+
+
+def test_latents_do_not_restart_at_zero_inputs(features: Tensor) -> None:
+    x = features[:6].clone()
+    x[2:] = 0
+    model, adam = prepared(x)
+    fired, generator = torch.zeros(32), np.random.default_rng(0)
+    dead = resample(model, adam, TensorFeatures(x), fired, dataset_size=9, batch_size=4, generator=generator)
+    assert dead.tolist() == [0, 1]
+    torch.testing.assert_close(model.decoder_weight.norm(dim=1), torch.ones(32))
 
 
 def test_resampling_zero_dead_or_zero_inputs(features: Tensor) -> None:
@@ -378,22 +404,30 @@ def test_learning_rate_schedule() -> None:
 
 
 def test_sparse_and_dense_training_agree(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same seed trained with the sparse step and without ends at the same metrics."""
+    """Training with and without the sparse step ends at the same metrics."""
     settings = TrainingSettings(epochs=12, batch_size=100, lr=3e-3, resample_freq=4)
     results = []
     for below in (1.0, 0.0):
         monkeypatch.setattr("sparse_autoencoder.stepper.SPARSE_BELOW", below)
-        results.append(train(settles(ReLU(0.02)), features, settings, progress=False).metrics)
+        results.append(train(model_of(ReLU(0.02)), features, settings, progress=False).metrics)
     assert results[0] == pytest.approx(results[1], rel=1e-3)
     assert results[0]["l0"] > 0
 
 
+@pytest.mark.parametrize(("sparsity", "is_sparse"), [(ReLU(), 0), (TopK(3), 1), (BatchTopK(3), 1), (TopK(30), 0)])
+def test_the_first_step_is_sparse_if_k_is_small(features: Tensor, sparsity: Sparsity, is_sparse: int) -> None:
+    rows: list[dict[str, float]] = []
+    settings = TrainingSettings(epochs=1, batch_size=600, log_every=1)
+    train(model_of(sparsity), features, settings, log=lambda row, _: rows.append(row), progress=False)
+    assert rows[0]["sparse_step"] == is_sparse
+
+
 @pytest.mark.parametrize("code", [TopK, BatchTopK])
 def test_auxiliary_loss_revives_the_dead(features: Tensor, code: type[TopK] | type[BatchTopK]) -> None:
-    """Latents that start far out of reach come back with AuxK's loss, and stay dead without."""
+    """AuxK's loss revives latents that start far below zero; without it they stay dead."""
     fractions = []
     for coeff in (1.0, 0.0):
-        model = settles(code(3, aux_coeff=coeff, aux_k=6, dead_after=1200))
+        model = model_of(code(3, aux_coeff=coeff, aux_k=6, dead_after=1200))
         with torch.no_grad():
             model.encoder_bias[:20] = -0.5
         settings = TrainingSettings(epochs=60, batch_size=100, lr=3e-3)
@@ -404,7 +438,7 @@ def test_auxiliary_loss_revives_the_dead(features: Tensor, code: type[TopK] | ty
 def test_bf16_trains_too(features: Tensor) -> None:
     settings = TrainingSettings(epochs=12, batch_size=100, lr=3e-3)
     exact, rounded = (
-        train(settles(ReLU(0.02)), features, dataclasses.replace(settings, bf16=bf16), progress=False).metrics
+        train(model_of(ReLU(0.02)), features, dataclasses.replace(settings, bf16=bf16), progress=False).metrics
         for bf16 in (False, True)
     )
     assert rounded["l2_loss"] == pytest.approx(exact["l2_loss"], rel=0.1)
@@ -412,7 +446,7 @@ def test_bf16_trains_too(features: Tensor) -> None:
 
 
 def test_figure_of_a_resumed_run(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The curves reach back before the interruption, and the histogram holds every latent that is not dead."""
+    """The curves include the steps before the interruption, and the histogram holds every latent that is not dead."""
     drawn: list[tuple[list[dict[str, float]], np.ndarray]] = []
     monkeypatch.setattr(
         "sparse_autoencoder.trainer.draw_training", lambda rows, density, _: drawn.append((rows, density))
@@ -451,7 +485,7 @@ def test_without_matplotlib(tmp_path: Path, features: Tensor, monkeypatch: pytes
 
 
 def test_losses_that_are_checked_later_name_their_step() -> None:
-    """As on a GPU, which is not waited for at every step."""
+    """On a GPU, losses are checked only from time to time."""
     adam = Adam(small_model())
     check = _LossCheck(adam, torch.device("cuda"))
     for loss in (1.0, 2.0, math.nan, 3.0):

@@ -1,4 +1,4 @@
-"""The variants' dense codes and losses against their formulas, written out; and a variant from outside the package."""
+"""The variants' dense codes and losses compared with their formulas, and a variant defined outside the package."""
 
 import copy
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ def test_batchtopk_threshold_is_a_running_mean() -> None:
 
 
 def test_jumprelu_pseudo_derivatives(pre: Tensor) -> None:
-    """Equations 11 and 12 of the paper, entry by entry, with a rectangle for the kernel."""
+    """Compares with equations 11 and 12 of the paper, entry by entry, with a rectangular kernel."""
     code = JumpReLU(l0_coeff=0.7, bandwidth=0.8)
     threshold = torch.linspace(0.1, 1.2, 9).requires_grad_()
     inputs = pre.clone().requires_grad_()
@@ -140,11 +140,11 @@ def test_auxiliary_loss() -> None:
         left = sum(max(float(pre[i, f]), 0) * model.decoder_weight[f] for f in best)
         auxiliary = ((left - (x[i] - reconstruction[i])) ** 2).mean()
         assert_close(losses.objective[i], losses.l2[i] + 0.25 * auxiliary)
-    assert torch.equal(item_losses(model, x, dead=dead).objective, losses.l2)  # in training only
+    assert torch.equal(item_losses(model, x, dead=dead).objective, losses.l2)  # AuxK's loss is for training only
 
 
 def test_auxiliary_loss_leaves_the_code_alone() -> None:
-    """What the code left over is a fixed target: only dead latents learn from the auxiliary loss."""
+    """The residual is a fixed target, so only dead latents learn from the auxiliary loss."""
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     gradients = []
     for dead in (torch.tensor([3, 4]), torch.tensor([], dtype=torch.int64)):
@@ -192,13 +192,13 @@ def test_auxiliary_loss_with_one_input_uses_one_latent() -> None:
 
 
 @pytest.mark.parametrize("code", [TopK(3, dead_after=500), BatchTopK(3, dead_after=500)])
-def test_latents_are_dead_after_so_many_items(code: TopK | BatchTopK) -> None:
+def test_latents_are_dead_once_inactive_for_dead_after_items(code: TopK | BatchTopK) -> None:
     assert code.dead(torch.tensor([0, 499, 500, 501])).tolist() == [2, 3]
     assert ReLU().dead(torch.tensor([0, 10**9])) is None
 
 
 @pytest.mark.parametrize("sparsity", [TopK(13), BatchTopK(13), Matryoshka(BatchTopK(13))], ids=str)
-def test_more_active_latents_than_there_are(sparsity: Sparsity) -> None:
+def test_k_must_not_exceed_the_number_of_latents(sparsity: Sparsity) -> None:
     with pytest.raises(ValueError, match="--k 13 asks for more active latents than the SAE has: 12"):
         sparsity.check_latents(12)
     sparsity.check_latents(13)
@@ -224,7 +224,7 @@ def test_more_active_latents_than_there_are(sparsity: Sparsity) -> None:
     ],
     ids=str,
 )
-def test_names_stay_as_they_are_in_old_runs(sparsity: Sparsity, name: str, json: str) -> None:
+def test_names_and_json_match_those_of_old_runs(sparsity: Sparsity, name: str, json: str) -> None:
     assert sparsity.name_part == name
     assert sparsity_to_json(sparsity).startswith(json)
 
@@ -245,7 +245,7 @@ def test_json_and_checkpoint(tmp_path: Path, sparsity: Sparsity) -> None:
 
 @pytest.mark.parametrize("sparsity", ALL, ids=str)
 def test_start(sparsity: Sparsity) -> None:
-    """ReLU starts as DN-CBM does, the others from an encoder equal to the decoder."""
+    """Only ReLU uses DN-CBM's initialisation; the other encoders start equal to the decoder."""
     model = SparseAutoencoder(5, 12, sparsity=sparsity)
     assert torch.equal(model.encoder_weight, model.decoder_weight) == (not isinstance(sparsity, ReLU))
 
@@ -293,7 +293,7 @@ def sixth(monkeypatch: pytest.MonkeyPatch) -> SquaredReLU:
 
 
 def test_a_variant_without_kernels_takes_dense_steps(sixth: SquaredReLU, features: Tensor) -> None:
-    """Also once the code is sparse; and what is evaluated is its own penalty."""
+    """It does so even when the code is sparse, and evaluation uses its own penalty."""
     settings = TrainingSettings(epochs=10, batch_size=100, lr=1e-2, resample_freq=0, log_every=1)
     model = SparseAutoencoder(12, 40, sparsity=sixth)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_variant_without_kernels_takes_dense_steps(sixth: SquaredReLU, feature
     for name, tensor in by_hand.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert result.metrics == evaluate(by_hand, features, batch_size=settings.batch_size)
-    penalty = 0.5 * by_hand.encode(features).square().sum(dim=1).mean()
+    penalty = 0.5 * by_hand.encode(features).detach().square().sum(dim=1).mean()
     assert result.metrics["l1_loss"] == pytest.approx(float(penalty), rel=1e-5)
     assert result.metrics["l1_loss"] > 0
 

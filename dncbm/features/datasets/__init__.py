@@ -34,14 +34,9 @@ class ImageShards(Protocol):
         """Hash that identifies the images, cheap to compute."""
 
     def state(self, shard: int, bad_keys: Sequence[Any]) -> str:
-        """The state of a shard's data, cheap to compute; it changes when bad images have been fixed.
+        """The state of a shard's data, cheap to compute; it changes when the images with `bad_keys` have been fixed.
 
-        Args:
-            shard: its number.
-            bad_keys: keys of the images that could not be read; None stands for those without a key.
-
-        Raises:
-            OSError: the data no longer exists.
+        A key of None stands for bad images without a key. Raises OSError if the data no longer exists.
         """
 
     def read(self, shard: int, on_bad: Callable[[str], None]) -> Iterator[KeyedImage]:
@@ -103,13 +98,9 @@ def file_states(paths: Sequence[Path]) -> list[str]:
 def random_split(n: int, seed: int, held_out: Mapping[str, float]) -> dict[str, NDArray[np.int64]]:
     """Divide the indices 0..n-1 by a seeded random permutation.
 
-    Args:
-        n: number of items.
-        seed: seed of the permutation.
-        held_out: split -> its share, taken in turn from the start of the permutation; `train` gets the rest.
-
     Returns:
-        Split -> indices, sorted so that files are read in the data set's order.
+        Split -> indices, sorted so that files are read in the data set's order. The shares of `held_out` are taken in turn
+        from the start of the permutation; `train` gets the rest.
     """
     order = np.random.default_rng(seed).permutation(n)
     splits, first = {}, 0

@@ -1,4 +1,4 @@
-"""Fetching Conceptual Captions with img2dataset: from the two TSVs that Google publishes to webdataset shards."""
+"""Downloading Conceptual Captions with img2dataset: from Google's two TSV files to webdataset shards."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ HEADER = "caption\turl"
 
 @dataclass(frozen=True)
 class Download:
-    """Which images are fetched, and how; the defaults are the paper's."""
+    """Which images are downloaded, and how. The defaults are the paper's."""
 
     train_tsv: Path = setting(Path(), "the training TSV, as downloaded", positional=True)
     val_tsv: Path = setting(Path(), "the validation TSV", positional=True)
@@ -27,54 +27,52 @@ class Download:
 
 
 def download_cc3m(settings: Settings, download: Download, *, device: str = "auto", overwrite: bool = False) -> Outcome:
-    """Stage 0: fetch the images of both TSVs into `output/training` and `output/validation`.
+    """Stage 0: download the images of both TSVs into `output/training` and `output/validation`.
 
-    Prints the entry for `sae_datasets` of config.py. Complete shards are not fetched again; img2dataset counts the addresses
-    that fail in a file `NNNNN_stats.json` per shard.
+    Prints the entry for `sae_datasets` of config.py. Complete shards are not downloaded again; img2dataset counts the
+    addresses that fail in a file `NNNNN_stats.json` per shard.
 
     Raises:
         UserError: a TSV is missing or malformed, or no image arrived.
     """
-    patterns = {}
+    arrived = {}
     for name, tsv in (("training", download.train_tsv), ("validation", download.val_tsv)):
-        listed = download.output / f"{name}.tsv"
+        listed, folder = download.output / f"{name}.tsv", download.output / name
         n_urls = copy_with_header(tsv, listed)
         print(f"{n_urls} addresses of {name}: {tsv}")
-        folder = download.output / name
         _run_img2dataset(listed, folder, download)
-        n_images, shards = _arrived(folder)
+        shards = sorted(folder.glob("[0-9]*.tar"))
+        stats = [shard.with_name(f"{shard.stem}_stats.json") for shard in shards]
+        n_images = sum(json.loads(path.read_text())["successes"] for path in stats if path.is_file())
         if not n_images:
             raise UserError(
                 f"no image of {tsv} arrived in {folder}: check the connection, then remove the folder and try again"
             )
         print(f"{n_images} of {n_urls} images arrived ({n_images / n_urls:.1%}), {len(shards)} shards: {folder}")
-        patterns[name] = shards
-    training = patterns["training"]
-    # The paper keeps 32 of 332 shards for validation. A single shard serves as every split.
+        arrived[name] = shards
+    training = arrived["training"]
+    # The paper keeps 32 of 332 shards for validation. A single shard serves as both splits.
     n_held_out = max(1, round(len(training) * 32 / 332))
     splits = {
-        "train": _pattern(training[:-n_held_out] or training),
-        "train_val": _pattern(training[-n_held_out:]),
-        "val": _pattern(patterns["validation"]),
+        "train": training[:-n_held_out] or training,
+        "train_val": training[-n_held_out:],
+        "val": arrived["validation"],
     }
-    print("for sae_datasets in config.py:")
-    print(
-        '    "cc3m": {', *(f'        "{split}": "{pattern}",' for split, pattern in splits.items()), "    },", sep="\n"
-    )
+    print("for sae_datasets in config.py:\n", '    "cc3m": {', sep="")
+    print(*(f'        "{split}": "{_pattern(shards)}",' for split, shards in splits.items()), "    },", sep="\n")
     return Outcome.RAN
 
 
 def copy_with_header(tsv: Path, target: Path) -> int:
-    """Check a TSV line by line and write it, with a header, to `target`.
-
-    Returns:
-        Number of addresses.
+    """Check a TSV line by line and write it to `target` with a header. Returns the number of addresses.
 
     Raises:
-        UserError: it is missing, empty, or a line is not `caption<TAB>url`.
+        UserError: the file is missing or empty, or a line is not `caption<TAB>url`.
     """
     if not tsv.is_file():
-        raise UserError(f"no file {tsv}: download it from https://ai.google.com/research/ConceptualCaptions/download")
+        raise UserError(
+            f"the file {tsv} is missing: download it from https://ai.google.com/research/ConceptualCaptions/download"
+        )
     count = 0
     with tsv.open(encoding="utf-8", errors="replace", newline="\n") as lines, whole_file(target) as temporary:
         with temporary.open("w", encoding="utf-8") as copy:
@@ -99,26 +97,11 @@ def _run_img2dataset(tsv: Path, folder: Path, download: Download) -> None:
     from img2dataset import download as fetch
 
     fetch(
-        url_list=str(tsv),
-        input_format="tsv",
-        url_col="url",
-        caption_col="caption",
-        output_format="webdataset",
-        output_folder=str(folder),
-        image_size=download.image_size,
-        processes_count=download.processes,
-        thread_count=download.threads,
-        number_sample_per_shard=download.shard_size,
-        enable_wandb=False,
-        incremental_mode="incremental",
-    )
-
-
-def _arrived(folder: Path) -> tuple[int, list[Path]]:
-    """Number of images and the shards of a folder that img2dataset wrote."""
-    shards = sorted(folder.glob("[0-9]*.tar"))
-    stats = [shard.with_name(f"{shard.stem}_stats.json") for shard in shards]
-    return sum(json.loads(path.read_text())["successes"] for path in stats if path.is_file()), shards
+        url_list=str(tsv), input_format="tsv", url_col="url", caption_col="caption",
+        output_format="webdataset", output_folder=str(folder), image_size=download.image_size,
+        processes_count=download.processes, thread_count=download.threads,
+        number_sample_per_shard=download.shard_size, enable_wandb=False, incremental_mode="incremental",
+    )  # fmt: skip
 
 
 def _pattern(shards: list[Path]) -> str:
@@ -133,7 +116,7 @@ def _pattern(shards: list[Path]) -> str:
 DOWNLOAD = Stage(
     name="download",
     script="00_download_cc3m.py",
-    summary="Fetch Conceptual Captions from its two TSVs, as webdataset shards.",
+    summary="Download Conceptual Captions from its two TSV files, as webdataset shards.",
     function=download_cc3m,
     takes=(Download,),
 )

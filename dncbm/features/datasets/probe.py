@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dncbm.features.datasets import KeyedImage, SlicedShards, file_states, open_image, random_split
+from dncbm.features.datasets import KeyedImage, SlicedShards, file_states, open_image
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import text_hash
 from dncbm.runs.settings import Settings
@@ -84,8 +84,7 @@ def probe_images(settings: Settings, dataset: str, own_split: str) -> ProbeImage
     if source.reader not in READERS and source.reader != dataset:
         raise UserError(f"{where}: there is no reader {source.reader!r}, only {', '.join(READERS)}")
     reader = READERS.get(source.reader, READERS["folder"])
-    unknown = [name for name in source.splits.values() if reader.known and name not in reader.known]
-    if unknown:
+    if unknown := [name for name in source.splits.values() if reader.known and name not in reader.known]:
         known = ", ".join(reader.known)
         raise UserError(f"{where}: the reader {source.reader} has the splits {known}, not {unknown[0]!r}")
     try:
@@ -110,8 +109,7 @@ def _image_folder(root: Path, own_names: Mapping[str, str], split: str) -> Probe
     found = ImageFolder(str(folder))
     class_names = tuple(find_classes(str(root / own_names["train"]))[0])  # other splits may lack some
     index_of = {name: index for index, name in enumerate(class_names)}
-    unknown = [name for name in found.classes if name not in index_of]
-    if unknown:
+    if unknown := [name for name in found.classes if name not in index_of]:
         raise ValueError(f"{folder} has the class {unknown[0]!r}, which {root / own_names['train']} lacks")
     samples = [(path, index_of[found.classes[label]]) for path, label in found.samples]
     if len(class_names) == 1000 and all(name[0] == "n" and name[1:].isdigit() for name in class_names):
@@ -132,13 +130,9 @@ def _cifar(name: str, root: Path, own_names: Mapping[str, str], split: str) -> P
     import torchvision.datasets
 
     found = getattr(torchvision.datasets, name)(str(root), train=own_names[split] == "train")
-    return ProbeImages(
-        labels=np.asarray(found.targets, dtype=np.int64),
-        class_names=tuple(found.classes),
-        image=partial(_image_of_array, found.data),
-        image_names=None,
-        content_hash=hashlib.sha256(found.data.tobytes()).hexdigest(),
-    )
+    labels = np.asarray(found.targets, dtype=np.int64)
+    content = hashlib.sha256(found.data.tobytes()).hexdigest()
+    return ProbeImages(labels, tuple(found.classes), partial(_image, found.data), None, content)
 
 
 def _waterbirds(root: Path, own_names: Mapping[str, str], split: str) -> ProbeImages:
@@ -160,37 +154,25 @@ def _from_files(samples: list[tuple[str, int]], class_names: tuple[str, ...], ro
     labels = np.asarray([label for _, label in samples], dtype=np.int64)
     names = tuple(Path(path).relative_to(root).as_posix() for path in paths)
     content = text_hash((*class_names, *(f"{name} {label}" for name, label in zip(names, labels, strict=True))))
-    return ProbeImages(labels, class_names, partial(_image_of_file, paths), names, content, root)
+    return ProbeImages(labels, class_names, partial(_image, paths), names, content, root)
 
 
-# Functions and not lambdas, because worker processes may get them pickled.
-
-
-def _image_of_array(data: NDArray[np.uint8], index: int) -> Image.Image:
-    return Image.fromarray(data[index])
-
-
-def _image_of_file(paths: list[str], index: int) -> Image.Image:
-    return open_image(paths[index])
+def _image(images: list[str] | NDArray[np.uint8], index: int) -> Image.Image:
+    """One of many paths or pixel arrays as an image. (Not a lambda, because worker processes may get it pickled.)"""
+    image = images[index]
+    return open_image(image) if isinstance(image, str) else Image.fromarray(image)
 
 
 READERS = {
     "folder": Reader(_image_folder, {"train": "train", "val": "val"}),
-    "places365": Reader(_places365, {"train": "train-standard", "val": "val"}, ("train-standard", "train-challenge", "val")),
+    "places365": Reader(
+        _places365, {"train": "train-standard", "val": "val"}, ("train-standard", "train-challenge", "val")
+    ),
     "cifar10": Reader(partial(_cifar, "CIFAR10"), {"train": "train", "val": "test"}, ("train", "test")),
     "cifar100": Reader(partial(_cifar, "CIFAR100"), {"train": "train", "val": "test"}, ("train", "test")),
     # metadata.csv numbers its splits; by default 1, the validation split, is unused, since train_val is held out of train
     "waterbirds100": Reader(_waterbirds, {"train": "0", "val": "2"}, ("0", "1", "2")),
 }
-
-
-def split_train(n: int, seed: int, held_out: float = 0.1) -> dict[str, NDArray[np.int64]]:
-    """Divide the indices 0..n-1 of a train split by a seeded random permutation (90 % and 10 % in DN-CBM's code).
-
-    Returns:
-        The indices of `train` and of `train_val`, each sorted.
-    """
-    return random_split(n, seed, {"train_val": held_out})
 
 
 def display_name(class_name: Any) -> str:

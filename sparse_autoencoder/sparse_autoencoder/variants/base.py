@@ -16,9 +16,9 @@ from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor
 class Sparsity:
     """How a code is kept sparse. Each variant is a frozen dataclass of its parameters that overrides these methods.
 
-    The defaults: the encoder starts equal to the decoder, the loss adds nothing, dead latents stay dead, and every training
-    step uses autograd. The class keyword `kernels=True` declares that the methods of the sparse step compute what `activate`
-    and `penalty` do. Subclasses do not inherit it, since they may override only one side.
+    By default, the encoder starts equal to the decoder, the loss has no sparsity term, dead latents stay dead, and every step
+    uses autograd. The class keyword `kernels=True` declares that the methods of the sparse step compute the same code and
+    penalty as `activate` and `penalty`. Subclasses do not inherit it, since they may override only one side.
     """
 
     kind: ClassVar[str]
@@ -50,8 +50,6 @@ class Sparsity:
     def check_latents(self, n_latents: int) -> None:
         """Raises ValueError if the variant cannot work with this many latents."""
 
-    # ------------------------------------------------------------------------------------------------ parameters
-
     def extra_parameters(self, n_latents: int) -> dict[str, Tensor]:
         """Initial values of the parameters that the variant adds to the model."""
         return {}
@@ -68,8 +66,6 @@ class Sparsity:
     def threshold(self, model: nn.Module) -> Tensor | None:
         """The thresholds of a model's latents: F, a scalar, or None if there are none."""
         return None
-
-    # -------------------------------------------------------------------------------------------- code and losses
 
     def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         """Latents (B x F) of pre-activations (B x F)."""
@@ -97,7 +93,7 @@ class Sparsity:
     def after_batch(self, model: nn.Module, latents: Tensor) -> None:
         """Updates the model's buffers after a training batch, given its latents (any shape; zeros may be left out)."""
 
-    # -------------------------------------------------------------------------------------------- the sparse step
+    # The sparse step uses the methods below.
 
     def expected_density(self, n_latents: int) -> float:
         """The fraction of latents active in a fresh model; it decides how the first step is computed."""

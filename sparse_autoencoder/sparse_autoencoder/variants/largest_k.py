@@ -1,4 +1,4 @@
-"""What TopK and BatchTopK share: k, and the AuxK loss on dead latents."""
+"""The number k and the AuxK loss on dead latents, which TopK and BatchTopK share."""
 
 from dataclasses import dataclass
 
