@@ -98,9 +98,7 @@ def measured(way: str, n_images: int, results: "multiprocessing.Queue[dict[str, 
     z = strengths(n_images)
     labels = np.random.default_rng(1).integers(0, C, n_images)
     centres = z[:K].toarray()
-    ways = (
-        sparse_ways(z, weight, labels, centres) if way == "sparse" else dense_ways(z.toarray(), weight, labels, centres)
-    )
+    ways = sparse_ways(z, weight, labels, centres) if way == "sparse" else dense_ways(z.toarray(), weight, labels, centres)
     found: dict[str, object] = {}
     for name, function in ways.items():
         start = time.perf_counter()
@@ -116,8 +114,7 @@ def pages_per_s(folder: Path, workers: int) -> float:
     Image.fromarray(noise).save(image)
     concepts = tuple((f"concept {i}", 1.0 - i / 3) for i in range(5))
     pages = [
-        Page(f"image_{i}", "", image, i, "beach", "coast", False, 0.5, 2.0, 1.0, concepts, 0.5, 27)
-        for i in range(N_PAGES)
+        Page(f"image_{i}", "", image, i, "beach", "coast", False, 0.5, 2.0, 1.0, concepts, 0.5, 27) for i in range(N_PAGES)
     ]
     start = time.perf_counter()
     files, title = ExplanationFolder.at(folder), f"{workers} processes"
@@ -140,9 +137,7 @@ def main() -> None:
     result: dict[str, float] = {"images": n_images}
     for name in ("top_images", "contributions", "profiles", "kmeans"):
         (sparse_s, ours), (dense_s, theirs) = found["sparse"][name], found["dense"][name]
-        same = (
-            (ours == theirs).mean() if name in ("top_images", "kmeans") else np.isclose(ours, theirs, atol=1e-5).mean()
-        )
+        same = (ours == theirs).mean() if name in ("top_images", "kmeans") else np.isclose(ours, theirs, atol=1e-5).mean()
         result |= {f"{name}_s": sparse_s, f"{name}_speedup": dense_s / sparse_s, f"{name}_same": float(same)}
     dense_bytes = n_images * F * 4
     result["peak_rss_over_dense"] = found["sparse"]["growth"] / dense_bytes

@@ -34,7 +34,7 @@ from PIL import Image
 
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder, load_encoder
-from dncbm.features.encoding import extract
+from dncbm.features.encoding import encode_shards
 from dncbm.features.store import ARRAYS
 from dncbm.runs.declarations import Extraction
 from dncbm.runs.devices import keep_freed_memory
@@ -84,7 +84,7 @@ def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path) -> int:
     """Stage 1 for one split. Returns the number of images."""
     recipe = Recipe("sae_features", {}, {"images": shards.fingerprint()})
     begin(folder, recipe, overwrite=False)
-    details = extract(shards, encoder, folder, EXTRACTION, folder.name)
+    details = encode_shards(shards, encoder, folder, EXTRACTION, folder.name)
     finish(folder, recipe, folder.glob(ARRAYS), details)
     return int(details["images"])
 

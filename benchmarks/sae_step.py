@@ -114,9 +114,7 @@ def measure(n_inputs: int, repetitions: int) -> dict[str, float]:
     for step in (relu_step, topk_step):
         step.close()
     # Ratios are taken within a round, since another program slows a whole round about equally.
-    ratio = {
-        (a, b): statistics.median(s / t for s, t in zip(times[a], times[b], strict=True)) for a in times for b in times
-    }
+    ratio = {(a, b): statistics.median(s / t for s, t in zip(times[a], times[b], strict=True)) for a in times for b in times}
     return {
         **{f"{name}_s": statistics.median(values) for name, values in times.items()},
         "relu_step_over_gemm": ratio["relu_step", "encode_gemm"],
@@ -142,8 +140,7 @@ def measure_density(n_inputs: int, density: float, repetitions: int) -> dict[str
     )
     step.close()
     over = {
-        name: statistics.median(s / t for s, t in zip(times[name], times["gemm"], strict=True))
-        for name in ("sparse", "dense")
+        name: statistics.median(s / t for s, t in zip(times[name], times["gemm"], strict=True)) for name in ("sparse", "dense")
     }
     taken = "sparse" if density <= SPARSE_BELOW else "dense"
     return {

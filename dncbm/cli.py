@@ -32,10 +32,7 @@ def main(stage: str | Stage, argv: Sequence[str] | None = None) -> None:
             values = find(settings, stage.explains, values, given)
         execution = build(Execution, values)
         stage.function(
-            settings,
-            *(build(cls, values) for cls in stage.takes),
-            device=execution.device,
-            overwrite=execution.overwrite,
+            settings, *(build(cls, values) for cls in stage.takes), device=execution.device, overwrite=execution.overwrite
         )
 
     one_line_errors(run)
@@ -73,9 +70,7 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
         configured = config_defaults(settings)
     except UserError as error:  # raised after the command line is read, since --help needs no config
         problem = error
-    defaults |= {
-        name: configured[name] for name in declared if name in configured and declared[name].setting.configurable
-    }
+    defaults |= {name: configured[name] for name in declared if name in configured and declared[name].setting.configurable}
     parsed = vars(_parser(stage, takes, defaults).parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
     if settings is None or problem is not None:
@@ -85,13 +80,8 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
     dataset = str((defaults | given).get("probe_dataset"))
     preset = build(Preset, given).values(dataset)
     if preset:
-        print(
-            f"--preset {given['preset']} for {dataset}: "
-            + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset)
-        )
-    elif (
-        stage.explains is not None and not (given.keys() | configured.keys()) & (paper := paper_preset(dataset)).keys()
-    ):
+        print(f"--preset {given['preset']} for {dataset}: " + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset))
+    elif stage.explains is not None and not (given.keys() | configured.keys()) & (paper := paper_preset(dataset)).keys():
         preset = paper
     return settings, defaults | dict(preset) | given, set(given)
 
@@ -99,8 +89,7 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
 def config_defaults(settings: Settings) -> dict[str, Any]:
     """Flag -> value of the `defaults` of config.py.
 
-    Raises:
-        UserError: one is no flag of any script, or has a value that the flag does not allow.
+    Raises UserError if one is no flag of any script, or has a value that the flag does not allow.
     """
     groups = [flags(Execution), flags(Preset), *(stage.flags() for stage in (PIPELINE, *STAGES.values()))]
     known = {name: flag for group in reversed(groups) for name, flag in group.items() if flag.setting.configurable}

@@ -31,13 +31,7 @@ hypothesis.settings.load_profile("dncbm")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "openmoji"
 ROOTS = {name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")}
-COMPLETE = ROOTS | {
-    "vocabulary": "words",
-    "sae_datasets": {},
-    "probe_datasets": {},
-    "encoders": {},
-    "defaults": {},
-}
+COMPLETE = ROOTS | {"vocabulary": "words", "sae_datasets": {}, "probe_datasets": {}, "encoders": {}, "defaults": {}}
 
 
 @pytest.fixture
@@ -174,9 +168,7 @@ def small_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a small build of the embedded default; what it printed is in build.txt."""
     output = tmp_path_factory.mktemp("build") / "run"
     command = [sys.executable, str(EXAMPLE / "build.py"), "--limit", "60", "--output", str(output)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     (output / "build.txt").write_text(done.stdout)
     return output

@@ -68,9 +68,7 @@ PAPER = SAERun(
         adam_beta_1=0.9, adam_beta_2=0.999, adam_epsilon=1e-8, adam_weight_decay=0.0, resample_dataset_size=819_200,
     ),
 )  # fmt: skip
-PAPER_PROBE = ProbeRun(
-    "places365", lr=1e-2, batch_size=512, epochs=200, sparsity_lambda=0.1, on_features=False, seed=49
-)
+PAPER_PROBE = ProbeRun("places365", lr=1e-2, batch_size=512, epochs=200, sparsity_lambda=0.1, on_features=False, seed=49)
 PLACES = ProbeFeatures("places365", "clip_RN50", "out")
 
 
@@ -104,10 +102,7 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         (f"train_sae_img.py {SAE_FLAGS} --ckpt_freq 0 --val_freq 1", (PAPER, Tracking(False, None))),
         ("save_vocab_embeddings.py --img_enc_name clip_RN50", (NamedEncoder("clip_RN50"),)),
         (f"assign_names.py {SAE_FLAGS}", (PAPER,)),
-        (
-            "save_probe_features.py --img_enc_name clip_RN50 --probe_dataset places365",
-            (PLACES, Splits(None), Extraction()),
-        ),
+        ("save_probe_features.py --img_enc_name clip_RN50 --probe_dataset places365", (PLACES, Splits(None), Extraction())),
         (
             f"save_concept_strengths.py {SAE_FLAGS} --probe_dataset places365 --probe_split train",
             (PAPER, ProbeDataset("places365"), Splits("train")),
@@ -185,10 +180,7 @@ def test_every_flag_of_every_script_changes_its_field_and_nothing_else(
 
     before, after = declared(), declared(f"--{flag.name}", *([text] if text else []))
     changed = {
-        key
-        for old, new in zip(before, after, strict=True)
-        for key in values(new)
-        if values(old).get(key) != values(new)[key]
+        key for old, new in zip(before, after, strict=True) for key in values(new) if values(old).get(key) != values(new)[key]
     }
     allowed = {flag.name, *(("l1_coeff", "k", "l0_coeff") if flag.name == "sae_type" else ())}
     assert flag.name in changed
@@ -220,13 +212,7 @@ def test_templates_are_words_of_their_own(stage) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "lr", "sparsity_lambda"),
-    [
-        ("imagenet", 1e-3, 1),
-        ("cifar10", 1e-3, 1),
-        ("cifar100", 1e-2, 1),
-        ("places365", 1e-2, 0.1),
-        ("waterbirds100", 0.1, 10),
-    ],
+    [("imagenet", 1e-3, 1), ("cifar10", 1e-3, 1), ("cifar100", 1e-2, 1), ("places365", 1e-2, 0.1), ("waterbirds100", 0.1, 10)],
 )
 def test_the_papers_preset(stage, capsys, dataset: str, lr: float, sparsity_lambda: float) -> None:
     """It wins against config.py, but not against a flag; it says what it picked."""
@@ -341,13 +327,7 @@ class TestDefaultsOfTheConfig:
         assert probe.config_name.startswith("lr1.0_")
 
     def test_script_local_flags_have_defaults_too(self, stage) -> None:
-        defaults = {
-            "n_clusters": 3,
-            "templates": ["a {}, b", "{}"],
-            "rank_by": "strength",
-            "image_size": 32,
-            "to": "sae",
-        }
+        defaults = {"n_clusters": 3, "templates": ["a {}, b", "{}"], "rank_by": "strength", "image_size": 32, "to": "sae"}
         assert stage("visualization/vis_meta_clustering_dump.py", defaults=defaults)[3].n_clusters == 3
         assert stage("zero_shot.py", defaults=defaults)[1].templates == ("a {}, b", "{}")
         assert stage("visualization/vis_global_explanations_plot.py", defaults=defaults)[5].rank_by == "strength"
@@ -367,9 +347,7 @@ class TestDefaultsOfTheConfig:
         assert stage("save_concept_strengths.py", defaults={"probe_split": None})[2].names == SPLITS
 
     def test_those_of_other_scripts_do_not_matter(self, stage) -> None:
-        assert (
-            stage("save_vocab_embeddings.py", defaults={"probe_epochs": 3, "img_enc_name": "mine"})[0].encoder == "mine"
-        )
+        assert stage("save_vocab_embeddings.py", defaults={"probe_epochs": 3, "img_enc_name": "mine"})[0].encoder == "mine"
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -414,9 +392,7 @@ def test_help_needs_no_config(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_help_shows_the_defaults_that_config_sets(write_config, monkeypatch, capsys, name: str) -> None:
     """Every flag that is shown has its help text; the default is the one in force."""
     found = PIPELINE if name == PIPELINE.name else STAGES[name]
-    monkeypatch.setenv(
-        "DNCBM_CONFIG", str(write_config(defaults={"device": "cuda:3", "num_epochs": 17, "probe_lr": 0.625}))
-    )
+    monkeypatch.setenv("DNCBM_CONFIG", str(write_config(defaults={"device": "cuda:3", "num_epochs": 17, "probe_lr": 0.625})))
     shown = shown_help(found, capsys)
     assert "(default: cuda:3)" in shown
     assert ("(default: 17)" in shown) == (SAERun in found.takes)
@@ -438,9 +414,7 @@ def test_help_shows_what_the_stage_trains_and_what_locates_the_rest(write_config
 # ---------------------------------------------------------------------------------------------------- one-line errors
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("what is wrong"), CheckpointError("cut off"), NonFiniteError("step 3: NaN")]
-)
+@pytest.mark.parametrize("error", [UserError("what is wrong"), CheckpointError("cut off"), NonFiniteError("step 3: NaN")])
 def test_an_error_that_the_user_can_fix_is_one_line(error: Exception) -> None:
     def fail() -> None:
         raise error

@@ -152,9 +152,7 @@ def test_features_are_the_encoders_own(finished: Path) -> None:
         image = Image.open(io.BytesIO(tar.extractfile(f"{key}.jpg").read()))  # type: ignore[union-attr]
         with torch.inference_mode():
             expected = model.eval().encode_image(preprocess(image)[None])[0].numpy()
-    np.testing.assert_allclose(
-        np.load(stored / "00000.npy")[3], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(np.load(stored / "00000.npy")[3], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_names_are_words_of_the_vocabulary(finished: Path) -> None:
@@ -192,9 +190,7 @@ def test_pipeline_names_the_stale_stage(finished: Path, tmp_path: Path) -> None:
     assert "vocabulary      stale" in stale.stdout
     assert "words has changed" in stale.stderr
     redone = run("scripts/run_pipeline.py", *SMALL, "--overwrite", config=folder / "config.py")
-    outcomes = dict(
-        line.rsplit(maxsplit=1) for line in redone.stdout.splitlines() if line.startswith(("vocab", "names"))
-    )
+    outcomes = dict(line.rsplit(maxsplit=1) for line in redone.stdout.splitlines() if line.startswith(("vocab", "names")))
     assert outcomes == {"vocabulary": "ran", "names": "ran"}
     assert "sae             already done" in redone.stdout
 
@@ -413,11 +409,7 @@ def test_what_contributing_says_is_true(finished: Path, tmp_path: Path) -> None:
         (tree / file).write_text(old.replace(before, text + before, 1), encoding="utf-8")
 
     variants = "sparse_autoencoder/sparse_autoencoder/variants"
-    new = {
-        f"{variants}/shifted.py": variant,
-        "dncbm/features/class_sizes.py": stage,
-        "scripts/12_class_sizes.py": script,
-    }
+    new = {f"{variants}/shifted.py": variant, "dncbm/features/class_sizes.py": stage, "scripts/12_class_sizes.py": script}
     new |= {"dncbm/explain/dumps/active_concepts.py": dump, "dncbm/explain/plotting/active_concepts.py": plot}
     for name, text in new.items():
         (tree / name).write_text(text, encoding="utf-8")
@@ -434,8 +426,7 @@ def test_what_contributing_says_is_true(finished: Path, tmp_path: Path) -> None:
         file.write(f"encoders |= {{{encoder}}}\nprobe_datasets |= {{{dataset}}}\n")
     done = subprocess.run(
         [sys.executable, "-c", CONTRIBUTED],
-        env=os.environ
-        | {"DNCBM_CONFIG": str(config), "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'sparse_autoencoder'}"},
+        env=os.environ | {"DNCBM_CONFIG": str(config), "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'sparse_autoencoder'}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -37,8 +37,7 @@ def nearest_words(dictionary: torch.Tensor, vocabulary: Vocabulary, chunk: int =
 
     The dictionary is F x D; its rows may have any norm. `chunk` latents are compared with all V words at a time.
 
-    Raises:
-        UserError: the dictionary and the embeddings differ in width.
+    Raises UserError if the dictionary and the embeddings differ in width.
     """
     if dictionary.shape[1] != vocabulary.embeddings.shape[1]:
         raise UserError(
@@ -62,9 +61,8 @@ def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overw
 
     Missing word embeddings are made first.
 
-    Raises:
-        UserError: the SAE or the vocabulary is missing, or the vocabulary was embedded by another encoder.
-        StaleArtifact: names from another SAE or vocabulary exist.
+    Raises UserError if the SAE or the vocabulary is missing, or the vocabulary was embedded by another encoder; StaleArtifact
+    if names from another SAE or vocabulary exist.
     """
     artifacts = Artifacts(settings)
     checkpoint = sae_path(settings, run)
@@ -93,9 +91,8 @@ def write_names(path: Path, names: list[ConceptName]) -> None:
 def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:
     """The names of a run's latents, in order. The authors' files (no header, no similarity) can be read too.
 
-    Raises:
-        UserError: the file is missing, or a row is malformed.
-        StaleArtifact: the SAE or the vocabulary has changed since.
+    Raises UserError if the file is missing, or a row is malformed; StaleArtifact if the SAE or the vocabulary has changed
+    since.
     """
     path = Artifacts(settings).concept_names(run)
     if not path.is_file():
@@ -118,8 +115,7 @@ def concept_labels(names: Sequence[ConceptName]) -> list[str]:
 def name_similarities(settings: Settings, run: SAERun, names: Sequence[ConceptName]) -> NDArray[np.float64]:
     """Cosine of each latent's name and its decoder column; computed if the authors' files, which omit it, are in use.
 
-    Raises:
-        UserError: it must be computed, and the SAE or the vocabulary is missing or lacks a name.
+    Raises UserError if it must be computed, and the SAE or the vocabulary is missing or lacks a name.
     """
     given = np.array([name.similarity for name in names])
     if not np.isnan(given).any():

@@ -24,19 +24,16 @@ def train_sae(
 
     An interrupted run resumes from its last saved state. A published checkpoint (`.pt`) at the run's path is used unchanged.
 
-    Raises:
-        UserError: the features are missing, or more active latents are asked for than the SAE has.
-        StaleArtifact: an SAE from other features or settings exists.
-        sparse_autoencoder.NonFiniteError: the features or the loss are NaN or infinite.
+    Raises UserError if the features are missing, or more active latents are asked for than the SAE has; StaleArtifact if an
+    SAE from other features or settings exists; sparse_autoencoder.NonFiniteError if the features or the loss are NaN or
+    infinite.
     """
     artifacts = Artifacts(settings)
     target, state, published = artifacts.sae(run), artifacts.sae_state(run), artifacts.published_sae(run)
     if artifacts.sae_in_use(run) == published:
         print(f"using the published checkpoint: {published}")
         return Outcome.PROVIDED
-    data, validation = (
-        open_features(settings, run.dataset, run.encoder, run.hook, split) for split in ("train", "train_val")
-    )
+    data, validation = (open_features(settings, run.dataset, run.encoder, run.hook, split) for split in ("train", "train_val"))
     n_latents = data.width * run.expansion_factor
     try:
         run.sparsity.check_latents(n_latents)

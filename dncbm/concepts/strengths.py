@@ -43,21 +43,14 @@ class ConceptStrengths:
 
 
 def save_concept_strengths(
-    settings: Settings,
-    run: SAERun,
-    images: ProbeDataset,
-    splits: Splits,
-    *,
-    device: str = "auto",
-    overwrite: bool = False,
+    settings: Settings, run: SAERun, images: ProbeDataset, splits: Splits, *, device: str = "auto", overwrite: bool = False
 ) -> Outcome:
     """Stage 6: concept strengths (METHOD section 4) of some splits of a probe data set, one CSR part per feature shard.
 
     Parts are in scipy's .npz format, with the images' keys added. An interrupted run resumes at the next part.
 
-    Raises:
-        UserError: the SAE or the features are missing, or differ in width.
-        StaleArtifact: strengths from another SAE or other features exist.
+    Raises UserError if the SAE or the features are missing, or differ in width; StaleArtifact if strengths from another SAE
+    or other features exist.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
     outcome = Outcome.ALREADY_DONE
@@ -84,9 +77,7 @@ def save_concept_strengths(
 
 
 @torch.inference_mode()
-def encode_store(
-    sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int
-) -> dict[str, Any]:
+def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int) -> dict[str, Any]:
     """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
 
     Returns `images`, their number, and `l0`, the mean number of active latents.
@@ -129,8 +120,7 @@ def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any])
 def map_part(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a part as memory maps: an uncompressed .npz holds each array as a whole .npy file.
 
-    Raises:
-        UserError: the file is damaged or was not written by `_write_part`.
+    Raises UserError if the file is damaged or was not written by `_write_part`.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -157,9 +147,7 @@ def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[
 def finished_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> Path:
     """The folder of a split's concept strengths.
 
-    Raises:
-        UserError: they are missing or unfinished.
-        StaleArtifact: the SAE or the features have changed since.
+    Raises UserError if they are missing or unfinished; StaleArtifact if the SAE or the features have changed since.
     """
     folder = Artifacts(settings).strengths(run, dataset, split)
     if not manifest_path(folder).is_file():
@@ -214,7 +202,5 @@ STRENGTHS = Stage(
     function=save_concept_strengths,
     takes=(SAERun, ProbeDataset, Splits),
     inputs=(SAE, PROBE_FEATURES),
-    outputs=lambda artifacts, run, images, splits: [
-        artifacts.strengths(run, images.dataset, split) for split in splits.names
-    ],
+    outputs=lambda artifacts, run, images, splits: [artifacts.strengths(run, images.dataset, split) for split in splits.names],
 )

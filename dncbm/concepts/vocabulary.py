@@ -32,8 +32,7 @@ class Vocabulary:
 def read_words(settings: Settings) -> list[str]:
     """The words of the vocabulary in use, in the order of its file: one per line, blank lines skipped.
 
-    Raises:
-        UserError: the file is missing, empty or not UTF-8.
+    Raises UserError if the file is missing, empty or not UTF-8.
     """
     path = Artifacts(settings).words()
     try:
@@ -55,9 +54,8 @@ def save_vocabulary_embeddings(
 
     Embeddings that the paper's authors publish (`embeddings_<encoder>_<vocabulary>.pth`) are used unchanged.
 
-    Raises:
-        UserError: the vocabulary or the encoder is missing.
-        StaleArtifact: embeddings of other words or by another encoder exist.
+    Raises UserError if the vocabulary or the encoder is missing; StaleArtifact if embeddings of other words or by another
+    encoder exist.
     """
     artifacts = Artifacts(settings)
     target, published = artifacts.embeddings(encoder.encoder), artifacts.published_embeddings(encoder.encoder)
@@ -83,9 +81,8 @@ def save_vocabulary_embeddings(
 def load_vocabulary(settings: Settings, encoder: str) -> Vocabulary:
     """Words and their embeddings by an encoder, ours or the published ones.
 
-    Raises:
-        UserError: a file is missing or malformed, or there are not as many embeddings as words.
-        StaleArtifact: the words have changed since our embeddings were made.
+    Raises UserError if a file is missing or malformed, or there are not as many embeddings as words; StaleArtifact if the
+    words have changed since our embeddings were made.
     """
     artifacts = Artifacts(settings)
     words = read_words(settings)

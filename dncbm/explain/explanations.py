@@ -82,9 +82,7 @@ def predict(
     return Predictions(*(torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)))
 
 
-def contributions(
-    strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, classes: Integers
-) -> scipy.sparse.csr_matrix:
+def contributions(strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, classes: Integers) -> scipy.sparse.csr_matrix:
     """Contribution of each active concept to the logit of one class per row, z_f * W[f, c]; a row sums to the logit.
 
     Args:
@@ -96,9 +94,7 @@ def contributions(
         rows x F, with the sparsity of `strengths`.
     """
     data = ProbeData(strengths, torch.from_numpy(classes))
-    parts = [
-        probe_model.contributions(batch, weight, of).cpu().numpy() for batch, of in data.batches(BATCH, weight.device)
-    ]
+    parts = [probe_model.contributions(batch, weight, of).cpu().numpy() for batch, of in data.batches(BATCH, weight.device)]
     values = np.concatenate([*parts, np.empty(0, dtype=np.float32)])
     return scipy.sparse.csr_matrix((values, strengths.indices, strengths.indptr), shape=strengths.shape)
 

@@ -65,8 +65,7 @@ def load_encoder(settings: Settings, name: str, device: torch.device, precision:
     `name` is a name in the config's table of encoders, `openclip:MODEL/PRETRAINED` or `local-dir:FOLDER`; `precision` is one
     of PRECISIONS, by default fp16 on a GPU, else fp32.
 
-    Raises:
-        UserError: the name is unknown, or open_clip has no such model or cannot load its weights.
+    Raises UserError if the name is unknown, or open_clip has no such model or cannot load its weights.
     """
     import open_clip
 

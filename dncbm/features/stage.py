@@ -161,8 +161,7 @@ def open_features(settings: Settings, dataset: str, encoder: str, hook: str, spl
 def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Labels (int64) of the rows with these keys, which are indices in the data set's own split.
 
-    Raises:
-        UserError: the labels are missing.
+    Raises UserError if the labels are missing.
     """
     path = Artifacts(settings).labels(dataset, settings.own_split(dataset, split))
     if not path.is_file():

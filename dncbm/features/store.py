@@ -58,8 +58,7 @@ class FeatureStore:
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Rows in the order asked for, n x D float32. Every shard is visited at most once, in order.
 
-        Raises:
-            IndexError: there is no such row.
+        Raises IndexError if there is no such row.
         """
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)} in {self.folder}")

@@ -90,9 +90,7 @@ def fit_probe(
                 summed += step(chosen) * len(chosen)
             train_loss = float(summed) / len(train)
             if not np.isfinite(train_loss):
-                raise UserError(
-                    f"the probe's loss became NaN or infinite in epoch {epoch}: lower --probe_lr ({run.lr})"
-                )
+                raise UserError(f"the probe's loss became NaN or infinite in epoch {epoch}: lower --probe_lr ({run.lr})")
             last = epoch + 1 == run.epochs
             bar.update()
             bar.set_postfix(report.after(epoch + 1, weight.detach(), {"train_loss": train_loss}, last=last))
@@ -118,10 +116,7 @@ def fit_prox(
         tensors, about = found[0], found[1]["progress"]
         progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
         report.rows, done, passes = about["log"], about["step"], about["passes"]
-    with (
-        closing(CrossEntropy(train, device)) as loss,
-        tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar,
-    ):
+    with closing(CrossEntropy(train, device)) as loss, tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar:
         curvature = loss.curvature()
         lambdas = falling_lambdas(largest_lambda(loss, n_classes), run.sparsity_lambda, PATH_RATIO)
 

@@ -76,9 +76,7 @@ def linear(batch: Batch, weight: torch.Tensor) -> torch.Tensor:
     return functional.embedding_bag(batch.indices, weight, batch.offsets, mode="sum", per_sample_weights=batch.values)
 
 
-def probe_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, sparsity_lambda: float
-) -> torch.Tensor:
+def probe_loss(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, sparsity_lambda: float) -> torch.Tensor:
     """Cross-entropy + lambda * mean |W| over all inputs x C weights (METHOD section 4)."""
     return functional.cross_entropy(logits, labels) + sparsity_lambda * weight.abs().mean()
 
@@ -154,9 +152,7 @@ def evaluate_probe(
     metrics = {"loss": ce / n + penalty, "ce": ce / n, "top1": top1 / n, "top5": top5 / n}
     if coverage:
         for kind, counts in zip(("positive", "absolute"), covered.tolist(), strict=True):
-            metrics |= {
-                f"coverage_{kind}_{share:.0%}": count / n for share, count in zip(COVERAGES, counts, strict=True)
-            }
+            metrics |= {f"coverage_{kind}_{share:.0%}": count / n for share, count in zip(COVERAGES, counts, strict=True)}
     return metrics
 
 

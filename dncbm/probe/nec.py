@@ -104,10 +104,7 @@ def nec_points(
     if found := load_state(state_path, device):
         weight, about = found[0]["weight"], found[1]["path"]
         step, points = about["step"], [NECPoint(**point) for point in about["points"]]
-    with (
-        closing(CrossEntropy(train, device, scale)) as loss,
-        tqdm(desc=f"NEC on {on}", initial=step, unit="lambda") as bar,
-    ):
+    with closing(CrossEntropy(train, device, scale)) as loss, tqdm(desc=f"NEC on {on}", initial=step, unit="lambda") as bar:
         first = largest_lambda(loss, n_classes)
         solve = partial(minimise, loss, loss.curvature(), max_passes=MAX_PASSES, tolerance=TOLERANCE)
         while len(points) < len(NECS):
@@ -163,9 +160,8 @@ def accuracy_at_nec(
     There are as many random directions as latents, and each is active on as many images as a latent is on average. Writes a
     CSV, and appends a row per kind of input to `probe_results.csv`. An interrupted run resumes at the next lambda.
 
-    Raises:
-        UserError: the SAE, its concept strengths, the features or the labels are missing.
-        StaleArtifact: a table from other inputs exists.
+    Raises UserError if the SAE, its concept strengths, the features or the labels are missing; StaleArtifact if a table from
+    other inputs exists.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
     folder, table = artifacts.nec(run, dataset), artifacts.nec_table(run, dataset)
@@ -210,9 +206,7 @@ def accuracy_at_nec(
 def read_nec(settings: Settings, run: SAERun, dataset: str) -> dict[str, dict[int, float]]:
     """Accuracy on `val` (a fraction) at each number of effective concepts, for each kind of input.
 
-    Raises:
-        UserError: the table is missing.
-        StaleArtifact: the SAE, the strengths or the features have changed since.
+    Raises UserError if the table is missing; StaleArtifact if the SAE, the strengths or the features have changed since.
     """
     path = Artifacts(settings).nec_table(run, dataset)
     if not path.is_file():

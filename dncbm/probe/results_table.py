@@ -127,8 +127,7 @@ def write_results_table(settings: Settings, *, device: str = "auto", overwrite: 
 
     It is written every time, since it reads one small file; `device` and `overwrite` are ignored.
 
-    Raises:
-        UserError: there are no results.
+    Raises UserError if there are no results.
     """
     artifacts = Artifacts(settings)
     rows = read_results(artifacts.probe_results())

@@ -42,9 +42,8 @@ def train_linear_probe(
     Evaluates it on all three splits and appends a row to `probe_results.csv`. The accuracy to report is that on `val`, the
     data set's own validation or test split.
 
-    Raises:
-        UserError: the strengths, the features or the labels are missing, or the loss became NaN.
-        StaleArtifact: a probe from other inputs or settings exists.
+    Raises UserError if the strengths, the features or the labels are missing, or the loss became NaN; StaleArtifact if a
+    probe from other inputs or settings exists.
     """
     artifacts = Artifacts(settings)
     target, state = artifacts.probe(run, probe), artifacts.probe_state(run, probe)
@@ -92,9 +91,7 @@ def _inputs_folder(settings: Settings, run: SAERun, probe: ProbeRun, split: str)
 def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> ProbeData:
     """Inputs and labels of a split: concept strengths, or features for `probe.on_features`.
 
-    Raises:
-        UserError: they are missing.
-        StaleArtifact: what the strengths were made from has changed since.
+    Raises UserError if they are missing; StaleArtifact if what the strengths were made from has changed since.
     """
     inputs: Inputs
     if probe.on_features:
@@ -113,9 +110,7 @@ def load_groups(settings: Settings, dataset: str, split: str, keys: NDArray[np.i
     return torch.from_numpy(np.load(path)[keys]) if path.is_file() else None
 
 
-def save_accuracies(
-    settings: Settings, dataset: str, weight: torch.Tensor, data: ProbeData, path: Path
-) -> dict[str, float]:
+def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data: ProbeData, path: Path) -> dict[str, float]:
     """Write the accuracy on `val` of every class, and of every group if there are groups, as a CSV.
 
     Its columns are kind (`class` or `group`), index, name, images and top1, which is blank for a class or group without
@@ -156,9 +151,7 @@ def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict
 def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor:
     """The weights of a trained probe, inputs x C.
 
-    Raises:
-        UserError: the probe is missing or malformed.
-        StaleArtifact: its inputs have changed since.
+    Raises UserError if the probe is missing or malformed; StaleArtifact if its inputs have changed since.
     """
     path = Artifacts(settings).probe(run, probe)
     if not path.is_file():

@@ -109,9 +109,7 @@ def update_inputs(
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
-def add_gradient(
-    input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array, first: int, last: int
-) -> None:
+def add_gradient(input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array, first: int, last: int) -> None:
     """Add the gradient of the cross-entropy by the weights of inputs `first` to `last` - 1; arguments as above."""
     for f in range(first, last):
         row = gradient[f]

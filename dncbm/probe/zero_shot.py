@@ -46,9 +46,8 @@ def evaluate_zero_shot(
     The encoder of the features embeds the texts; without prompts, they are made from `default_templates`. Saves the classifier
     (C x D) and the accuracy of every class, and appends a row to `probe_results.csv`.
 
-    Raises:
-        UserError: the features, the labels or the encoder are missing, or a template lacks `{}`.
-        StaleArtifact: a result from other inputs or templates exists.
+    Raises UserError if the features, the labels or the encoder are missing, or a template lacks `{}`; StaleArtifact if a
+    result from other inputs or templates exists.
     """
     templates = (prompts and prompts.templates) or default_templates(features.dataset)
     for template in templates:

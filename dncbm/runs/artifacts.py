@@ -152,9 +152,7 @@ class Artifacts:
     def sae_siblings(self, run: SAERun) -> list[str]:
         """Names of the other runs on the same features."""
         runs = self.settings.sae_dir / "SAEImg" / self._run(run).parent
-        return sorted(
-            path.parent.name for path in runs.glob("*/sae_checkpoints") if path.parent.name != run.config_name
-        )
+        return sorted(path.parent.name for path in runs.glob("*/sae_checkpoints") if path.parent.name != run.config_name)
 
     def sae_intermediate(self, run: SAERun, items_seen: int) -> Path:
         return self._sae_checkpoints(run) / f"sparse_autoencoder_{items_seen}.safetensors"
@@ -263,9 +261,7 @@ class Artifacts:
 
     def dumps(self, kind: str) -> Iterable[Path]:
         """Every dump of a kind of explanation."""
-        return (
-            manifest.parent for manifest in (self.settings.analysis_dir / kind).glob("*/*/*/*/**/data/manifest.json")
-        )
+        return (manifest.parent for manifest in (self.settings.analysis_dir / kind).glob("*/*/*/*/**/data/manifest.json"))
 
     def explanation(self, kind: str, run: SAERun, *parts: str) -> ExplanationFolder:
         """The folder of an explanation; the parts tell apart those of one kind and SAE."""

@@ -111,12 +111,8 @@ class Extraction(_Checked):
     batch_size: int | None = setting(
         None, "images encoded at a time; by default 256 on a GPU, else 32", least=1, identifies="never"
     )
-    precision: str | None = setting(
-        None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS
-    )
-    num_workers: int = setting(
-        None, "processes that decode images", factory=default_workers, least=0, identifies="never"
-    )
+    precision: str | None = setting(None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS)
+    num_workers: int = setting(None, "processes that decode images", factory=default_workers, least=0, identifies="never")
     max_bad_fraction: float = setting(
         0.05, "fraction of unreadable images above which the stage fails", least=0, identifies="never"
     )
@@ -129,17 +125,10 @@ class Extraction(_Checked):
 class SAERun(SAEFeatures):
     """What identifies a trained SAE: its features, its shape, and how it is trained (METHOD section 2)."""
 
-    sparsity: Sparsity = choice(
-        VARIANTS, "relu", "how the code is kept sparse", flag="sae_type", in_name="_{}", place=2
-    )
+    sparsity: Sparsity = choice(VARIANTS, "relu", "how the code is kept sparse", flag="sae_type", in_name="_{}", place=2)
     expansion_factor: int = setting(8, "latents per input dimension", least=1, in_name="_ef{}", place=3)
     input_transform: str = setting(
-        "none",
-        "transform of the SAE's inputs",
-        choices=INPUT_TRANSFORMS,
-        in_name="_input{}",
-        place=8,
-        name_default=False,
+        "none", "transform of the SAE's inputs", choices=INPUT_TRANSFORMS, in_name="_input{}", place=8, name_default=False
     )
     suffix: str = setting(
         "", "appended to the run's name, to keep apart runs that differ in settings the name does not show",
@@ -248,17 +237,10 @@ class ProbeSchedule(_Checked):
 
     val_freq: int = setting(1, "epochs between validations of the probe", flag="probe_val_freq", least=1)
     coverage_freq: int = setting(
-        50,
-        "epochs between measurements of image-wise coverage; 0: only at the end",
-        flag="probe_eval_coverage_freq",
-        least=0,
+        50, "epochs between measurements of image-wise coverage; 0: only at the end", flag="probe_eval_coverage_freq", least=0
     )
     ckpt_freq: int = setting(
-        0,
-        "epochs between checkpoints of the probe; 0: only the final one",
-        flag="probe_ckpt_freq",
-        alias="ckpt_freq",
-        least=0,
+        0, "epochs between checkpoints of the probe; 0: only the final one", flag="probe_ckpt_freq", alias="ckpt_freq", least=0
     )
 
 
@@ -299,10 +281,7 @@ class Clusters(_Checked):
     """How many meta clusters there are."""
 
     n_clusters: int | None = setting(
-        None,
-        "clusters of K-means; by default the paper's for the data set, else two per class",
-        least=1,
-        in_name=FOLDER,
+        None, "clusters of K-means; by default the paper's for the data set, else two per class", least=1, in_name=FOLDER
     )
 
 
@@ -311,9 +290,7 @@ class LatentSelection(_Checked):
     """Which latents are drawn; what is left empty restricts nothing."""
 
     limit: int | None = setting(None, "draw at most this many figures", least=1)
-    indices: tuple[int, ...] = setting(
-        (), "numbers of the latents, clusters, images or classes to draw, separated by commas"
-    )
+    indices: tuple[int, ...] = setting((), "numbers of the latents, clusters, images or classes to draw, separated by commas")
     concepts: tuple[str, ...] = setting((), "names of latents, separated by commas")
 
     def __bool__(self) -> bool:

@@ -11,8 +11,7 @@ from dncbm.runs.errors import UserError
 def resolve_device(name: str) -> torch.device:
     """The device of a name; `auto` is the first available of cuda, mps and cpu.
 
-    Raises:
-        UserError: torch knows no such device, or this machine lacks it.
+    Raises UserError if torch knows no such device, or this machine lacks it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -99,9 +99,7 @@ def making(
     prints = {name: source if isinstance(source, str) else fingerprint(source) for name, source in inputs.items()}
     # Through JSON, so that it compares with a recipe that was read: tuples become lists.
     recipe = json.loads(json.dumps({"stage": stage, "settings": dict(settings), "inputs": prints}))
-    work = Work(
-        _begin(artifact, recipe, overwrite, remove or (lambda: _remove(artifact)), remove is not None, parts_hold)
-    )
+    work = Work(_begin(artifact, recipe, overwrite, remove or (lambda: _remove(artifact)), remove is not None, parts_hold))
     yield work
     if not (work.needed and work.outputs):
         return
@@ -164,9 +162,7 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         keys = made.get(part, {}).keys() | wanted[part].keys()
         return sorted(key for key in keys if made.get(part, {}).get(key) != wanted[part].get(key))
 
-    settings = [
-        f"{k} was {made['settings'].get(k)!r}, now {wanted['settings'].get(k)!r}" for k in differing("settings")
-    ]
+    settings = [f"{k} was {made['settings'].get(k)!r}, now {wanted['settings'].get(k)!r}" for k in differing("settings")]
     return settings + [f"{key} has changed" for key in differing("inputs")]
 
 
@@ -205,8 +201,7 @@ def check_chain(artifact: Path) -> None:
 
     An input that was moved away is not compared: nothing is known to have changed.
 
-    Raises:
-        StaleArtifact: an input has changed since the artifact was made from it.
+    Raises StaleArtifact if an input has changed since the artifact was made from it.
     """
     if not manifest_path(artifact).is_file():
         return

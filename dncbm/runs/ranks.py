@@ -68,8 +68,7 @@ def joined() -> Iterator[Ranks]:
     The processes exchange a few short messages and no tensors, so they always use gloo: NCCL would need one GPU per process,
     and would give up on a process that waits ten minutes for a slower one.
 
-    Raises:
-        UserError: the processes do not reach each other.
+    Raises UserError if the processes do not reach each other.
     """
     size = world_size()
     if size == 1:
@@ -79,9 +78,7 @@ def joined() -> Iterator[Ranks]:
         distributed.init_process_group("gloo", timeout=timedelta(days=30))  # work is unevenly divided
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the processes of this run cannot reach each other: {reason}; start them with torchrun"
-        ) from error
+        raise UserError(f"the processes of this run cannot reach each other: {reason}; start them with torchrun") from error
     try:
         yield Ranks(distributed.get_rank(), size)
     except UserError:

@@ -36,8 +36,7 @@ METRICS = (
 def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
     """A row with every column, from values of some of SETTINGS (the time is added) and of METRICS.
 
-    Raises:
-        KeyError: there is no such column.
+    Raises KeyError if there is no such column.
     """
     row: dict[str, Any] = dict.fromkeys((*SETTINGS, *METRICS), "")
     given = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **settings}
@@ -52,13 +51,12 @@ def append_result(path: Path, *rows: dict[str, Any]) -> None:
 
     If the file was written by an older version and lacks some of the columns, they are added, blank.
 
-    Raises:
-        UserError: the file has other columns.
+    Raises UserError if the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
     with FileLock(f"{path}.lock"):
-        is_new = not path.is_file() or path.stat().st_size == 0
+        is_new = not path.is_file()
         if not is_new:
             header, old = _read(path)
             if set(header) < set(columns):

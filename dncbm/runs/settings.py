@@ -157,22 +157,16 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
     for key, root in roots.items():
         if not root.parent.is_dir():
             value = str(found[key])
-            raise UserError(
-                f"the folder {root.parent} is missing: `{key}` in {path} is {value!r}; make it or correct the key"
-            )
+            raise UserError(f"the folder {root.parent} is missing: `{key}` in {path} is {value!r}; make it or correct the key")
     for name, source in found["sae_datasets"].items():
         if not isinstance(source, str | Path) and (
-            not isinstance(source, dict)
-            or set(source) != set(SPLITS)
-            or not all(isinstance(p, str) for p in source.values())
+            not isinstance(source, dict) or set(source) != set(SPLITS) or not all(isinstance(p, str) for p in source.values())
         ):
             raise UserError(
                 f"{path}: sae_datasets[{name!r}] must have the keys {', '.join(SPLITS)}, each a shard pattern, or be a folder"
             )
         if name in found["probe_datasets"]:
-            raise UserError(
-                f"{path}: {name!r} is in sae_datasets and in probe_datasets, so their files would mix: rename one"
-            )
+            raise UserError(f"{path}: {name!r} is in sae_datasets and in probe_datasets, so their files would mix: rename one")
     by_folder: dict[str, str] = {}
     for name in found["encoders"]:
         other = by_folder.setdefault(name.replace("/", ""), name)
@@ -199,17 +193,13 @@ def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
     if isinstance(entry, str | Path):
         entry = {"path": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str | Path):
-        raise UserError(
-            f'{where} must be a folder or {{"path": FOLDER, "reader": NAME, "splits": {{...}}}}, not {entry!r}'
-        )
+        raise UserError(f'{where} must be a folder or {{"path": FOLDER, "reader": NAME, "splits": {{...}}}}, not {entry!r}')
     if unknown := sorted(set(entry) - {"path", "reader", "splits"}):
         raise UserError(f"{where} has the unknown key {unknown[0]!r}; it may have path, reader and splits")
     splits, reader = entry.get("splits", {}), entry.get("reader", name)
     complete = isinstance(splits, dict) and (not splits or {"train", "val"} <= set(splits) <= set(SPLITS))
     if not complete or not all(isinstance(own, str) for own in splits.values()):
-        raise UserError(
-            f"{where}: splits must name the data set's own train, val and, if it has one, train_val: {splits!r}"
-        )
+        raise UserError(f"{where}: splits must name the data set's own train, val and, if it has one, train_val: {splits!r}")
     if not isinstance(reader, str):
         raise UserError(f"{where}: reader must be a name, not {reader!r}")
     return ProbeSource(path.parent / entry["path"], reader, splits)
@@ -223,6 +213,4 @@ def _encoder_entry(path: Path, name: str, entry: Any) -> EncoderEntry:
         if pretrained and (path.parent / pretrained).is_file():
             pretrained = str(path.parent / pretrained)
         return EncoderEntry(model, pretrained)
-    raise UserError(
-        f'{path}: encoders[{name!r}] must be ("MODEL", "PRETRAINED") or "local-dir:FOLDER", not {entry!r}',
-    )
+    raise UserError(f'{path}: encoders[{name!r}] must be ("MODEL", "PRETRAINED") or "local-dir:FOLDER", not {entry!r}')

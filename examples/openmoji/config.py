@@ -16,17 +16,12 @@ sae_datasets = {
         "train": "run/webdataset/training/{00000..00004}.tar",
         "train_val": "run/webdataset/training/00005.tar",
         "val": "run/webdataset/validation/00000.tar",
-    },
+    }
 }
 
-probe_datasets = {
-    "openmoji_categories": "run/categories",
-    "openmoji_outlines": "run/outlines",
-}
+probe_datasets = {"openmoji_categories": "run/categories", "openmoji_outlines": "run/outlines"}
 
-encoders = {
-    "openmoji_clip": "local-dir:run/clip",
-}
+encoders = {"openmoji_clip": "local-dir:run/clip"}
 
 # Settings for 1,500 images instead of three million.
 defaults = {

@@ -192,9 +192,7 @@ def drop_thin_categories(records: Sequence[Emoji]) -> list[Emoji]:
     for record in records:
         counts[record.category, record.split == "val"] += 1
     return [
-        record
-        for record in records
-        if min(counts[record.category, True], counts[record.category, False]) >= MIN_PER_CATEGORY
+        record for record in records if min(counts[record.category, True], counts[record.category, False]) >= MIN_PER_CATEGORY
     ]
 
 

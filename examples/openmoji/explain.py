@@ -21,9 +21,7 @@ CHOSEN: dict[str, dict[str, Any]] = {
 clusters of 1,425 images, most clusters show one thing."""
 
 
-def explain(
-    settings: Settings, run: SAERun, probe: ProbeRun, drawing: Drawing, *, device: str, overwrite: bool
-) -> Outcome:
+def explain(settings: Settings, run: SAERun, probe: ProbeRun, drawing: Drawing, *, device: str, overwrite: bool) -> Outcome:
     """Dump and draw every kind of explanation."""
     runs = values(run) | values(probe) | values(drawing)
     for stage in STAGES:
@@ -39,9 +37,7 @@ def explain(
         ("why an image was classified as it was", artifacts.local_explanations(run, probe, "val")),
         ("what leads a category", artifacts.global_explanations(run, probe, "val")),
     ):
-        print(
-            f"{what}: {len(list(files.figures.glob('*.pdf')))} in {files.figures}; {files.contact_sheet.name} shows all"
-        )
+        print(f"{what}: {len(list(files.figures.glob('*.pdf')))} in {files.figures}; {files.contact_sheet.name} shows all")
     return Outcome.RAN
 
 

@@ -129,9 +129,7 @@ def save_clip(model: nn.Module, folder: Path) -> None:
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-def load_clip(
-    folder: Path,
-) -> tuple[open_clip.CustomTextCLIP, Callable[[Image.Image], Tensor], Callable[..., Tensor]]:
+def load_clip(folder: Path) -> tuple[open_clip.CustomTextCLIP, Callable[[Image.Image], Tensor], Callable[..., Tensor]]:
     """Model, image preprocessing and tokenizer of a saved checkpoint, loaded as open_clip loads any other."""
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -206,10 +204,7 @@ def fit_projection(features: Tensor, texts: Tensor, choices: Sequence[Sequence[i
     layer = nn.Linear(features.shape[1], texts.shape[1])
     log_scale = nn.Parameter(torch.tensor(2.6))
     optimizer = torch.optim.AdamW(
-        [
-            {"params": layer.parameters(), "weight_decay": WEIGHT_DECAY},
-            {"params": [log_scale], "weight_decay": 0.0},
-        ],
+        [{"params": layer.parameters(), "weight_decay": WEIGHT_DECAY}, {"params": [log_scale], "weight_decay": 0.0}],
         lr=LEARNING_RATE,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)

@@ -96,11 +96,7 @@ def summarise(
     on_features = replace(probe, on_features=True, lr=baseline.lr)
     artifacts = Artifacts(settings)
     images = probe_images(settings, probe.dataset, "train")
-    of_probe = (
-        ProbeDataset(probe.dataset),
-        ProbeFeatures(probe.dataset, run.encoder, run.hook),
-        NamedEncoder(run.encoder),
-    )
+    of_probe = (ProbeDataset(probe.dataset), ProbeFeatures(probe.dataset, run.encoder, run.hook), NamedEncoder(run.encoder))
 
     names = best_names(settings, run, probe.dataset)
     pictures = [[images.image(key).convert("RGB").resize((96, 96)) for key in name["top_keys"]] for name in names]

@@ -103,9 +103,7 @@ def _dot(a: Array, b: Array) -> np.float32:
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
-def select_above(
-    pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array, row_start: Array
-) -> None:
+def select_above(pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array, row_start: Array) -> None:
     """`_scan` of each row of pre (n x F) into the rows of latent and value (n x F); row_start (n + 1) sums the counts."""
     row_start[0] = 0
     for i in range(pre.shape[0]):
@@ -199,14 +197,7 @@ def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def decode(
-    x: Array,
-    tied_bias: Array,
-    decoder: Array,
-    entries: ItemMajor,
-    ends: Array,
-    scale: float,
-    residual: Array,
-    error: Array,
+    x: Array, tied_bias: Array, decoder: Array, entries: ItemMajor, ends: Array, scale: float, residual: Array, error: Array
 ) -> float:
     """Computes the residuals of n items, and from them the slopes while the decoder's rows are in cache.
 
@@ -247,9 +238,7 @@ def decode(
 
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
-def decode_left_over(
-    decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array
-) -> float:
+def decode_left_over(decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array) -> float:
     """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D).
 
     `left` (n x D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and
@@ -346,9 +335,7 @@ def update_vector(vector: Trained, gradient: Array, rates: Rates) -> None:
 
 
 @njit(inline="always", fastmath=FASTMATH)
-def _add_entries(
-    entries: LatentMajor, f: int, x: Array, residual: Array, by_encoder: Array, by_decoder: Array
-) -> np.float32:
+def _add_entries(entries: LatentMajor, f: int, x: Array, residual: Array, by_encoder: Array, by_decoder: Array) -> np.float32:
     """Adds the gradients (D) of latent f's encoder and decoder rows from its entries. Returns the sum of the slopes."""
     start, stop = entries.start[f], entries.start[f + 1]
     slope_sum = np.float32(0)

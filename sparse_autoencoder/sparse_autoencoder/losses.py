@@ -27,9 +27,7 @@ class ItemLosses(NamedTuple):
     """B x F."""
 
 
-def item_losses(
-    model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None
-) -> ItemLosses:
+def item_losses(model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None) -> ItemLosses:
     """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; `variants` for other codes).
 
     With `training`, the code may depend on the batch (BatchTopK), and the latents with indices `dead` (int64) are revived by

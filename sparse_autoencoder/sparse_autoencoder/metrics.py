@@ -22,11 +22,7 @@ def count_dead(fired: Tensor, n_items: int) -> tuple[int, int]:
 
 
 def evaluate(
-    model: SparseAutoencoder,
-    data: Features | Tensor,
-    *,
-    batch_size: int = 4096,
-    device: str | torch.device = "cpu",
+    model: SparseAutoencoder, data: Features | Tensor, *, batch_size: int = 4096, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
     """Metrics of the model over all items of the data (N x D), computed batch by batch.
 

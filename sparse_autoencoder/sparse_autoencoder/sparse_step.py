@@ -103,9 +103,7 @@ class SparseStep:
         threshold = self._threshold()
         tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         trained = {
-            name: Trained(
-                tensor.numpy(), adam.moments[f"{name}.mean"].numpy(), adam.moments[f"{name}.variance"].numpy()
-            )
+            name: Trained(tensor.numpy(), adam.moments[f"{name}.mean"].numpy(), adam.moments[f"{name}.variance"].numpy())
             for name, tensor in tensors.items()
         }
         tied_bias, decoder = trained["tied_bias"].value, trained["decoder_weight"].value
@@ -191,9 +189,7 @@ class SparseStep:
 
         active = np.concatenate(self.workers.map(decode, range(0, len(x), items)))
         fired = np.bincount(active, minlength=self.model.n_latents)
-        return CodeLosses(
-            torch.from_numpy(error / np.float32(x.shape[1])), torch.from_numpy(penalty), torch.from_numpy(fired)
-        )
+        return CodeLosses(torch.from_numpy(error / np.float32(x.shape[1])), torch.from_numpy(penalty), torch.from_numpy(fired))
 
     def _threshold(self) -> np.ndarray | None:
         threshold = self.model.sparsity.code.threshold(self.model)

@@ -54,9 +54,7 @@ class TrainingSettings:
     adam_beta_2: float = setting(0.999, "decay rate of Adam's second moment", least=0, below=1)
     adam_epsilon: float = setting(1e-8, "term that Adam adds to the denominator", above=0)
     adam_weight_decay: float = setting(0.0, "L2 penalty that Adam adds to the gradient", least=0)
-    resample_freq: int = setting(
-        10, "epochs between resamplings of dead latents; 0: never", least=0, in_name="_rf{}", place=4
-    )
+    resample_freq: int = setting(10, "epochs between resamplings of dead latents; 0: never", least=0, in_name="_rf{}", place=4)
     resample_dataset_size: int = setting(819_200, "items whose losses decide where dead latents restart", least=1)
     val_freq: int = setting(1, "epochs between validations of the SAE; 0: never", least=0, identifies="never")
     ckpt_freq: int = setting(
@@ -198,11 +196,7 @@ class _Log:
     """Sends each row to the CSV file, the caller's function and the progress bar."""
 
     def __init__(
-        self,
-        path: Path | None,
-        function: Callable[[dict[str, float], int], None] | None,
-        bar: "tqdm[None]",
-        state: _State,
+        self, path: Path | None, function: Callable[[dict[str, float], int], None] | None, bar: "tqdm[None]", state: _State
     ) -> None:
         self.path = path
         self.function = function
@@ -213,9 +207,7 @@ class _Log:
         self.items = state.items_seen
         if path is not None:
             rows = _rows_until(path, state.adam.steps) if state.adam.steps else []
-            self.rows = [
-                {name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows
-            ]
+            self.rows = [{name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows]
             with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(LOG_COLUMNS)

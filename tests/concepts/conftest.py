@@ -49,9 +49,7 @@ class Mine:
 
 @pytest.fixture
 def mine(make_settings, make_store) -> Mine:
-    features = {
-        split: np.random.default_rng(i).normal(size=(17, 5)).astype(np.float32) for i, split in enumerate(SPLITS)
-    }
+    features = {split: np.random.default_rng(i).normal(size=(17, 5)).astype(np.float32) for i, split in enumerate(SPLITS)}
     found = Mine(make_settings(probe_datasets={"mine": "images"}), SAERun(encoder="enc"), features, make_store)
     for split in SPLITS:
         found.write_features(split, features[split])

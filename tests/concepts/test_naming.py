@@ -40,8 +40,7 @@ def by_brute_force(dictionary: np.ndarray, embeddings: np.ndarray) -> list[tuple
     names = []
     for direction in dictionary:
         cosines = [
-            float(direction @ word) / math.sqrt(float(direction @ direction) * float(word @ word))
-            for word in embeddings
+            float(direction @ word) / math.sqrt(float(direction @ direction) * float(word @ word)) for word in embeddings
         ]
         best = max(range(len(cosines)), key=cosines.__getitem__)
         names.append((best, cosines[best]))
@@ -60,9 +59,7 @@ def vocabulary_of(embeddings: np.ndarray) -> Vocabulary:
     chunk=st.integers(1, 15),
     seed=st.integers(0, 1000),
 )
-def test_a_name_is_the_word_of_the_largest_cosine(
-    n_latents: int, n_words: int, width: int, chunk: int, seed: int
-) -> None:
+def test_a_name_is_the_word_of_the_largest_cosine(n_latents: int, n_words: int, width: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     dictionary = rng.normal(size=(n_latents, width)) * rng.uniform(0.1, 10, (n_latents, 1))
     embeddings = rng.normal(size=(n_words, width)) * rng.uniform(0.1, 10, (n_words, 1))

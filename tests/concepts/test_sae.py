@@ -102,9 +102,7 @@ def test_it_is_trained_as_declared(settings: Settings, change: dict) -> None:
         models.append(model.state_dict())
     found = load_checkpoint(Artifacts(settings).sae(run)).state_dict()
     assert all(torch.equal(found[name], models[0][name]) for name in found)
-    same = all(
-        found[name].shape == models[1][name].shape and torch.equal(found[name], models[1][name]) for name in found
-    )
+    same = all(found[name].shape == models[1][name].shape and torch.equal(found[name], models[1][name]) for name in found)
     assert same == (not change)
 
 

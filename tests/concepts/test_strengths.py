@@ -45,9 +45,7 @@ def by_hand(mine, x: np.ndarray) -> np.ndarray:
 
 def save(mine, split: str | None = "val", **options) -> Outcome:
     run = options.pop("run", mine.run)
-    return save_concept_strengths(
-        mine.settings, run, ProbeDataset("mine"), Splits(split), **{"device": "cpu"} | options
-    )
+    return save_concept_strengths(mine.settings, run, ProbeDataset("mine"), Splits(split), **{"device": "cpu"} | options)
 
 
 def load(mine, split: str = "val"):
@@ -179,6 +177,7 @@ def test_done_stale_and_loaded_only_to_be_encoded(mine, monkeypatch, refusal) ->
     assert save(mine, None) is Outcome.RAN, "the other splits"
     run = read_manifest(folder(mine))["run"]
     assert (run["sae_type"], run["probe_dataset"], run["probe_split"]) == ("relu", "mine", "val")
+    assert read_manifest(folder(mine, "train"))["run"]["probe_split"] == "train"
     mine.replace_sae()
     with refusal(folder(mine), "SAE", "has changed", "--overwrite"):
         load(mine)

@@ -103,9 +103,7 @@ def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(setting
         patched.setattr(dncbm.concepts.vocabulary, "load_encoder", fail)
         with pytest.raises(UserError, match="no weights"):
             save(settings)
-    monkeypatch.setattr(
-        dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"}
-    )
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
     assert save(settings) is Outcome.RAN
 
 
@@ -132,9 +130,7 @@ def test_the_authors_file_is_never_unpickled(settings: Settings, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "embeddings",
-    [torch.ones(3, 6), torch.ones(5, 6), torch.ones(4), torch.ones(4, 1, 6)],
-    ids=lambda t: str(tuple(t.shape)),
+    "embeddings", [torch.ones(3, 6), torch.ones(5, 6), torch.ones(4), torch.ones(4, 1, 6)], ids=lambda t: str(tuple(t.shape))
 )
 def test_embeddings_of_another_shape_are_refused(settings: Settings, refusal, embeddings: torch.Tensor) -> None:
     path = Artifacts(settings).published_embeddings("enc")

@@ -493,9 +493,7 @@ class TestFolder:
             assert np.abs(shown - image_colour("places365", key)).max() < 12
 
     @pytest.mark.parametrize(("split", "folder"), [("val", "mine val"), ("train_val", "mine train")])
-    def test_thumbnails_are_of_the_data_set_and_the_split(
-        self, world, dumped, image_colour, split: str, folder: str
-    ) -> None:
+    def test_thumbnails_are_of_the_data_set_and_the_split(self, world, dumped, image_colour, split: str, folder: str) -> None:
         """Our `train_val` is held out from the data set's own `train`."""
         if split == "train_val":
             world.save_strengths(world.z[:10], np.arange(10), "mine", split)

@@ -26,11 +26,7 @@ def by_brute_force(dense: np.ndarray, latent: int, k: int) -> list[int]:
 
 
 @given(
-    n_images=st.integers(1, 12),
-    n_latents=st.integers(1, 6),
-    k=st.integers(1, 15),
-    seed=st.integers(0, 999),
-    data=st.data(),
+    n_images=st.integers(1, 12), n_latents=st.integers(1, 6), k=st.integers(1, 15), seed=st.integers(0, 999), data=st.data()
 )
 def test_top_images_are_the_strongest(n_images: int, n_latents: int, k: int, seed: int, data: st.DataObject) -> None:
     dense = np.random.default_rng(seed).integers(0, 4, (n_images, n_latents)).astype(np.float32)  # many ties and zeros
@@ -90,9 +86,7 @@ def test_predictions_are_those_of_the_dense_product(n: int, f: int, c: int, seed
     np.testing.assert_array_equal(logits[np.arange(n), found.classes], logits.max(axis=1))
     np.testing.assert_array_equal(found.true_logits, logits[np.arange(n), labels])
     softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(
-        found.probabilities, (softmax / softmax.sum(axis=1, keepdims=True)).max(axis=1), rtol=1e-5
-    )
+    np.testing.assert_allclose(found.probabilities, (softmax / softmax.sum(axis=1, keepdims=True)).max(axis=1), rtol=1e-5)
 
 
 @given(
@@ -122,9 +116,7 @@ def test_batches_do_not_change_results(monkeypatch) -> None:
     whole = contributions(sparse(z), torch.from_numpy(weight), classes)
     top = leading(whole, 3)
     monkeypatch.setattr(dncbm.explain.explanations, "BATCH", 4)
-    np.testing.assert_array_equal(
-        contributions(sparse(z), torch.from_numpy(weight), classes).toarray(), whole.toarray()
-    )
+    np.testing.assert_array_equal(contributions(sparse(z), torch.from_numpy(weight), classes).toarray(), whole.toarray())
     for found, expected in zip(leading(whole, 3), top, strict=True):
         np.testing.assert_array_equal(found, expected)
 

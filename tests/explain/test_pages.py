@@ -334,7 +334,5 @@ def test_the_page_shows_the_image_it_is_named_after(dump: Dump, files, draw, ima
     image = dump.chosen[3]
     draw(Selection(indices=(image,)))
     with Image.open(files.page(f"image_{image:06d}", "png")) as page:
-        middle = np.asarray(page.convert("RGB"))[round((0.36 + 0.06 + 0.6) * 200), round((0.06 + 0.6) * 200)].astype(
-            int
-        )
+        middle = np.asarray(page.convert("RGB"))[round((0.36 + 0.06 + 0.6) * 200), round((0.06 + 0.6) * 200)].astype(int)
     assert np.abs(middle - image_colour("places365", image)).max() < 12

@@ -232,14 +232,7 @@ class TestGlobal:
     def test_ten_concepts_and_the_mean_logit(self, pictures) -> None:
         canvas = draw_global.draw(global_page(pictures))
         found = texts(canvas)
-        for expected in (
-            "coast",
-            "42 images, 80% predicted right",
-            "mean contribution",
-            "99 others",
-            "mean logit",
-            "+7.88",
-        ):
+        for expected in ("coast", "42 images, 80% predicted right", "mean contribution", "99 others", "mean logit", "+7.88"):
             assert expected in found, expected
         for i in range(10):
             assert height(canvas, f"name{i}") == height(canvas, signed(1 - i / 20, 2))
@@ -379,9 +372,7 @@ def hard_pages(pictures) -> list[Canvas]:
     ten = tuple((f"{LONG} {i}", 1e-4 * (5 - i)) for i in range(10))
     return [
         draw_local.draw(local_page(pictures)),
-        draw_local.draw(
-            local_page(pictures, predicted=LONG, true=WORD, concepts=hard, logit=-1234.5, true_logit=-9999)
-        ),
+        draw_local.draw(local_page(pictures, predicted=LONG, true=WORD, concepts=hard, logit=-1234.5, true_logit=-9999)),
         draw_local.draw(local_page(pictures, right=True, predicted=WORD, true=WORD, probability=1.0)),
         draw_local.draw(local_page(pictures, concepts=(), remaining=0.0, n_remaining=0, logit=0.0)),
         draw_local.draw(local_page(pictures, concepts=(("only", -2.0),), remaining=0.0, n_remaining=0, logit=-2.0)),

@@ -139,12 +139,7 @@ def test_a_header_is_not_an_address(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [
-        (None, "is missing"),
-        ("", "holds no address"),
-        ("a\thttp://x\nb c d\n", "line 2"),
-        ("http://x\tcaption\n", "line 1"),
-    ],
+    [(None, "is missing"), ("", "holds no address"), ("a\thttp://x\nb c d\n", "line 2"), ("http://x\tcaption\n", "line 1")],
 )
 def test_a_tsv_that_is_not_one(tmp_path: Path, refusal, content: str | None, problem: str) -> None:
     tsv = tmp_path / "a.tsv"

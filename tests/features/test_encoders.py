@@ -93,12 +93,7 @@ def test_a_local_dir(make_settings, tmp_path: Path, tiny: torch.nn.Module, rando
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "tolerance"),
-    [
-        (None, torch.float32, 0),
-        ("fp32", torch.float32, 0),
-        ("bf16", torch.float32, 3e-2),
-        ("fp16", torch.float16, 1e-2),
-    ],
+    [(None, torch.float32, 0), ("fp32", torch.float32, 0), ("bf16", torch.float32, 3e-2), ("fp16", torch.float16, 1e-2)],
 )
 def test_precision(
     make_settings, tmp_path: Path, tiny: torch.nn.Module, precision: str | None, dtype: torch.dtype, tolerance: float
@@ -128,9 +123,7 @@ def test_the_default_precision_is_half_on_a_gpu(
     """Without a GPU: the weights stay where they are."""
     moved_to = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *to, **_: moved_to.extend(map(str, to)) or module)
-    encoder = load_encoder(
-        make_settings(encoders={"mine": ("tiny-clip", None)}), "mine", torch.device(device), precision
-    )
+    encoder = load_encoder(make_settings(encoders={"mine": ("tiny-clip", None)}), "mine", torch.device(device), precision)
     assert moved_to[-1] == str(encoder.device) == device
     assert encoder.precision == expected
 

@@ -33,9 +33,7 @@ def assert_holds(images: ProbeImages, expected: list[tuple[Image.Image, str]]) -
 class TestImageFolder:
     def test_train_and_val(self, make_settings, tmp_path: Path, put) -> None:
         settings = make_settings(probe_datasets={"mine": "mine"})
-        cat, cat2, dog = (
-            put(tmp_path / f"mine/train/{name}.png", i) for i, name in enumerate(("cat/a", "cat/b", "dog/a"))
-        )
+        cat, cat2, dog = (put(tmp_path / f"mine/train/{name}.png", i) for i, name in enumerate(("cat/a", "cat/b", "dog/a")))
         held_out = put(tmp_path / "mine/val/dog/c.jpg", 9)
         put(tmp_path / "mine/val/cat/z.jpg", 10)
         train, val = (probe_images(settings, "mine", split) for split in ("train", "val"))
@@ -157,16 +155,12 @@ class TestPlaces365:
     @pytest.mark.parametrize("size", ["256", "large"])
     def test_train_and_val(self, make_settings, root: Path, put, size: str) -> None:
         train = root / f"data_{size}_standard"
-        bedroom, airfield = (
-            put(train / f"{place}/00000001.jpg", i) for i, place in enumerate(("b/bedroom", "a/airfield"))
-        )
+        bedroom, airfield = (put(train / f"{place}/00000001.jpg", i) for i, place in enumerate(("b/bedroom", "a/airfield")))
         outdoor = put(train / "a/apartment_building/outdoor/00000007.jpg", 5)
         val = [put(root / f"val_{size}" / f"Places365_val_0000000{i}.jpg", 10 + i) for i in (1, 2)]
         settings = make_settings(probe_datasets={"places365": "places"})
         found = probe_images(settings, "places365", "train")
-        assert_holds(
-            found, [(bedroom, "/b/bedroom"), (airfield, "/a/airfield"), (outdoor, "/a/apartment_building/outdoor")]
-        )
+        assert_holds(found, [(bedroom, "/b/bedroom"), (airfield, "/a/airfield"), (outdoor, "/a/apartment_building/outdoor")])
         assert list(found.labels) == [1, 0, 2]
         assert_holds(probe_images(settings, "places365", "val"), [(val[0], "/b/bedroom"), (val[1], "/a/airfield")])
 
@@ -197,9 +191,7 @@ class TestWaterbirds:
     def test_val_is_the_test_split(self, make_settings, root: Path, put) -> None:
         a, b, c, d = (
             put(root / name, i)
-            for i, name in enumerate(
-                ("001.Albatross/a.jpg", "002.Sparrow/b.jpg", "001.Albatross/c.jpg", "002.Sparrow/d.jpg")
-            )
+            for i, name in enumerate(("001.Albatross/a.jpg", "002.Sparrow/b.jpg", "001.Albatross/c.jpg", "002.Sparrow/d.jpg"))
         )
         settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
         assert_holds(probe_images(settings, "waterbirds100", "train"), [(a, "waterbird"), (b, "landbird")])
@@ -240,9 +232,7 @@ def cifar10(tmp_path: Path, monkeypatch) -> Callable[[str, int], np.ndarray]:
 
 def test_two_copies_of_a_data_set_have_two_names(make_settings, cifar10, tmp_path: Path) -> None:
     expected = {"cifar10": cifar10("clean", 0), "cifar10-noisy": cifar10("noisy", 100)}
-    settings = make_settings(
-        probe_datasets={"cifar10": "clean", "cifar10-noisy": {"path": "noisy", "reader": "cifar10"}}
-    )
+    settings = make_settings(probe_datasets={"cifar10": "clean", "cifar10-noisy": {"path": "noisy", "reader": "cifar10"}})
     for name, image in expected.items():
         found = probe_images(settings, name, "val")
         np.testing.assert_array_equal(pixels(found.image(0)), image.transpose(1, 2, 0))
@@ -273,9 +263,7 @@ def test_splits_rename_the_folders_of_a_data_set(make_settings, tmp_path: Path, 
         assert_holds(found, [(images[split], "dog")])
 
 
-def test_a_train_val_that_is_missing_is_not_read_from_the_test_folder(
-    make_settings, tmp_path: Path, put, refusal
-) -> None:
+def test_a_train_val_that_is_missing_is_not_read_from_the_test_folder(make_settings, tmp_path: Path, put, refusal) -> None:
     put(tmp_path / "mine/train/a/1.png", 0)
     put(tmp_path / "mine/test/a/1.png", 1)
     splits = {"train": "train", "train_val": "val", "val": "test"}
@@ -289,11 +277,7 @@ def test_a_train_val_that_is_missing_is_not_read_from_the_test_folder(
     [
         ("cifar11", {}, "no reader 'cifar11'"),
         ("cifar10", {"train": "train", "val": "validation"}, "cifar10 has the splits train, test, not 'validation'"),
-        (
-            "cifar10",
-            {"train": "test", "train_val": "held", "val": "test"},
-            "cifar10 has the splits train, test, not 'held'",
-        ),
+        ("cifar10", {"train": "test", "train_val": "held", "val": "test"}, "cifar10 has the splits train, test, not 'held'"),
         ("places365", {"train": "train-standard", "val": "test"}, "train-challenge, val, not 'test'"),
         ("waterbirds100", {"train": "0", "val": "test"}, "waterbirds100 has the splits 0, 1, 2, not 'test'"),
         ("waterbirds100", {"train": "0", "train_val": "1", "val": "2"}, "no images"),
@@ -331,9 +315,7 @@ def test_a_malformed_line_of_the_config_is_refused(make_settings, tmp_path: Path
 # ----------------------------------------------------------------------------------------------------- splits, shards
 
 
-def test_shards_can_be_sent_to_a_spawned_process(
-    make_settings, tmp_path: Path, put, write_tar, random_image, encoded
-) -> None:
+def test_shards_can_be_sent_to_a_spawned_process(make_settings, tmp_path: Path, put, write_tar, random_image, encoded) -> None:
     """Workers that are spawned and not forked get their shards pickled."""
     image = put(tmp_path / "mine/train/a/1.png", 4)
     images = probe_images(make_settings(probe_datasets={"mine": "mine"}), "mine", "train")

@@ -134,18 +134,7 @@ def test_images_that_img2dataset_counted_and_the_tar_lacks_are_missing(
 def test_keys_are_unique_and_captions_may_lie_elsewhere(tmp_path: Path, random_image, encoded) -> None:
     path = tmp_path / "0.tar"
     image = encoded(random_image(1))
-    names = [
-        "b/1.jpg",
-        "b/1.json",
-        "a/1.jpg",
-        "b/1.jpg",
-        "a/1.png",
-        "c/1.txt",
-        "a/1.seg.png",
-        "._1.jpg",
-        "c/1.jpg",
-        "x",
-    ]
+    names = ["b/1.jpg", "b/1.json", "a/1.jpg", "b/1.jpg", "a/1.png", "c/1.txt", "a/1.seg.png", "._1.jpg", "c/1.jpg", "x"]
     with tarfile.open(path, "w") as tar:
         for name in names:
             member = tarfile.TarInfo(name)
@@ -247,9 +236,7 @@ def test_mutated_tars_lose_images_and_nothing_else(
     in_a_header = st.tuples(st.sampled_from(starts), st.integers(0, 511)).map(sum)
     anywhere = st.integers(0, len(content) - 1)
     flip = st.tuples(st.one_of(in_a_header, anywhere), st.integers(1, 255))
-    flips = data.draw(
-        st.lists(flip, max_size=8).filter(lambda some: all(i < len(content) for i, _ in some)), label="flips"
-    )
+    flips = data.draw(st.lists(flip, max_size=8).filter(lambda some: all(i < len(content) for i, _ in some)), label="flips")
     for position, bits in flips:
         content[position] ^= bits
     if data.draw(st.booleans(), label="is cut"):

@@ -63,11 +63,7 @@ def save_sae(settings: Settings, extraction: Extraction = LOOSE, **execution: An
 
 
 def save_probe(
-    settings: Settings,
-    split: str | None = None,
-    extraction: Extraction = LOOSE,
-    dataset: str = "mine",
-    **execution: Any,
+    settings: Settings, split: str | None = None, extraction: Extraction = LOOSE, dataset: str = "mine", **execution: Any
 ) -> Outcome:
     """Stage 5."""
     features = ProbeFeatures(dataset, "enc", "out")
@@ -77,9 +73,7 @@ def save_probe(
 class TestStageOfTheSAE:
     @pytest.fixture
     def settings(self, make_settings: Callable[..., Settings], shards: WebdatasetShards, loaded: Loaded) -> Settings:
-        return make_settings(
-            sae_datasets={"mine": {split: f"tars/0000{number}.tar" for number, split in enumerate(SPLITS)}}
-        )
+        return make_settings(sae_datasets={"mine": {split: f"tars/0000{number}.tar" for number, split in enumerate(SPLITS)}})
 
     def test_every_split_is_a_finished_store(self, settings: Settings, means, capsys) -> None:
         assert save_sae(settings) is Outcome.RAN
@@ -167,9 +161,7 @@ class TestStageOfTheSAE:
         assert save_sae(settings, overwrite=True) is Outcome.RAN
         assert len(open_features(settings, "mine", "enc", "out", "train")) == 30
 
-    def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(
-        self, settings: Settings, monkeypatch
-    ) -> None:
+    def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(self, settings: Settings, monkeypatch) -> None:
         def fail(*_: object) -> None:
             raise UserError("no weights")
 
@@ -201,9 +193,7 @@ def small_shards(monkeypatch) -> None:
 @pytest.mark.usefixtures("small_shards")
 class TestStageOfTheProbe:
     @pytest.fixture
-    def settings(
-        self, make_settings: Callable[..., Settings], tmp_path: Path, random_image, loaded: Loaded
-    ) -> Settings:
+    def settings(self, make_settings: Callable[..., Settings], tmp_path: Path, random_image, loaded: Loaded) -> Settings:
         """Two classes; the seed of an image is in its name, and three images are corrupt."""
         for split, class_name, seeds in (
             ("train", "a", range(30)), ("train", "b", range(30, 50)),
@@ -376,9 +366,7 @@ def test_fixed_tars_are_read_again_and_no_others(
             save_sae(settings, STRICT)
 
 
-def test_another_list_of_shards_is_not_a_fixed_one(
-    make_settings, tmp_path: Path, write_tar, members, loaded: Loaded
-) -> None:
+def test_another_list_of_shards_is_not_a_fixed_one(make_settings, tmp_path: Path, write_tar, members, loaded: Loaded) -> None:
     for shard in range(3):
         write_tar(tmp_path / f"{shard}.tar", {**members(4 + shard), "bad": {"jpg": b"?"}})
 
@@ -409,6 +397,24 @@ def test_fixed_probe_images_are_read_again(
     save_probe(settings, "val", STRICT)
     assert sum(loaded.batches) == 8
     assert list(open_features(settings, "mine", "enc", "out", "val").keys) == list(range(20))
+
+
+def test_fixed_images_of_a_folder_are_read_again(
+    make_settings, tmp_path: Path, put, random_image, loaded: Loaded, monkeypatch, refusal
+) -> None:
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 2)
+    for name in ("train/a.png", "train/b.png", "train/c.png", "train_val/a.png", "val/a.png"):
+        put(tmp_path / "photos" / name, 0)
+    bad = tmp_path / "photos/train/c.png"
+    bad.write_bytes(b"?")
+    settings = make_settings(sae_datasets={"mine": "photos"})
+    with refusal("1 of 3", f"images 2 to 2 of {tmp_path / 'photos/train'}"):
+        save_sae(settings, STRICT)
+    loaded.batches.clear()
+    random_image(3).save(bad)
+    save_sae(settings, STRICT)
+    assert loaded.batches == [1, 1, 1]  # the fixed image, and the two other splits
+    assert list(open_features(settings, "mine", "enc", "out", "train").keys) == ["a.png", "b.png", "c.png"]
 
 
 def test_a_stage_on_a_folder_keeps_names_that_are_not_utf8(make_settings, tmp_path: Path, put, loaded: Loaded) -> None:

@@ -10,9 +10,7 @@ from dncbm.features.store import FeatureStore
 
 
 @given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), half=st.booleans(), data=st.data())
-def test_gather_is_plain_indexing(
-    tmp_path_factory, make_store, sizes: list[int], half: bool, data: st.DataObject
-) -> None:
+def test_gather_is_plain_indexing(tmp_path_factory, make_store, sizes: list[int], half: bool, data: st.DataObject) -> None:
     dtype = np.float16 if half else np.float32
     rows = np.random.default_rng(sum(sizes)).normal(size=(sum(sizes), 3)).astype(dtype)
     shards = np.split(rows, np.cumsum(sizes)[:-1])

@@ -131,9 +131,9 @@ def mine(make_settings, make_store, write_labels, strengths, monkeypatch: pytest
     own = {"train": np.random.default_rng(8).integers(0, 4, 150), "val": np.random.default_rng(7).integers(0, 4, 40)}
     for split in SPLITS:  # three concepts point to each class
         noise = np.random.default_rng(9).random((len(keys[split]), 4))
-        own[settings.own_split("mine", split)][keys[split]] = (
-            values[split].reshape(-1, 4, 3).sum(axis=2) + noise
-        ).argmax(axis=1)
+        own[settings.own_split("mine", split)][keys[split]] = (values[split].reshape(-1, 4, 3).sum(axis=2) + noise).argmax(
+            axis=1
+        )
     labels = {split: own[settings.own_split("mine", split)][keys[split]] for split in SPLITS}
     found = Mine(settings, SAERun(encoder="enc"), keys, values, labels)
     for split in SPLITS:

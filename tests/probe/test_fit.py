@@ -112,9 +112,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     monkeypatch.setattr(dncbm.probe.fit, "STATE_EVERY_S", -1.0)
     done: list[int] = []
     state = tmp_path / "state.safetensors"
-    whole = fit(
-        splits, run, tmp_path / "a.safetensors", log=lambda _, n: done.append(n), log_path=tmp_path / "whole.csv"
-    )
+    whole = fit(splits, run, tmp_path / "a.safetensors", log=lambda _, n: done.append(n), log_path=tmp_path / "whole.csv")
     stop = done[-1] if at == "last" else at
 
     def die(_: dict[str, float], n: int) -> None:

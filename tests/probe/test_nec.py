@@ -86,8 +86,7 @@ def test_the_scale_of_an_input_does_not_matter(few: dict[str, ProbeData], tmp_pa
     monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.1)
     powers = np.float32([1, 16, 1 / 16, 4, 1 / 4, 256, 2, 1 / 2])
     scaled = {
-        split: ProbeData(scipy.sparse.csr_matrix(data.inputs.toarray() * powers), data.labels)
-        for split, data in few.items()
+        split: ProbeData(scipy.sparse.csr_matrix(data.inputs.toarray() * powers), data.labels) for split, data in few.items()
     }
     plain, found = (nec_points("concepts", of, C, CPU, tmp_path / f"{id(of)}.safetensors") for of in (few, scaled))
     assert found == plain
@@ -112,9 +111,7 @@ def test_a_path_ends_at_its_last_lambda(splits: dict[str, ProbeData], tmp_path: 
     assert steps == [1, 2, 3, 4]  # 0.8 ** 4 < 0.5
     assert [point.nec for point in points] == list(NECS)
     assert points[-1].path_nonzero < 30
-    assert points[-1].path_lambda == pytest.approx(
-        points[0].path_lambda * 0.8 ** (0 if points[0].path_nonzero < 5 else 1)
-    )
+    assert points[-1].path_lambda == pytest.approx(points[0].path_lambda * 0.8 ** (0 if points[0].path_nonzero < 5 else 1))
 
 
 @pytest.mark.parametrize("at", [1, 11])
@@ -162,10 +159,7 @@ def settings(make_settings: Callable[..., Settings], make_store, write_labels, m
     settings = make_settings(probe_datasets={"mine": "images"})
     artifacts = Artifacts(settings)
     save_checkpoint(sae(), artifacts.sae(RUN))
-    x = {
-        split: np.random.default_rng(i).normal(size=(n, 5)).astype(np.float32)
-        for i, (split, n) in enumerate(SIZES.items())
-    }
+    x = {split: np.random.default_rng(i).normal(size=(n, 5)).astype(np.float32) for i, (split, n) in enumerate(SIZES.items())}
     for split in SPLITS:
         make_store(artifacts.features("mine", "enc", "out", split), [x[split][:20], x[split][20:]])
     # The keys of train_val are those of train's first rows here; its labels do not matter.

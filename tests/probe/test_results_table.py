@@ -33,10 +33,7 @@ def row(dataset: str = "cifar10", method: str = "probe", on: str = "concepts", s
 def test_published_figures_keep_their_provenance_and_blanks() -> None:
     figures = published_figures()
     values = [
-        value
-        for methods in figures["accuracy"].values()
-        for by_dataset in methods.values()
-        for value in by_dataset.values()
+        value for methods in figures["accuracy"].values() for by_dataset in methods.values() for value in by_dataset.values()
     ]
     assert None in values
     for value in values:
@@ -74,6 +71,12 @@ def test_settings_are_chosen_by_train_val() -> None:
     ]
     (cell,) = our_cells(rows, "clip_RN50")
     assert (cell.top1, cell.deviation, cell.source) == (pytest.approx(70), None, "out, sae_a, good")
+
+
+def test_of_settings_that_train_val_does_not_tell_apart_the_last_run_counts() -> None:
+    nec = {"method": "nec", "solver": "prox", "val_anec_avg": 0.5}
+    rows = [row(**nec, sae=sae, val_anec_5=top1) for sae, top1 in (("a", 0.1), ("b", 0.3), ("a", 0.2))]
+    assert [cell.top1 for cell in our_cells(rows, "clip_RN50")] == pytest.approx([20, 50])
 
 
 def test_every_kind_of_row_has_its_line() -> None:

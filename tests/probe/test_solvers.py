@@ -147,6 +147,17 @@ def test_where_it_begins_does_not_matter(data: ProbeData, values: np.ndarray, la
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
 
 
+def test_it_stops_once_the_objective_stalls(data: ProbeData) -> None:
+    """When ten passes lower it by no more than the tolerance."""
+    with closing(CrossEntropy(data, CPU)) as loss:
+        found = [solve(loss, 2.0, tolerance=tolerance).objectives for tolerance in (1e-2, 1e-5)]
+    assert 10 < len(found[0]) < len(found[1]) < 3000
+    for objectives, tolerance in zip(found, (1e-2, 1e-5), strict=True):
+        best = np.minimum.accumulate(objectives)
+        falls = (best[:-10] - best[10:]) / best[10:]
+        assert falls[-1] <= tolerance < falls[:-1].min()
+
+
 def test_progress_is_all_that_going_on_needs(data: ProbeData) -> None:
     seen: list[Progress] = []
     with closing(CrossEntropy(data, CPU)) as loss:

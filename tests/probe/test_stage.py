@@ -69,7 +69,11 @@ def test_the_stage_fits_evaluates_saves_and_reports(mine, sparse, coverage_by_ha
 def test_the_log_holds_every_epoch_and_checkpoints_follow_the_schedule(mine) -> None:
     train(mine, schedule=ProbeSchedule(val_freq=2, ckpt_freq=3))
     with mine.artifacts.probe_log(mine.run, PROBE).open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "4"]
+        logged = list(csv.DictReader(file))
+    assert [row["epoch"] for row in logged] == ["2", "4"]
+    (result,) = results(mine)
+    assert float(logged[-1]["top1"]) == pytest.approx(float(result["train_val_top1"]), rel=1e-5)
+    assert result["train_val_top1"] != result["val_top1"]
     folder = mine.artifacts.probe(mine.run, PROBE).parent
     assert [path.name.split("_")[2] for path in folder.glob("*epoch*")] == ["epoch3"]
 
@@ -254,9 +258,7 @@ def test_an_interrupted_stage_ends_with_the_same_probe(mine, monkeypatch) -> Non
     assert mine.artifacts.probe_state(mine.run, PROBE).exists()
     assert not target.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(
-            dncbm.probe.fit, "initial_weight", lambda *_: torch.zeros(12, 4)
-        )  # it does not begin at the start
+        patched.setattr(dncbm.probe.fit, "initial_weight", lambda *_: torch.zeros(12, 4))  # it does not begin at the start
         assert train(mine) is Outcome.RAN
     assert target.read_bytes() == whole
     assert not mine.artifacts.probe_state(mine.run, PROBE).exists()
@@ -277,9 +279,7 @@ def test_a_result_that_could_not_be_appended_is_appended_by_the_next_run(mine, r
 
 def test_metrics_go_to_wandb_with_their_epochs(mine, monkeypatch) -> None:
     said: list[tuple] = []
-    run = SimpleNamespace(
-        log=lambda values, step: said.append((step, values["top1"])), finish=lambda: said.append("finished")
-    )
+    run = SimpleNamespace(log=lambda values, step: said.append((step, values["top1"])), finish=lambda: said.append("finished"))
     wandb = SimpleNamespace(init=lambda **about: said.append(about) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(mine, tracking=Tracking(True, "a team"))
@@ -292,16 +292,7 @@ def test_metrics_go_to_wandb_with_their_epochs(mine, monkeypatch) -> None:
 
 def test_every_flag_reaches_the_probe(mine) -> None:
     """A command line makes the probe that the same declarations make."""
-    flags = [
-        "--probe_lr",
-        "0.03",
-        "--probe_train_bs",
-        "16",
-        "--probe_epochs",
-        "3",
-        "--probe_sparsity_loss_lambda",
-        "0.7",
-    ]
+    flags = ["--probe_lr", "0.03", "--probe_train_bs", "16", "--probe_epochs", "3", "--probe_sparsity_loss_lambda", "0.7"]
     flags += ["--seed", "5", "--probe_val_freq", "2", "--ckpt_freq", "2", "--device", "cpu"]
     run, probe = SAERun(encoder="enc", training=TrainingSettings(seed=5)), ProbeRun("mine", 0.03, 16, 3, 0.7, seed=5)
     object.__setattr__(mine, "run", run)

@@ -20,12 +20,7 @@ from dncbm.runs.settings import Settings
 
 CPU = torch.device("cpu")
 MINE = ProbeFeatures("mine", "enc", "out")
-WORDS = {
-    "a photo of a red fox.": [2.0, 0, 0],
-    "a photo of a cat.": [0, 3.0, 0],
-    "cat": [0, 0, 1.0],
-    "red fox": [0, 1.0, 1.0],
-}
+WORDS = {"a photo of a red fox.": [2.0, 0, 0], "a photo of a cat.": [0, 3.0, 0], "cat": [0, 0, 1.0], "red fox": [0, 1.0, 1.0]}
 SIZES = {"train": 12, "train_val": 4, "val": 30}
 
 
@@ -75,7 +70,7 @@ def evaluate(settings: Settings, *templates: str, **options) -> Outcome:
 
 
 def test_the_majority_class_is_the_one_of_the_training_labels() -> None:
-    assert majority_accuracy(torch.tensor([2, 2, 0, 1]), torch.tensor([2, 0, 0, 2, 2])) == pytest.approx(0.6)
+    assert majority_accuracy(torch.tensor([2, 2, 0, 1]), torch.tensor([2, 0, 0, 0, 2])) == pytest.approx(0.4)
 
 
 def test_weights_are_mean_descriptions() -> None:

@@ -104,9 +104,7 @@ def test_names_append_what_differs_from_the_paper(run: SAERun, name: str) -> Non
 def test_runs_that_differ_never_share_a_path(artifacts: Artifacts) -> None:
     runs = [
         SAERun(suffix=suffix, input_transform=transform, training=TrainingSettings(seed=seed))
-        for suffix, transform, seed in itertools.product(
-            ("", "_a", "_b"), ("none", "centre", "unit_norm"), (0, 4, 49, 490)
-        )
+        for suffix, transform, seed in itertools.product(("", "_a", "_b"), ("none", "centre", "unit_norm"), (0, 4, 49, 490))
     ]
     for path in (artifacts.sae, artifacts.concept_names, artifacts.sae_state, artifacts.sae_log):
         assert len({path(run) for run in runs}) == len(runs)

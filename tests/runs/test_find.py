@@ -25,11 +25,7 @@ RUNS = [
     SAERun(sparsity=TopK(32), input_transform="unit_norm", training=TrainingSettings(seed=7)),
     SAERun(sparsity=BatchTopK(8), suffix="_mine.v2", expansion_factor=2),
 ]
-PROBES = [
-    ProbeRun("d"),
-    ProbeRun("d", lr=1e-5, sparsity_lambda=0.0),
-    ProbeRun("d", solver="prox", epochs=7),
-]
+PROBES = [ProbeRun("d"), ProbeRun("d", lr=1e-5, sparsity_lambda=0.0), ProbeRun("d", solver="prox", epochs=7)]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,11 +196,15 @@ def test_sound_outputs_beside_a_damaged_one_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_block_that_raises_leaves_its_parts_unfinished(artifact: Path, capsys) -> None:
-    with pytest.raises(KeyboardInterrupt), making(artifact, *RECIPE, overwrite=False) as work:
-        contents(artifact).parent.mkdir(parents=True, exist_ok=True)
-        contents(artifact).write_text("a part")
-        work.done([contents(artifact)], "made it")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with making(artifact, *RECIPE, overwrite=False) as work:
+            contents(artifact).parent.mkdir(parents=True, exist_ok=True)
+            contents(artifact).write_text("a part")
+            work.done([contents(artifact)], "made it")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert contents(artifact).read_text() == "a part"
     assert unfinished_path(artifact).is_file()
     assert not manifest_path(artifact).is_file()
@@ -293,18 +298,13 @@ def chain(tmp_path: Path) -> list[Path]:
     words = tmp_path / "vocab" / "words.txt"
     words.parent.mkdir()
     words.write_text("dog")
-    paths = [
-        words,
-        tmp_path / "vocab" / "embeddings.npy",
-        tmp_path / "sae" / "names.csv",
-        tmp_path / "analysis" / "data",
-    ]
+    paths = [words, tmp_path / "vocab" / "embeddings.npy", tmp_path / "sae" / "names.csv", tmp_path / "analysis" / "data"]
     remake(paths)
     return paths
 
 
 def remake(paths: list[Path], **options: Any) -> None:
-    for source, made in zip(paths, paths[1:], strict=False):
+    for source, made in pairwise(paths):
         make(
             made,
             Recipe(made.stem, {}, {source.stem: source}),

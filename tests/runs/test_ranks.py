@@ -141,9 +141,7 @@ def of(dataset: str, files: dict[str, bytes]) -> dict[str, bytes]:
 
 def manifests(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
     return {
-        str(path.relative_to(folder)): {
-            key: json.loads(path.read_text())[key] for key in ("settings", "inputs", "outputs")
-        }
+        str(path.relative_to(folder)): {key: json.loads(path.read_text())[key] for key in ("settings", "inputs", "outputs")}
         for path in sorted((folder / "out").rglob("*manifest.json"))
     }
 
@@ -201,9 +199,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
         ranks.wait()
 
 
-@pytest.mark.parametrize(
-    "stage", [stage for name, stage in STAGES.items() if name not in ("sae_features", "probe_features")]
-)
+@pytest.mark.parametrize("stage", [stage for name, stage in STAGES.items() if name not in ("sae_features", "probe_features")])
 def test_other_stages_do_not_start_in_several_processes(monkeypatch, refusal, write_config, stage: Stage) -> None:
     monkeypatch.setenv("DNCBM_CONFIG", str(write_config()))
     monkeypatch.setenv("RANK", "0")

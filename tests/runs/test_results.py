@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
@@ -16,13 +17,14 @@ def append_many(path: Path, job: int) -> None:
 
 
 def test_jobs_that_append_at_once_lose_no_row(tmp_path: Path, monkeypatch) -> None:
-    write_header = csv.DictWriter.writeheader
+    writer = csv.writer
 
-    def slowly(writer: csv.DictWriter) -> None:
-        time.sleep(0.1)  # without a lock, every job would find no file meanwhile
-        write_header(writer)
+    def slowly(file: TextIO) -> Any:
+        if file.tell() == 0:
+            time.sleep(0.3)  # without a lock, every job would meanwhile find no header
+        return writer(file)
 
-    monkeypatch.setattr(csv.DictWriter, "writeheader", slowly)
+    monkeypatch.setattr(csv, "writer", slowly)
     path = tmp_path / "probe" / "probe_results.csv"
     context = multiprocessing.get_context("fork")
     jobs = [context.Process(target=append_many, args=(path, job)) for job in range(4)]

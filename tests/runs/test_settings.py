@@ -175,9 +175,7 @@ class TestLookingUp:
             with refusal(malformed, "openclip:MODEL/PRETRAINED"):
                 settings.encoder(malformed)
 
-    def test_local_dir_names_are_relative_to_where_one_is(
-        self, settings: Settings, tmp_path: Path, monkeypatch
-    ) -> None:
+    def test_local_dir_names_are_relative_to_where_one_is(self, settings: Settings, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert settings.encoder("local-dir:clip") == EncoderEntry(f"local-dir:{tmp_path}/clip", None)
         assert settings.encoder("local-dir:/far/clip") == EncoderEntry("local-dir:/far/clip", None)

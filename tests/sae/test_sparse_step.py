@@ -55,9 +55,7 @@ def is_clear(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> bool:
     return min(float(s) for s in switches) > scale
 
 
-def one_step(
-    model: SparseAutoencoder, x: Tensor, dead: Tensor, *, sparse: bool
-) -> tuple[dict[str, Tensor], StepResult]:
+def one_step(model: SparseAutoencoder, x: Tensor, dead: Tensor, *, sparse: bool) -> tuple[dict[str, Tensor], StepResult]:
     """A copy's parameters and Adam moments after a step. The first moment, starting at zero, is a tenth of the gradient."""
     own = copy.deepcopy(model)
     # A large epsilon keeps the update a smooth function of the gradient, so that parameters can be compared too.
@@ -230,6 +228,18 @@ def test_batchtopk_when_the_threshold_is_far_too_high(features: Tensor) -> None:
     assert_equal_steps(model, x, torch.empty(0, dtype=torch.int64))
 
 
+def test_batchtopk_with_equal_values_at_the_edge() -> None:
+    """Two equal items hold the four largest values in pairs; three values are kept."""
+    model = SparseAutoencoder(3, 6, sparsity=BatchTopK(1))
+    with torch.no_grad():
+        model.encoder_weight.abs_()
+    x = torch.tensor([[2.0, 3, 4], [2, 3, 4], [0.1, 0, 0]])
+    step = SparseStep(model, Adam(model))
+    result = step(x)
+    step.close()
+    assert sorted(result.fired.tolist()) == [0, 0, 0, 0, 1, 2]
+
+
 @pytest.mark.parametrize("sparsity", [ReLU(), TopK(3), BatchTopK(3), JumpReLU()])
 def test_nan_reaches_the_loss(features: Tensor, sparsity: Sparsity) -> None:
     model = SparseAutoencoder(12, 30, sparsity=sparsity)
@@ -242,10 +252,7 @@ def test_nan_reaches_the_loss(features: Tensor, sparsity: Sparsity) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    values=st.lists(st.lists(st.integers(-3, 9), min_size=1, max_size=300), min_size=1, max_size=4),
-    k=st.integers(1, 60),
-)
+@given(values=st.lists(st.lists(st.integers(-3, 9), min_size=1, max_size=300), min_size=1, max_size=4), k=st.integers(1, 60))
 def test_largest_with_ties(values: list[list[int]], k: int) -> None:
     """Exactly the k largest positive values are selected; of equal ones at the edge, the first."""
     width = min(map(len, values))

@@ -216,11 +216,7 @@ def test_k_must_not_exceed_the_number_of_latents(sparsity: Sparsity) -> None:
             "jumprelu0.5",
             '{"kind": "jumprelu", "l0_coeff": 0.5, "bandwidth": 0.001, "initial_threshold": 0.001}',
         ),
-        (
-            Matryoshka(TopK(5), (0.5, 1.0)),
-            "matryoshka_topk5",
-            '{"kind": "matryoshka", "code": {"kind": "topk", "k": 5, ',
-        ),
+        (Matryoshka(TopK(5), (0.5, 1.0)), "matryoshka_topk5", '{"kind": "matryoshka", "code": {"kind": "topk", "k": 5, '),
     ],
     ids=str,
 )

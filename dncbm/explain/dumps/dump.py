@@ -90,9 +90,7 @@ class Dump:
         try:
             return read(path)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"cannot read {path} ({type(error).__name__}): make the dump again with --overwrite"
-            ) from error
+            raise UserError(f"cannot read {path} ({type(error).__name__}): make the dump again with --overwrite") from error
 
 
 # ------------------------------------------------------------------------------------------- kinds and their stage
@@ -280,8 +278,7 @@ class Sources:
 def sources_of(settings: Settings, run: SAERun, dataset: str, split: str) -> Sources:
     """What latents are explained from, in a split of a data set.
 
-    Raises:
-        UserError: an input is missing, or names and strengths come from different SAEs.
+    Raises UserError if an input is missing, or names and strengths come from different SAEs.
     """
     folder = finished_strengths(settings, run, dataset, split)
     names, path = read_names(settings, run), Artifacts(settings).concept_names(run)
@@ -296,8 +293,7 @@ def sources_of(settings: Settings, run: SAERun, dataset: str, split: str) -> Sou
 def probed_sources_of(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> tuple[Sources, torch.Tensor]:
     """What predictions are explained from, and the probe's weights, F x C.
 
-    Raises:
-        UserError: an input is missing, or the probe belongs to another SAE.
+    Raises UserError if an input is missing, or the probe belongs to another SAE.
     """
     artifacts = Artifacts(settings)
     weight = load_probe(settings, run, probe)
@@ -318,8 +314,7 @@ def probed_sources_of(settings: Settings, run: SAERun, probe: ProbeRun, split: s
 def chosen_concepts(dump: Dump, selection: LatentSelection) -> Integers | None:
     """The latents that a selection names, all that share a name included; None if it names none.
 
-    Raises:
-        UserError: no latent has such a name.
+    Raises UserError if no latent has such a name.
     """
     return _named(dump, selection.concepts, ("names", "labels"), "--concepts: no latent has the name")
 
@@ -339,11 +334,7 @@ def _named(dump: Dump, wanted: Sequence[str], spellings: Sequence[str], complain
 
 
 def known_indices(selection: LatentSelection, known: Integers, what: str) -> Integers:
-    """The indices of a selection, in its order.
-
-    Raises:
-        UserError: one is not among `known`.
-    """
+    """The indices of a selection, in its order. Raises UserError if one is not among `known`."""
     unknown = [index for index in selection.indices if not (known == index).any()]
     if unknown:
         raise UserError(f"--indices: there is no {what} {unknown[0]}")

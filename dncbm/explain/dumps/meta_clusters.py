@@ -136,9 +136,7 @@ def plan(settings: Settings, run: SAERun, images: ProbeDataset, explained: Expla
         sizes = np.bincount(labels, minlength=n_clusters)
         large = np.flatnonzero(sizes >= MIN_IMAGES)
         if not len(large):
-            raise UserError(
-                f"none of the {n_clusters} clusters has {MIN_IMAGES} images: ask for fewer with --n_clusters"
-            )
+            raise UserError(f"none of the {n_clusters} clusters has {MIN_IMAGES} images: ask for fewer with --n_clusters")
         centred = mean_centred(mean_strengths(strengths.matrix, labels, n_clusters), strengths.matrix)
         outstanding = leading(centred, 1).values[large, 0]
         large = large[np.argsort(-outstanding, kind="stable")]

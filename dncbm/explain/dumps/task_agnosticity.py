@@ -17,17 +17,7 @@ import numpy as np
 from dncbm.concepts.naming import NAMES, name_similarities
 from dncbm.concepts.sae import SAE
 from dncbm.concepts.strengths import STRENGTHS
-from dncbm.explain.dumps.dump import (
-    Arrays,
-    Dump,
-    Integers,
-    Kind,
-    Plan,
-    chosen_concepts,
-    dump_stage,
-    known_indices,
-    sources_of,
-)
+from dncbm.explain.dumps.dump import Arrays, Dump, Integers, Kind, Plan, chosen_concepts, dump_stage, known_indices, sources_of
 from dncbm.explain.explanations import top_activating
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Explained, LatentSelection, SAERun, ShownDatasets

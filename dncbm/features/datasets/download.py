@@ -32,8 +32,7 @@ def download_cc3m(settings: Settings, download: Download, *, device: str = "auto
     Prints the entry for `sae_datasets` of config.py. Complete shards are not downloaded again; img2dataset counts the
     addresses that fail in a file `NNNNN_stats.json` per shard.
 
-    Raises:
-        UserError: a TSV is missing or malformed, or no image arrived.
+    Raises UserError if a TSV is missing or malformed, or no image arrived.
     """
     arrived = {}
     for name, tsv in (("training", download.train_tsv), ("validation", download.val_tsv)):
@@ -53,11 +52,7 @@ def download_cc3m(settings: Settings, download: Download, *, device: str = "auto
     training = arrived["training"]
     # The paper keeps 32 of 332 shards for validation. A single shard serves as both splits.
     n_held_out = max(1, round(len(training) * 32 / 332))
-    splits = {
-        "train": training[:-n_held_out] or training,
-        "train_val": training[-n_held_out:],
-        "val": arrived["validation"],
-    }
+    splits = {"train": training[:-n_held_out] or training, "train_val": training[-n_held_out:], "val": arrived["validation"]}
     print("for sae_datasets in config.py:\n", '    "cc3m": {', sep="")
     print(*(f'        "{split}": "{_pattern(shards)}",' for split, shards in splits.items()), "    },", sep="\n")
     return Outcome.RAN
@@ -66,8 +61,7 @@ def download_cc3m(settings: Settings, download: Download, *, device: str = "auto
 def copy_with_header(tsv: Path, target: Path) -> int:
     """Check a TSV line by line and write it to `target` with a header. Returns the number of addresses.
 
-    Raises:
-        UserError: the file is missing or empty, or a line is not `caption<TAB>url`.
+    Raises UserError if the file is missing or empty, or a line is not `caption<TAB>url`.
     """
     if not tsv.is_file():
         raise UserError(
@@ -83,9 +77,7 @@ def copy_with_header(tsv: Path, target: Path) -> int:
                     continue
                 caption, tab, url = line.partition("\t")
                 if not tab or not url.startswith(("http://", "https://")):
-                    raise UserError(
-                        f"line {number} of {tsv} is not `caption<TAB>url`: {line[:80]!r}; is it the right file?"
-                    )
+                    raise UserError(f"line {number} of {tsv} is not `caption<TAB>url`: {line[:80]!r}; is it the right file?")
                 copy.write(f"{caption}\t{url}\n")
                 count += 1
         if count == 0:

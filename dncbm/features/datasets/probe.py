@@ -76,8 +76,7 @@ class Reader:
 def probe_images(settings: Settings, dataset: str, own_split: str) -> ProbeImages:
     """Open one of a probe data set's own splits: `train`, `val` or, if it has one, `train_val`.
 
-    Raises:
-        UserError: config has no such data set or reader, or the reader does not find its files in the folder.
+    Raises UserError if config has no such data set or reader, or the reader does not find its files in the folder.
     """
     source = settings.probe_dataset(dataset)
     where = f"probe_datasets[{dataset!r}] in {settings.path}"
@@ -165,9 +164,7 @@ def _image(images: list[str] | NDArray[np.uint8], index: int) -> Image.Image:
 
 READERS = {
     "folder": Reader(_image_folder, {"train": "train", "val": "val"}),
-    "places365": Reader(
-        _places365, {"train": "train-standard", "val": "val"}, ("train-standard", "train-challenge", "val")
-    ),
+    "places365": Reader(_places365, {"train": "train-standard", "val": "val"}, ("train-standard", "train-challenge", "val")),
     "cifar10": Reader(partial(_cifar, "CIFAR10"), {"train": "train", "val": "test"}, ("train", "test")),
     "cifar100": Reader(partial(_cifar, "CIFAR100"), {"train": "train", "val": "test"}, ("train", "test")),
     # metadata.csv numbers its splits; by default 1, the validation split, is unused, since train_val is held out of train

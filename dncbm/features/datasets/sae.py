@@ -139,17 +139,13 @@ class FolderShards(SlicedShards):
 def sae_images(settings: Settings, dataset: str) -> Mapping[str, ImageShards]:
     """The images of every split of an SAE data set.
 
-    Raises:
-        UserError: config has no such data set, shards are missing, or a folder has no images or cannot be divided.
+    Raises UserError if config has no such data set, shards are missing, or a folder has no images or cannot be divided.
     """
     source = settings.sae_dataset(dataset)
     name = f"sae_datasets[{dataset!r}]"
     if isinstance(source, Path):
         return _folder_splits(source, f"{name} in {settings.path} names it")
-    return {
-        split: _shards_of(source[split], f"{name}[{split!r}] in {settings.path} is {source[split]!r}")
-        for split in SPLITS
-    }
+    return {split: _shards_of(source[split], f"{name}[{split!r}] in {settings.path} is {source[split]!r}") for split in SPLITS}
 
 
 def _shards_of(pattern: str, where: str) -> WebdatasetShards:

@@ -11,9 +11,7 @@ from sparse_autoencoder.variants.matryoshka import Matryoshka
 from sparse_autoencoder.variants.relu import ReLU
 from sparse_autoencoder.variants.topk import TopK
 
-VARIANTS: dict[str, type[Sparsity]] = {
-    variant.kind: variant for variant in (ReLU, TopK, BatchTopK, JumpReLU, Matryoshka)
-}
+VARIANTS: dict[str, type[Sparsity]] = {variant.kind: variant for variant in (ReLU, TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 __all__ = ["VARIANTS", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Sparsity", "TopK"]
 

@@ -35,8 +35,7 @@ class JumpReLU(Sparsity, kernels=True):
         super().__post_init__()
         if not self.bandwidth > 0 or not self.initial_threshold > 0:
             raise ValueError(
-                "JumpReLU: bandwidth and initial_threshold must be above 0, not"
-                f" {self.bandwidth} and {self.initial_threshold}"
+                f"JumpReLU: bandwidth and initial_threshold must be above 0, not {self.bandwidth} and {self.initial_threshold}"
             )
 
     @property
