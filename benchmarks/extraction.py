@@ -62,9 +62,7 @@ def write_tars(folder: Path, n_images: int) -> WebdatasetShards:
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(64):
-        smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-            (256, 256), Image.Resampling.BICUBIC
-        )
+        smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((256, 256), Image.Resampling.BICUBIC)
         grainy = np.clip(np.asarray(smooth) + rng.normal(0, 12, (256, 256, 3)), 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(grainy).save(buffer, "jpeg", quality=95)

@@ -67,12 +67,8 @@ def main() -> None:
     _, fused_dense_step = dense_way(fused=True)
 
     times: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
-    for round_, rows in enumerate(
-        order.reshape(n_rounds + 1, IN_TURN, BATCH)
-    ):  # the first round compiles and is not counted
-        batches = [
-            (batch, torch.from_numpy(matrix[batch].toarray()), labels[torch.from_numpy(batch)]) for batch in rows
-        ]
+    for round_, rows in enumerate(order.reshape(n_rounds + 1, IN_TURN, BATCH)):  # the first round compiles and is not counted
+        batches = [(batch, torch.from_numpy(matrix[batch].toarray()), labels[torch.from_numpy(batch)]) for batch in rows]
         ways: dict[str, Callable[[NDArray[np.int64], torch.Tensor, torch.Tensor], object]] = {
             "dense_step": lambda _, dense, wanted: dense_step(dense, wanted),
             "fused_dense_step": lambda _, dense, wanted: fused_dense_step(dense, wanted),

@@ -81,7 +81,7 @@ def gradient_error(n_inputs: int, x: Tensor) -> float:
         adams = []
         for sparse in (True, False):
             model = calibrated(n_inputs, ACTIVE if isinstance(sparsity, ReLU) else F / 2, sparsity, x)
-            adam = Adam(model)
+            adam = Adam(model, lr=5e-4)
             if sparse:
                 step = SparseStep(model, adam)
                 step(x)

@@ -20,11 +20,12 @@ from dncbm.runs.artifacts import Artifacts, shard_keys, strengths_part
 from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, whole_file
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder import SparseAutoencoder
 from sparse_autoencoder.declare import values
+from sparse_autoencoder.files import whole_file
 
 PARTS = "[0-9]*.npz"
 """The files of a split. Hidden files are the unfinished ones of a killed process."""

@@ -11,10 +11,11 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, whole_file
+from dncbm.runs.manifests import Outcome, check_chain, making
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import values
+from sparse_autoencoder.files import whole_file
 
 BATCH = 256
 """Words embedded at a time."""

@@ -19,8 +19,9 @@ from dncbm.features.encoders import Encoder
 from dncbm.runs.artifacts import shard_files
 from dncbm.runs.declarations import Extraction
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import whole_file, write_json
+from dncbm.runs.manifests import write_json
 from dncbm.runs.ranks import ALONE, Ranks
+from sparse_autoencoder.files import whole_file
 
 SMALL_BATCH = 16
 """The smallest batch whose features do not depend on the number of threads (measured on EfficientNet, ResNet and ViT)."""

@@ -18,12 +18,13 @@ from dncbm.features.store import ARRAYS, FeatureStore
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.manifests import Outcome, making, read_manifest, whole_file, write_json
+from dncbm.runs.manifests import Outcome, making, read_manifest, write_json
 from dncbm.runs.ranks import Ranks, device_name, joined
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder import DEFAULT_SEED
 from sparse_autoencoder.declare import values
+from sparse_autoencoder.files import whole_file
 
 Features = SAEFeatures | ProbeFeatures
 

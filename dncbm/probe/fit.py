@@ -22,10 +22,9 @@ from dncbm.probe.solvers import CrossEntropy, Progress, falling_lambdas, largest
 from dncbm.probe.step import SparseAdamStep
 from dncbm.runs.declarations import ProbeRun, ProbeSchedule
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import whole_file
 from dncbm.runs.results import write_csv
 from dncbm.runs.tracking import Log
-from sparse_autoencoder.files import write_safetensors
+from sparse_autoencoder.files import whole_file, write_safetensors
 
 STATE_EVERY_S = 60.0
 """Seconds between saves of an unfinished training's state."""

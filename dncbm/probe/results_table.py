@@ -14,10 +14,11 @@ from dncbm.probe.nec import NEC
 from dncbm.probe.stage import PROBE
 from dncbm.probe.zero_shot import ZERO_SHOT
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.manifests import Outcome, whole_file
+from dncbm.runs.manifests import Outcome
 from dncbm.runs.results import read_results
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
+from sparse_autoencoder.files import whole_file
 
 PUBLISHED_ROWS = {
     "zero_shot": "Zero-shot",

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from dncbm.runs.declarations import SPLITS
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import whole_file
+from sparse_autoencoder.files import whole_file
 
 ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
 COVERAGES = (0.90, 0.95, 0.99)

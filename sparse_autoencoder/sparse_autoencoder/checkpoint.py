@@ -31,8 +31,7 @@ def save_checkpoint(model: SparseAutoencoder, path: Path, metadata: dict[str, st
     sparsity and the input transform add. The header's metadata holds the schema version, the sparsity with its
     parameters, the input transform, and `metadata`.
 
-    Raises:
-        ValueError: `metadata` uses a name that the format reserves.
+    Raises ValueError if `metadata` uses a name that the format reserves.
     """
     reserved = sorted(set(metadata or {}) & set(RESERVED))
     if reserved:
@@ -54,8 +53,7 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> Sparse
     The authors' files are state dicts whose tensors have a leading axis of size 1. They are read with
     `weights_only=True`, which unpickles only tensors. They do not record the L1 coefficient, so the default is set.
 
-    Raises:
-        CheckpointError: the file is missing, truncated, of another format or version, or its tensors do not match.
+    Raises CheckpointError if the file is missing, truncated, of another format or version, or its tensors do not match.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,11 +82,7 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> Sparse
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is not readable.
-    """
+    """Tensors and header metadata of a safetensors file. Raises CheckpointError if the file is not readable."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -47,11 +47,7 @@ class TensorFeatures:
 
 
 def as_features(data: Features | Tensor) -> Features:
-    """`data` as Features.
-
-    Raises:
-        ValueError: the data has no items, or a tensor is not N x D.
-    """
+    """`data` as Features. Raises ValueError if the data has no items, or a tensor is not N x D."""
     features = TensorFeatures(data) if isinstance(data, Tensor) else data
     if len(features) == 0:
         raise ValueError("there are no features: the data has 0 items")
@@ -61,8 +57,7 @@ def as_features(data: Features | Tensor) -> Features:
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
     """Checks a batch x (n x D) of the items at `indices` (n).
 
-    Raises:
-        NonFiniteError: it holds NaN or infinity. The message starts with `when` and names the first bad item's shard.
+    Raises NonFiniteError if it holds NaN or infinity. The message starts with `when` and names the first bad item's shard.
     """
     if getattr(features, "checked", False) or torch.isfinite(x.sum()):  # a finite sum implies finite items
         return
@@ -100,8 +95,7 @@ def in_batches(
     `name` names a batch in errors, by default "batch 3". If there is a `reader`, its thread gathers the next batches while
     the caller works on this one.
 
-    Raises:
-        NonFiniteError: a batch holds NaN or infinity.
+    Raises NonFiniteError if a batch holds NaN or infinity.
     """
 
     def gather(batch: int) -> Tensor:
@@ -126,8 +120,7 @@ def in_batches(
 def resident(features: Features, device: torch.device, batch_size: int) -> Features:
     """The features, moved to a CUDA device if they take at most half of its free memory.
 
-    Raises:
-        NonFiniteError: they hold NaN or infinity.
+    Raises NonFiniteError if they hold NaN or infinity.
     """
     if device.type != "cuda":
         return features

@@ -87,8 +87,7 @@ class SparseAutoencoder(nn.Module):
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs (B x D) in the space where losses are computed, and their norms (B x 1) for "unit_norm", else None.
 
-        Raises:
-            ValueError: `x` is not B x D.
+        Raises ValueError if `x` is not B x D.
         """
         if x.ndim != 2 or x.shape[1] != self.n_inputs:
             raise ValueError(f"inputs must be B x {self.n_inputs}, not {' x '.join(map(str, x.shape))}")

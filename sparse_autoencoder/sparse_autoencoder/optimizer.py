@@ -27,7 +27,7 @@ class Adam:
         self,
         model: SparseAutoencoder,
         *,
-        lr: float = 5e-4,
+        lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,

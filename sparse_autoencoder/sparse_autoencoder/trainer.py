@@ -137,8 +137,7 @@ class _State:
     def save(self, path: Path, run: dict[str, object]) -> None:
         """Writes the state, whole or not at all.
 
-        Raises:
-            NonFiniteError: a parameter or moment is NaN or infinite. The previous state stays.
+        Raises NonFiniteError if a parameter or moment is NaN or infinite. The previous state stays.
         """
         tensors = self.tensors()
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

@@ -31,19 +31,20 @@ from sparse_autoencoder import (
 TRAINING = TrainingSettings(epochs=3, batch_size=16, lr=1e-3)
 RUN = SAERun(expansion_factor=2, training=TRAINING)
 KINDS = [ReLU(1e-3), TopK(2), BatchTopK(2), JumpReLU(1e-3), Matryoshka(BatchTopK(2))]
+FEATURES = {
+    split: np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32) for split, n in (("train", 40), ("train_val", 8))
+}
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture
 def settings(make_settings, make_store, monkeypatch) -> Settings:
-    """Features of 4 dimensions, 40 to train on. No figure is drawn."""
+    """No figure is drawn."""
     monkeypatch.setattr(Artifacts, "sae_figure", lambda *_: None)
     settings = make_settings(sae_datasets={"cc3m": "images"})
     monkeypatch.setenv("DNCBM_CONFIG", str(settings.path))
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 40), ("train_val", 8)):
-        folder = Artifacts(settings).features("cc3m", "clip_RN50", "out", split)
-        make_store(folder, [rng.normal(size=(n, 4)).astype(np.float32)])
+    for split, x in FEATURES.items():
+        make_store(Artifacts(settings).features("cc3m", "clip_RN50", "out", split), [x])
     return settings
 
 
@@ -87,23 +88,28 @@ CHANGES = [
 ]
 
 
+def by_the_library(run: SAERun, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model = SparseAutoencoder(
+        4, 4 * run.expansion_factor, sparsity=run.sparsity, input_transform=run.input_transform, seed=run.training.seed
+    )
+    train(model, x, run.training, progress=False)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> dict[str, torch.Tensor]:
+    return by_the_library(RUN, torch.from_numpy(FEATURES["train"]))
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "".join(change) or "as it is")
-def test_it_is_trained_as_declared(settings: Settings, change: dict) -> None:
-    """Bit by bit the SAE that the library trains on the same features; every setting tells from the unchanged run."""
+def test_it_is_trained_as_declared(settings: Settings, unchanged: dict[str, torch.Tensor], change: dict) -> None:
+    """Bit by bit the SAE that the library trains on the same features; every setting makes a difference."""
     run = replace(RUN, **change)
     fit(settings, run)
-    x = np.load(Artifacts(settings).features("cc3m", "clip_RN50", "out", "train") / "00000.npy")
-    models = []
-    for of in (run, RUN):
-        model = SparseAutoencoder(
-            4, 4 * of.expansion_factor, sparsity=of.sparsity, input_transform=of.input_transform, seed=of.training.seed
-        )
-        train(model, torch.from_numpy(x), of.training, progress=False)
-        models.append(model.state_dict())
     found = load_checkpoint(Artifacts(settings).sae(run)).state_dict()
-    assert all(torch.equal(found[name], models[0][name]) for name in found)
-    same = all(found[name].shape == models[1][name].shape and torch.equal(found[name], models[1][name]) for name in found)
-    assert same == (not change)
+    expected = by_the_library(run, torch.from_numpy(FEATURES["train"])) if change else unchanged
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert all(torch.equal(found[name], unchanged[name]) for name in found) == (not change)
 
 
 def test_a_command_line_trains_what_it_says(settings: Settings) -> None:

@@ -30,7 +30,7 @@ from dncbm.features.encoders import Encoder
 from dncbm.features.encoding import _Buffers, _Piece, encode_shards
 from dncbm.runs.declarations import Extraction
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import whole_file
+from sparse_autoencoder.files import whole_file
 from tests.features.conftest import N_IMAGES
 
 ALL_MAY_BE_BAD = Extraction(batch_size=4, num_workers=0, max_bad_fraction=1.0)

@@ -182,8 +182,7 @@ def test_folders_of_others_are_not_touched(run_build: RunBuild, tmp_path: Path) 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(example: SimpleNamespace) -> None:
     code = (
-        "import sys, build; build.PACKAGES = {'resvg_py_that_is_not_there': 'resvg-py', 'json': 'json'};"
-        "build.check_packages()"
+        "import sys, build; build.PACKAGES = {'resvg_py_that_is_not_there': 'resvg-py', 'json': 'json'};build.check_packages()"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=example.folder, check=False)

@@ -30,9 +30,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_outline_removes_the_colour_groups_at_the_top_and_nothing_else(example: SimpleNamespace) -> None:
-    lines = [
-        text for text in DRAWING.splitlines() if not text.startswith('  <g id="') or text.startswith('  <g id="line')
-    ]
+    lines = [text for text in DRAWING.splitlines() if not text.startswith('  <g id="') or text.startswith('  <g id="line')]
     # Canonical, since the writer is free in quotes and white space.
     canonical = example.images.ElementTree.canonicalize
     assert canonical(example.images.outline(DRAWING), strip_text=True) == canonical("\n".join(lines), strip_text=True)

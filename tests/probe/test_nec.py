@@ -49,7 +49,9 @@ def few(splits: dict[str, ProbeData]) -> dict[str, ProbeData]:
 
 @pytest.fixture(scope="module")
 def points(splits: dict[str, ProbeData], tmp_path_factory: pytest.TempPathFactory) -> list[NECPoint]:
-    return nec_points("concepts", splits, C, CPU, tmp_path_factory.mktemp("nec") / "state.safetensors")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dncbm.probe.nec, "MAX_PASSES", 60)
+        return nec_points("concepts", splits, C, CPU, tmp_path_factory.mktemp("nec") / "state.safetensors")
 
 
 def test_truncation_keeps_the_largest_over_all_classes() -> None:
@@ -278,6 +280,7 @@ def test_done_stale_and_loaded_only_to_be_measured(settings: Settings, given: di
 
 def test_an_interrupted_stage_ends_with_the_same_table(settings: Settings, monkeypatch) -> None:
     monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.5)
+    monkeypatch.setattr(dncbm.probe.nec, "MAX_PASSES", 5)
     measure(settings)
     artifacts = Artifacts(settings)
     whole = artifacts.nec_table(RUN, "mine").read_bytes()

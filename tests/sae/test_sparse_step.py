@@ -173,7 +173,7 @@ def test_losses_without_a_step(sparsity: Sparsity, n_items: int, shift: float, s
         model.threshold.fill_(0.4)
         assume((model.pre_activations(x) - 0.4).abs().min() > MARGIN * 60)
     assume(is_clear(model, x, torch.empty(0, dtype=torch.int64)))
-    step = SparseStep(model, Adam(model))
+    step = SparseStep(model, Adam(model, lr=5e-4))
     got, want = step.losses(x), code_losses(model, x)
     step.close()
     assert torch.equal(got.fired, want.fired)
@@ -234,7 +234,7 @@ def test_batchtopk_with_equal_values_at_the_edge() -> None:
     with torch.no_grad():
         model.encoder_weight.abs_()
     x = torch.tensor([[2.0, 3, 4], [2, 3, 4], [0.1, 0, 0]])
-    step = SparseStep(model, Adam(model))
+    step = SparseStep(model, Adam(model, lr=5e-4))
     result = step(x)
     step.close()
     assert sorted(result.fired.tolist()) == [0, 0, 0, 0, 1, 2]
@@ -245,7 +245,7 @@ def test_nan_reaches_the_loss(features: Tensor, sparsity: Sparsity) -> None:
     model = SparseAutoencoder(12, 30, sparsity=sparsity)
     with torch.no_grad():
         model.encoder_weight[11, 3] = float("nan")
-    step = SparseStep(model, Adam(model))
+    step = SparseStep(model, Adam(model, lr=5e-4))
     result = step(features[:20])
     step.close()
     assert torch.isnan(result.loss)

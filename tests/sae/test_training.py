@@ -116,6 +116,24 @@ def test_draws_of_a_resampling_depend_on_seed_and_epoch(
     assert states == [np.random.default_rng([5, epoch, 1]).bit_generator.state for epoch in epochs]
 
 
+def test_firing_is_counted_since_the_last_resampling(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[tuple[list[int], int]] = []
+
+    def recorded(fired: Tensor, n_items: int) -> tuple[int, int]:
+        windows.append((fired.unique().tolist(), n_items))
+        return 0, 0
+
+    monkeypatch.setattr("sparse_autoencoder.trainer.count_dead", recorded)
+    model = small_model()
+    with torch.no_grad():
+        model.encoder_bias.fill_(9)  # every latent is active for every item
+        model.encoder_bias[0] = -9  # except one, until it restarts
+    settings = dataclasses.replace(SHORT, batch_size=600, log_every=1, resample_freq=2, lr=1e-6)
+    train(model, features, settings, progress=False)
+    assert [n_items for _, n_items in windows] == [600, 1200, 600, 1200, 1800, 2400]
+    assert all(fired[-1] == n_items for fired, n_items in windows)
+
+
 @pytest.mark.parametrize(("state_every", "writes"), [(0.0, 31), (1e9, 1)])
 def test_the_state_is_written_every_state_every_seconds(
     tmp_path: Path, features: Tensor, state_every: float, writes: int, monkeypatch: pytest.MonkeyPatch
@@ -306,7 +324,7 @@ def test_resampling_epochs() -> None:
 
 def prepared(x: Tensor, n_latents: int = 32) -> tuple[SparseAutoencoder, Adam]:
     model = SparseAutoencoder(x.shape[1], n_latents)
-    adam = Adam(model)
+    adam = Adam(model, lr=5e-4)
     for moment in adam.moments.values():
         moment.fill_(1)
     return model, adam
@@ -575,7 +593,7 @@ def test_without_matplotlib(tmp_path: Path, features: Tensor, monkeypatch: pytes
 
 def test_losses_that_are_checked_later_name_their_step() -> None:
     """On a GPU, losses are checked only from time to time."""
-    adam = Adam(small_model())
+    adam = Adam(small_model(), lr=5e-4)
     check = _LossCheck(adam, torch.device("cuda"))
     for loss in (1.0, 2.0, math.nan, 3.0):
         adam.steps += 1

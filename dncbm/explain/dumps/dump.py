@@ -30,9 +30,10 @@ from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import LatentSelection, ProbeRun, SAERun, Selection
 from dncbm.runs.devices import default_cores
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, fingerprint, making, whole_file, write_json
+from dncbm.runs.manifests import Outcome, fingerprint, making, write_json
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
+from sparse_autoencoder.files import whole_file
 
 Integers = NDArray[np.int64]
 Arrays = dict[str, Any]

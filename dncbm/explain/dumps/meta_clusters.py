@@ -25,9 +25,10 @@ from dncbm.features.stage import probe_class_names
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import Clusters, Explained, ProbeDataset, SAERun, Selection
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import making, whole_file
+from dncbm.runs.manifests import making
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
+from sparse_autoencoder.files import whole_file
 
 PAPER_CLUSTERS = {"imagenet": 1300, "places365": 500, "cifar10": 20}
 """k of the paper, which gives none for CIFAR100."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dncbm.explain.plotting.colours import INK, ON_BADGE, REST
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import whole_file
+from sparse_autoencoder.files import whole_file
 
 COLUMN = 3.35
 """Width of a column of a paper in inches."""

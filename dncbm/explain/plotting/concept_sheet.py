@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dncbm.runs.manifests import whole_file
+from sparse_autoencoder.files import whole_file
 
 
 def concept_sheet(titles: list[str], images: list[list[Image.Image]], path: Path, columns: int = 4) -> None:

@@ -9,8 +9,8 @@ from dncbm.explain.plotting.colours import CONCEPTS, FEATURES, RANDOM
 from dncbm.probe.nec import read_nec
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import ProbeDataset, SAERun
-from dncbm.runs.manifests import whole_file
 from dncbm.runs.settings import Settings
+from sparse_autoencoder.files import whole_file
 
 STYLES = {
     "concepts": ("SAE concepts", CONCEPTS, "o-"),

@@ -21,9 +21,10 @@ from dncbm.explain.plotting.colours import SHEET
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import Drawing, LatentSelection
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, manifest_path, text_hash, whole_file
+from dncbm.runs.manifests import Outcome, manifest_path, text_hash
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
+from sparse_autoencoder.files import whole_file
 
 FEW = 16
 """Drawing this many pages takes less time than starting other processes."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, whole_file
+from dncbm.runs.manifests import Outcome
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import setting
+from sparse_autoencoder.files import whole_file
 
 HEADER = "caption\turl"
 
