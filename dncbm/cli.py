@@ -77,10 +77,11 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
         raise problem or UserError("the config was not read")
     if world_size() > 1 and not stage.several_processes:
         raise UserError("only stages 1 and 5 run in several processes: start this one without torchrun")
-    dataset = str((defaults | given).get("probe_dataset"))
-    preset = build(Preset, given).values(dataset)
+    values = defaults | given
+    dataset = str(values.get("probe_dataset"))
+    preset = build(Preset, values).values(dataset)
     if preset:
-        print(f"--preset {given['preset']} for {dataset}: " + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset))
+        print(f"--preset {values['preset']} for {dataset}: " + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset))
     elif stage.explains is not None and not (given.keys() | configured.keys()) & (paper := paper_preset(dataset)).keys():
         preset = paper
     return settings, defaults | dict(preset) | given, set(given)

@@ -227,6 +227,8 @@ def test_the_papers_preset(stage, capsys, dataset: str, lr: float, sparsity_lamb
     assert "--probe_lr 0.5" in capsys.readouterr().out
     _, probe, *_ = stage(f"train_linear_probe.py --probe_dataset {dataset}", **config)
     assert (probe.lr, probe.epochs) == (7.0, 3)
+    _, probe, *_ = stage(f"train_linear_probe.py --probe_dataset {dataset}", defaults={"preset": "paper"})
+    assert (probe.lr, probe.sparsity_lambda) == (lr, sparsity_lambda)
 
 
 def test_the_paper_has_no_preset_for_other_data(stage) -> None:

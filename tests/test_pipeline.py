@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dncbm.probe import nec
 from dncbm.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -94,9 +95,11 @@ def link_data(build: Path, run_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(built: Path) -> Iterator[Path]:
-    """The pipeline has run to its end."""
+    """The pipeline has run to its end. NEC, which other tests check, is solved less exactly here, to save time."""
     run("scripts/run_pipeline.py", *SMALL, config=built)
-    return built
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nec, "MAX_PASSES", 8)
+        yield built
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -211,12 +214,13 @@ def test_probe_on_features_and_its_results_row(finished: Path) -> None:
     assert 0 <= float(rows["features"]["val_top1"]) <= float(rows["features"]["val_top5"]) <= 1
 
 
-def test_summary_holds_what_it_promises(finished: Path) -> None:
+def test_summary_holds_what_it_promises(finished: Path, tmp_path: Path) -> None:
+    config = copy_of(finished, tmp_path) / "config.py"
     flags = ["--num_epochs", "30", "--probe_epochs", "20"]
-    run("scripts/07_train_linear_probe.py", *flags, "--probe_on_features", "--probe_lr", "1e-3", config=finished)
-    run("scripts/10_accuracy_at_nec.py", *flags[:2], config=finished)
-    done = run("examples/openmoji/summarise.py", *flags, config=finished)
-    summary = json.loads((finished.parent / "run/analysis/summary.json").read_text())
+    run("scripts/07_train_linear_probe.py", *flags, "--probe_on_features", "--probe_lr", "1e-3", config=config)
+    run("scripts/10_accuracy_at_nec.py", *flags[:2], config=config)
+    done = run("examples/openmoji/summarise.py", *flags, config=config)
+    summary = json.loads((config.parent / "run/analysis/summary.json").read_text())
     assert set(summary["sae"]) == {"l0", "explained_variance", "dead_fraction"}
     assert set(summary["probe"]) == {"concepts_top1", "features_top1", "zero_shot_top1", "majority_top1"}
     assert set(summary["encoder"]) == {"retrieval_r1", "retrieval_r5", "retrieval_r10"}
@@ -228,7 +232,7 @@ def test_summary_holds_what_it_promises(finished: Path) -> None:
         "sae_features", "sae", "vocabulary", "names", "probe_features", "strengths", "probe",
     }  # fmt: skip
     assert "on concepts" in done.stdout
-    assert (finished.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
+    assert (config.parent / "run/analysis/concept_sheet.png").stat().st_size > 1000
 
 
 def test_the_pipeline_runs_every_stage(finished: Path, tmp_path: Path) -> None:
@@ -284,13 +288,7 @@ def test_wandb_is_imported_only_for_those_who_ask(finished: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("until", "kept"),
-    [
-        ("", ()),
-        ("== sae\n", ("openmoji",)),
-        ("== probe_features\n", ("openmoji",)),
-        ("== probe\n", ("openmoji", "openmoji_categories")),
-    ],
+    ("until", "kept"), [("", ()), ("== sae\n", ("openmoji",)), ("== probe\n", ("openmoji", "openmoji_categories"))]
 )
 def test_killed_and_run_again_ends_the_same(
     small_build: Path, finished: Path, tmp_path: Path, until: str, kept: tuple[str, ...]
@@ -334,11 +332,11 @@ def test_killed_and_run_again_ends_the_same(
 
 def test_sigterm_saves_and_the_same_command_resumes(finished: Path) -> None:
     """A cluster's warning: training exits with 0 and a sentence, and ends later with the bits of an uninterrupted run."""
-    flags = ["--num_epochs", "1000"]
+    flags = ["--num_epochs", "400"]
     run("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_whole", config=finished)
     stopped = process("scripts/02_train_sae_img.py", *flags, "--save_suffix", "_halved", config=finished)
     checkpoints = finished.parent / "run/SAE/SAEImg/openmoji/openmoji_clip/out"
-    name = NAME.format(1000)
+    name = NAME.format(400)
     log = checkpoints / f"{name}_halved" / "sae_checkpoints" / "training_log.csv"
     while not (log.is_file() and len(log.read_text().splitlines()) > 2):
         assert stopped.poll() is None, "it ended before it was stopped"

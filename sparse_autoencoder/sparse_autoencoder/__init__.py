@@ -8,24 +8,6 @@ from sparse_autoencoder.model import DEFAULT_SEED, SAEOutput, SparseAutoencoder
 from sparse_autoencoder.trainer import TrainingResult, TrainingSettings, train
 from sparse_autoencoder.variants import VARIANTS, BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK
 
-__all__ = [
-    "DEFAULT_SEED",
-    "VARIANTS",
-    "BatchTopK",
-    "CheckpointError",
-    "Features",
-    "JumpReLU",
-    "Matryoshka",
-    "NonFiniteError",
-    "ReLU",
-    "SAEOutput",
-    "SparseAutoencoder",
-    "Sparsity",
-    "TopK",
-    "TrainingResult",
-    "TrainingSettings",
-    "evaluate",
-    "load_checkpoint",
-    "save_checkpoint",
-    "train",
-]
+__all__ = ["DEFAULT_SEED", "SAEOutput", "SparseAutoencoder", "load_checkpoint", "save_checkpoint"]
+__all__ += ["VARIANTS", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Sparsity", "TopK"]
+__all__ += ["CheckpointError", "Features", "NonFiniteError", "TrainingResult", "TrainingSettings", "evaluate", "train"]

@@ -58,26 +58,22 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> Sparse
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    sparsity: Sparsity = ReLU()
-    transform = "none"
     if path.suffix == ".pt":
-        tensors = _read_published(path)
-    else:
-        tensors, header = read_safetensors(path)
-        if header.get("format") != "sparse_autoencoder" or "schema_version" not in header:
-            raise CheckpointError(f"{path}: not a sparse_autoencoder checkpoint (its header has no schema version)")
-        if header["schema_version"] != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{path}: schema version {header['schema_version']}, but this version of sparse_autoencoder reads"
-                f" {SCHEMA_VERSION}"
-            )
-        try:
-            sparsity = sparsity_from_json(header.get("sparsity", ""))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        transform = header.get("input_transform", "")
-        if transform not in INPUT_TRANSFORMS:
-            raise CheckpointError(f"{path}: unknown input transform {transform!r}")
+        return _build(path, _read_published(path), ReLU(), "none").to(device)
+    tensors, header = read_safetensors(path)
+    if header.get("format") != "sparse_autoencoder" or "schema_version" not in header:
+        raise CheckpointError(f"{path}: not a sparse_autoencoder checkpoint (its header has no schema version)")
+    if (version := header["schema_version"]) != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: schema version {version}, but this version of sparse_autoencoder reads {SCHEMA_VERSION}"
+        )
+    try:
+        sparsity = sparsity_from_json(header.get("sparsity", ""))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    transform = header.get("input_transform", "")
+    if transform not in INPUT_TRANSFORMS:
+        raise CheckpointError(f"{path}: unknown input transform {transform!r}")
     return _build(path, tensors, sparsity, transform).to(device)
 
 
@@ -97,9 +93,8 @@ def _read_published(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable PyTorch state dict ({_one_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a state dict of tensors")
-    expected = [*PUBLISHED_NAMES, *PUBLISHED_ALIASES]
     missing = [name for name in PUBLISHED_NAMES if name not in state]
-    unknown = sorted(str(name) for name in state if name not in expected)
+    unknown = sorted(str(name) for name in state if name not in (*PUBLISHED_NAMES, *PUBLISHED_ALIASES))
     if missing or unknown:
         raise CheckpointError(
             f"{path}: not a published DN-CBM checkpoint (missing: {', '.join(missing) or 'nothing'};"

@@ -13,8 +13,7 @@ from torch import Tensor
 from sparse_autoencoder.errors import NonFiniteError
 from sparse_autoencoder.workers import Workers
 
-READ_AHEAD = 2
-"""Batches gathered ahead of the one in use."""
+READ_AHEAD = 2  # batches gathered ahead of the one in use
 
 
 @runtime_checkable
@@ -36,8 +35,7 @@ class TensorFeatures:
     def __init__(self, x: Tensor, *, checked: bool = False) -> None:
         if x.ndim != 2:
             raise ValueError(f"features must be N x D, not {' x '.join(map(str, x.shape)) or 'a number'}")
-        self.x = x
-        self.checked = checked
+        self.x, self.checked = x, checked
 
     def __len__(self) -> int:
         return len(self.x)
@@ -55,10 +53,8 @@ def as_features(data: Features | Tensor) -> Features:
 
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
-    """Checks a batch x (n x D) of the items at `indices` (n).
-
-    Raises NonFiniteError if it holds NaN or infinity. The message starts with `when` and names the first bad item's shard.
-    """
+    """Checks a batch x (n x D) of the items at `indices` (n). Raises NonFiniteError if it holds NaN or infinity. The message
+    starts with `when` and names the first bad item's shard."""
     if getattr(features, "checked", False) or torch.isfinite(x.sum()):  # a finite sum implies finite items
         return
     bad = (~torch.isfinite(x)).any(dim=1).nonzero()
@@ -118,10 +114,8 @@ def in_batches(
 
 
 def resident(features: Features, device: torch.device, batch_size: int) -> Features:
-    """The features, moved to a CUDA device if they take at most half of its free memory.
-
-    Raises NonFiniteError if they hold NaN or infinity.
-    """
+    """The features, moved to a CUDA device if they take at most half of its free memory. Raises NonFiniteError if they hold
+    NaN or infinity."""
     if device.type != "cuda":
         return features
     width = features.gather(np.zeros(1, np.int64)).shape[1]
@@ -135,10 +129,8 @@ def resident(features: Features, device: torch.device, batch_size: int) -> Featu
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:
-    """The point (D) with the least total distance to the rows of x (N x D), by Weiszfeld's iteration in float64.
-
-    Stops when a step moves the point by at most `tolerance` times the mean distance.
-    """
+    """The point (D) with the least total distance to the rows of x (N x D), by Weiszfeld's iteration in float64. Stops when a
+    step moves the point by at most `tolerance` times the mean distance."""
     x = x.double()
     median = x.mean(dim=0)
     for _ in range(max_iterations):

@@ -25,41 +25,26 @@ _NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a 
 class Setting:
     """What a field says about itself."""
 
-    help: str
-    """One phrase for `--help`."""
-    flag: str = ""
-    """The flag's name without dashes; by default the field's name."""
-    alias: str = ""
-    """A second flag with the same meaning, where no other setting of the command line has it."""
-    least: float | None = None
-    """The smallest value allowed."""
-    above: float | None = None
-    """Values must be above this."""
-    below: float | None = None
-    """Values must be below this."""
-    choices: tuple[str, ...] = ()
-    """The only values allowed."""
-    pattern: str = ""
-    """A regular expression that the whole text must match."""
-    place: int = 0
-    """Parts of a run's name are joined in the order of their places."""
+    help: str  # one phrase for `--help`
+    flag: str = ""  # the flag's name without dashes; by default the field's name
+    alias: str = ""  # a second flag with the same meaning, where no other setting of the command line has it
+    least: float | None = None  # the smallest value allowed
+    above: float | None = None  # values must be above this
+    below: float | None = None  # values must be below this
+    choices: tuple[str, ...] = ()  # the only values allowed
+    pattern: str = ""  # a regular expression that the whole text must match
+    place: int = 0  # parts of a run's name are joined in the order of their places
+    # The part of the run's name, with `{}` for the value; "" if the value is a folder of its own; None if neither.
     in_name: str | None = None
-    """The part of the run's name, with `{}` for the value; "" if the value is a folder of its own; None if neither."""
-    name_default: bool = True
-    """Whether the name shows the default as well."""
+    name_default: bool = True  # whether the name shows the default as well
+    # Whether the result depends on the value; `changed`: it is recorded only where it is not the default, so that outputs
+    # made before the setting existed stay valid.
     identifies: Literal["always", "changed", "never"] = "always"
-    """Whether the result depends on the value; `changed`: it is recorded only where it is not the default, so that outputs
-    made before the setting existed stay valid."""
-    when: tuple[str, str] = ("", "")
-    """(field, value): the setting is read only while another field of the dataclass has this value."""
-    presets: Mapping[str, Any] = field(default_factory=dict)
-    """Name of a preset -> the value that it picks."""
-    configurable: bool = True
-    """Whether the defaults of a config file apply."""
-    separate: bool = False
-    """Whether a list is written as separate words, each of which may hold commas."""
-    positional: bool = False
-    """Whether the value is written without a flag."""
+    when: tuple[str, str] = ("", "")  # (field, value): read only while another field of the dataclass has this value
+    presets: Mapping[str, Any] = field(default_factory=dict)  # name of a preset -> the value that it picks
+    configurable: bool = True  # whether the defaults of a config file apply
+    separate: bool = False  # whether a list is written as separate words, each of which may hold commas
+    positional: bool = False  # whether the value is written without a flag
 
 
 def setting(default: Any, help: str, *, factory: Callable[[], Any] | None = None, **about: Any) -> Any:
@@ -96,13 +81,10 @@ class Flag:
 
     name: str
     setting: Setting
-    type: Any
-    """str, int, float, bool, or a tuple of one of the first two."""
+    type: Any  # str, int, float, bool, or a tuple of one of the first two
     default: Any
-    field: str
-    """Name of the field."""
-    variants: tuple[str, ...] = ()
-    """The variants of a choice that have this setting; empty: all."""
+    field: str  # name of the field
+    variants: tuple[str, ...] = ()  # the variants of a choice that have this setting; empty: all
 
     @property
     def is_tuple(self) -> bool:
@@ -110,11 +92,7 @@ class Flag:
         return typing.get_origin(self.type) is tuple
 
     def parse(self, text: str) -> Any:
-        """The value that a text stands for.
-
-        Raises:
-            ValueError: it is not of the setting's type, or not allowed; the message says what it must be.
-        """
+        """The value that a text stands for. Raises ValueError, saying what it must be, if its type or value is not allowed."""
         if self.type is bool:
             if text not in ("True", "False"):
                 raise ValueError(f"must be True or False, not {text!r}")

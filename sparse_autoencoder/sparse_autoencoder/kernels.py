@@ -12,19 +12,16 @@ from numba import njit
 
 Array: TypeAlias = np.ndarray
 Rates: TypeAlias = tuple[np.float32, ...]
+Selection: TypeAlias = tuple[Array, Array, Array]  # memory to select in: latents, values (both n x F), row starts (n + 1)
 
 
 class ItemMajor(NamedTuple):
     """The active entries of n items, ordered by item, then by latent."""
 
-    row_start: Array
-    """Where each item's entries start (n + 1, int64)."""
-    latent: Array
-    """Each entry's latent (int32)."""
-    z: Array
-    """Its value (float32)."""
-    slope: Array
-    """The derivative of the loss by the value (float32), filled in by `decode`."""
+    row_start: Array  # where each item's entries start (n + 1, int64)
+    latent: Array  # each entry's latent (int32)
+    z: Array  # its value (float32)
+    slope: Array  # the derivative of the loss by the value (float32), filled in by `decode`
 
 
 NO_ENTRIES = ItemMajor(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32))
@@ -33,10 +30,8 @@ NO_ENTRIES = ItemMajor(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0,
 class LatentMajor(NamedTuple):
     """The same entries, ordered by latent, then by item."""
 
-    start: Array
-    """Where each latent's entries start (F + 1, int64)."""
-    item: Array
-    """Each entry's item (int32)."""
+    start: Array  # where each latent's entries start (F + 1, int64)
+    item: Array  # each entry's item (int32)
     z: Array
     slope: Array
 
@@ -50,8 +45,7 @@ class Trained(NamedTuple):
 
 
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-BLOCK = 32
-"""Pre-activations tested at once. Most blocks hold no active latent and cost only a few vector instructions."""
+BLOCK = 32  # Pre-activations tested at once. Most blocks hold no active latent and cost only a few vector instructions.
 
 
 @njit(inline="always", fastmath=FASTMATH)
@@ -137,11 +131,9 @@ def _kth_largest(values: Array, n: int, k: int) -> np.float32:
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array, row_start: Array) -> None:
-    """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win.
-
-    The latents are dealt into at least 4 k classes. The k-th largest of the classes' maxima is a close lower bound on the
-    k-th largest value, since k classes have a member that reaches it: few more than k values remain to be sorted.
-    """
+    """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win. The
+    latents are dealt into at least 4 k classes. The k-th largest of the classes' maxima is a close lower bound on the k-th
+    largest value, since k classes have a member that reaches it: few more than k values remain to be sorted."""
     n, width = pre.shape
     n_classes = min(width, max(4 * k, 128))
     maxima = np.empty(n_classes, np.float32)
@@ -239,11 +231,9 @@ def decode(
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def decode_left_over(decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array) -> float:
-    """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D).
-
-    `left` (n x D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and
-    returns the sum of squared errors.
-    """
+    """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D). `left` (n x
+    D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and returns the sum of
+    squared errors."""
     n, width = residual.shape
     error = 0.0
     inverse = np.float32(1 / scale)
@@ -296,11 +286,9 @@ def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: L
 def learn_thresholds(
     entries: LatentMajor, threshold: Array, bandwidth: float, l0_slope: float, gradient: Array, active: Array
 ) -> None:
-    """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives.
-
-    Entries in the window below the threshold have z = 0. They contribute here and are then disabled (slope 0). `active` (F)
-    becomes the number of entries above the threshold.
-    """
+    """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives. Entries in the window
+    below the threshold have z = 0. They contribute here and are then disabled (slope 0). `active` (F) becomes the number of
+    entries above the threshold."""
     for f in range(threshold.shape[0]):
         total = 0.0
         above = 0
@@ -364,10 +352,8 @@ def update_latents(
     back: Array,
 ) -> None:
     """Updates the encoder and decoder rows of latents first..last - 1: gradients from the code's entries and from AuxK's
-    (`revived`), the decoder's projection, Adam and unit norm. Only one latent's gradients exist at a time.
-
-    Writes the encoder bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row.
-    """
+    (`revived`), the decoder's projection, Adam and unit norm. Only one latent's gradients exist at a time. Writes the encoder
+    bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row."""
     width = x.shape[1]
     by_encoder = np.empty(width, np.float32)
     by_decoder = np.empty(width, np.float32)

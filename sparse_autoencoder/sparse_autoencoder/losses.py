@@ -17,22 +17,15 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 class ItemLosses(NamedTuple):
     """The loss of each item of a batch, its terms, and the latents."""
 
-    objective: Tensor
-    """What training minimises the mean of (B): l2 + penalty, plus Matryoshka's prefixes and AuxK's term."""
-    l2: Tensor
-    """Mean squared error over the D inputs of the whole reconstruction (B)."""
-    penalty: Tensor
-    """The sparsity term, coefficient included (B)."""
-    latents: Tensor
-    """B x F."""
+    objective: Tensor  # what training minimises the mean of (B): l2 + penalty, plus Matryoshka's prefixes and AuxK's term
+    l2: Tensor  # mean squared error over the D inputs of the whole reconstruction (B)
+    penalty: Tensor  # the sparsity term, coefficient included (B)
+    latents: Tensor  # B x F
 
 
 def item_losses(model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None) -> ItemLosses:
-    """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; `variants` for other codes).
-
-    With `training`, the code may depend on the batch (BatchTopK), and the latents with indices `dead` (int64) are revived by
-    AuxK's loss.
-    """
+    """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; `variants` for other codes). With `training`, the code
+    may depend on the batch (BatchTopK), and the latents with indices `dead` (int64) are revived by AuxK's loss."""
     code = model.sparsity.code
     pre, threshold = model.pre_activations(x), code.threshold(model)
     latents = code.activate(pre, threshold, training)
@@ -57,12 +50,9 @@ def item_losses(model: SparseAutoencoder, x: Tensor, *, training: bool = False, 
 class CodeLosses(NamedTuple):
     """The loss terms of each item of a batch outside training."""
 
-    l2: Tensor
-    """B."""
-    penalty: Tensor
-    """B."""
-    fired: Tensor
-    """The number of items for which each latent was active (F, int64)."""
+    l2: Tensor  # B
+    penalty: Tensor  # B
+    fired: Tensor  # the number of items for which each latent was active (F, int64)
 
 
 @torch.no_grad()

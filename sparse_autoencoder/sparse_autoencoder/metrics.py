@@ -11,8 +11,7 @@ from sparse_autoencoder.losses import CodeLosses, RunningVariance, code_losses, 
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.workers import Workers
 
-ALMOST_DEAD = 1e-5
-"""A latent that fires, but for a smaller fraction of the items than this, is almost dead."""
+ALMOST_DEAD = 1e-5  # a latent that fires, but for a smaller fraction of the items than this, is almost dead
 
 
 def count_dead(fired: Tensor, n_items: int) -> tuple[int, int]:
@@ -52,17 +51,13 @@ def measure(
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor] | None:
-    """`evaluate`'s metrics and each latent's firing count (F, int64).
-
-    `losses` is a faster equivalent of `code_losses`. Returns None if `stop`, asked before each batch, returns True.
-    """
+    """`evaluate`'s metrics and each latent's firing count (F, int64). `losses` is a faster equivalent of `code_losses`.
+    Returns None if `stop`, asked before each batch, returns True."""
     model = model.to(device)
-    l2 = penalty = 0.0
+    n, l2, penalty = len(features), 0.0, 0.0
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     variance = RunningVariance()
-    for batch in in_batches(
-        features, np.arange(len(features)), batch_size, name=lambda i: f"evaluation, batch {i}", reader=reader
-    ):
+    for batch in in_batches(features, np.arange(n), batch_size, name=lambda i: f"evaluation, batch {i}", reader=reader):
         if stop():
             return None
         x, _ = model.transform(batch.to(device))
@@ -71,7 +66,6 @@ def measure(
         penalty += float(batch_losses.penalty.sum())
         fired += batch_losses.fired
         variance.add(x)
-    n = len(features)
     metrics = {
         "loss": (l2 + penalty) / n,
         "l2_loss": l2 / n,

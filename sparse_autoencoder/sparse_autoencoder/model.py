@@ -9,8 +9,7 @@ from torch.nn.functional import linear, normalize
 from sparse_autoencoder.variants import ReLU, Sparsity
 
 INPUT_TRANSFORMS = ("none", "centre", "unit_norm")
-DEFAULT_SEED = 49
-"""The seed of DN-CBM's runs."""
+DEFAULT_SEED = 49  # the seed of DN-CBM's runs
 
 
 class SAEOutput(NamedTuple):
@@ -27,16 +26,15 @@ class SparseAutoencoder(nn.Module):
 
     z = activate((x - b) W_e^T + b_e) and x_hat = z W_d + b, where x is the input after `input_transform`.
 
-    Parameters: `tied_bias` b (D), `encoder_weight` W_e (F x D), `encoder_bias` b_e (F) and `decoder_weight` W_d (F x D;
-    row f, of unit norm, is latent f's direction), and those that the variant adds.
+    Parameters: `tied_bias` b (D), `encoder_weight` W_e (F x D), `encoder_bias` b_e (F) and `decoder_weight` W_d (F x D; row f,
+    of unit norm, is latent f's direction), and those that the variant adds.
 
     Args:
         n_inputs: D.
         n_latents: F, the expansion factor times D.
         sparsity: how the code is kept sparse.
-        input_transform: "none" (DN-CBM); "centre" subtracts the geometric median of the training data, stored in the
-            buffer `input_centre` (D); "unit_norm" divides every input by its L2 norm. Losses are computed after the
-            transform.
+        input_transform: "none" (DN-CBM); "centre" subtracts the geometric median of the training data, stored in the buffer
+            `input_centre` (D); "unit_norm" divides every input by its L2 norm. Losses are computed after the transform.
         seed: seed of the initial weights.
 
     Raises:
@@ -59,10 +57,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"n_inputs and n_latents must be at least 1, not {n_inputs} and {n_latents}")
         if input_transform not in INPUT_TRANSFORMS:
             raise ValueError(f"input_transform must be one of {', '.join(INPUT_TRANSFORMS)}, not {input_transform!r}")
-        self.n_inputs = n_inputs
-        self.n_latents = n_latents
-        self.sparsity = sparsity
-        self.input_transform = input_transform
+        self.n_inputs, self.n_latents = n_inputs, n_latents
+        self.sparsity, self.input_transform = sparsity, input_transform
         self.tied_bias = nn.Parameter(torch.zeros(n_inputs))
         self.encoder_weight = nn.Parameter(torch.empty(n_latents, n_inputs))
         self.encoder_bias = nn.Parameter(torch.empty(n_latents))
@@ -85,10 +81,8 @@ class SparseAutoencoder(nn.Module):
         return normalize(self.decoder_weight.detach(), dim=1)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs (B x D) in the space where losses are computed, and their norms (B x 1) for "unit_norm", else None.
-
-        Raises ValueError if `x` is not B x D.
-        """
+        """Inputs (B x D) in the space where losses are computed, and their norms (B x 1) for "unit_norm", else None. Raises
+        ValueError if `x` is not B x D."""
         if x.ndim != 2 or x.shape[1] != self.n_inputs:
             raise ValueError(f"inputs must be B x {self.n_inputs}, not {' x '.join(map(str, x.shape))}")
         if self.input_transform == "centre":
@@ -100,10 +94,8 @@ class SparseAutoencoder(nn.Module):
         return x, None
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(x - b) W_e^T + b_e (B x F) for transformed inputs x (B x D).
-
-        The tied bias is folded into the encoder's, c = b_e - W_e b: the same sum without a copy of x.
-        """
+        """(x - b) W_e^T + b_e (B x F) for transformed inputs x (B x D). The tied bias is folded into the encoder's, c = b_e -
+        W_e b: the same sum without a copy of x."""
         return linear(x, self.encoder_weight, self.encoder_bias - self.encoder_weight @ self.tied_bias)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -115,10 +107,8 @@ class SparseAutoencoder(nn.Module):
         return code.activate(self.pre_activations(x), code.threshold(self))
 
     def decode(self, latents: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Reconstruction (B x D) of latents (B x F), in the space of the inputs.
-
-        `scale` (B x 1) holds the inputs' norms under "unit_norm"; without it the result stays in the unit-norm space.
-        """
+        """Reconstruction (B x D) of latents (B x F), in the space of the inputs. `scale` (B x 1) holds the inputs' norms under
+        "unit_norm"; without it the result stays in the unit-norm space."""
         reconstruction = torch.addmm(self.tied_bias, latents, self.decoder_weight)
         if self.input_transform == "centre":
             return reconstruction + self.input_centre

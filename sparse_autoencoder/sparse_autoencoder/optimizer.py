@@ -8,10 +8,8 @@ from sparse_autoencoder.model import SparseAutoencoder
 
 
 def project_decoder_gradient(gradient: Tensor, decoder_weight: Tensor) -> Tensor:
-    """The gradient (F x D) without its component along each unit row of the decoder (F x D).
-
-    That component only changes a row's norm, which the step restores to 1 (DN-CBM, after Bricken et al. 2023).
-    """
+    """The gradient (F x D) without its component along each unit row of the decoder (F x D). That component only changes a
+    row's norm, which the step restores to 1 (DN-CBM, after Bricken et al. 2023)."""
     along = (gradient * decoder_weight).sum(dim=1, keepdim=True)
     return gradient - along * decoder_weight
 
@@ -33,10 +31,7 @@ class Adam:
         weight_decay: float = 0.0,
     ) -> None:
         self.model = model
-        self.lr = lr
-        self.betas = betas
-        self.epsilon = epsilon
-        self.weight_decay = weight_decay
+        self.lr, self.betas, self.epsilon, self.weight_decay = lr, betas, epsilon, weight_decay
         fused = model.tied_bias.device.type in ("cpu", "cuda")
         self._adam = torch.optim.Adam(
             model.parameters(), lr=lr, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused

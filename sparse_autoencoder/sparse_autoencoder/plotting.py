@@ -39,8 +39,7 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
     curves(0, "loss", {"loss": "training", "val_loss": "validation"}, log_scale=True)
     curves(1, "parts of the loss", {"l2_loss": "L2", "l1_loss": "sparsity", "val_l2_loss": "L2, validation"}, True)
     curves(2, "L0: active latents per item", {"l0": "training", "val_l0": "validation"})
-    variance = {"explained_variance": "training", "val_explained_variance": "validation"}
-    curves(3, "explained variance", variance)
+    curves(3, "explained variance", {"explained_variance": "training", "val_explained_variance": "validation"})
     axes[3].set_ylim(top=1)
     curves(4, "latents", {"dead": "dead", "almost_dead": "almost dead"})
 
@@ -49,6 +48,5 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
     axes[5].hist(np.log10(alive), bins=np.linspace(lowest, 0, 60))
     title = f"feature density, {len(density) - len(alive)} dead of {len(density)}"
     axes[5].set(title=title, xlabel="log10 of the fraction of items for which a latent is active", ylabel="latents")
-    path = Path(path)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=120)

@@ -23,12 +23,9 @@ from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
-ITEMS = 1024
-"""The most items whose pre-activations a thread holds at once: more would leave the cache."""
-FEWEST_ITEMS = 32
-"""The fewest: below this, reading the encoder would take longer than the product."""
-LATENTS = 128
-"""Latents that a thread updates at once."""
+ITEMS = 1024  # the most items whose pre-activations a thread holds at once: more would leave the cache
+FEWEST_ITEMS = 32  # the fewest: below this, reading the encoder would take longer than the product
+LATENTS = 128  # latents that a thread updates at once
 
 
 def adam_rates(adam: Adam) -> tuple[np.float32, ...]:
@@ -58,12 +55,9 @@ class _Piece:
     first: int
     entries: ItemMajor
     revived: ItemMajor
-    objective: float = 0.0
-    """Sum of squared errors of all prefixes, plus AuxK's times its coefficient."""
-    error: float = 0.0
-    """Sum of squared errors of the whole reconstruction."""
-    penalty: float = 0.0
-    """Sum of sparsity terms."""
+    objective: float = 0.0  # sum of squared errors of all prefixes, plus AuxK's times its coefficient
+    error: float = 0.0  # sum of squared errors of the whole reconstruction
+    penalty: float = 0.0  # sum of sparsity terms
 
 
 class SparseStep:
@@ -73,16 +67,14 @@ class SparseStep:
     """
 
     def __init__(self, model: SparseAutoencoder, adam: Adam) -> None:
-        self.model = model
-        self.adam = adam
+        self.model, self.adam = model, adam
         self.ends = np.array(model.sparsity.prefix_ends(model.n_latents), np.int64)
         self.n_threads = torch.get_num_threads()
         self.workers = Workers(self.n_threads)
         self._scratch: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
         for _ in range(self.n_threads):
             self._scratch.put(_Scratch(ITEMS, model.n_latents))
-        self._residual = torch.empty(0)
-        self._left = torch.empty(0)
+        self._residual = self._left = torch.empty(0)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -202,8 +194,7 @@ class SparseStep:
         code = self.model.sparsity.code
         items = self._piece_size(len(x))
         weight = tensors["encoder_weight"].t()
-        folded = self._folded_bias(tensors)
-        bias = folded.numpy()
+        bias = self._folded_bias(tensors)
 
         def encode(first: int, level: float) -> _Piece:
             part = x[first : first + items]
@@ -212,10 +203,10 @@ class SparseStep:
                 pre = torch.mm(part, weight, out=scratch.pre[: len(part)])
                 row_start = scratch.row_start[: len(part) + 1]
                 out = (scratch.latent, scratch.value, row_start)
-                entries = code.select(pre.numpy(), bias, threshold, level, out)
+                entries = code.select(pre.numpy(), bias.numpy(), threshold, level, out)
                 revived = NO_ENTRIES
                 if dead is not None:
-                    kernels.select_largest(pre[:, dead].numpy(), folded[dead].numpy(), n_aux, *out)
+                    kernels.select_largest(pre[:, dead].numpy(), bias[dead].numpy(), n_aux, *out)
                     revived = kernels.packed(*out)
                     revived = revived._replace(latent=dead.numpy().astype(np.int32)[revived.latent])
             finally:
@@ -255,9 +246,7 @@ class SparseStep:
                 kept = ~(entries.z <= edge) | (at_edge & (np.cumsum(at_edge) <= equals))
                 equals -= int(np.count_nonzero(at_edge & kept))
                 before = np.concatenate([[0], np.cumsum(kept)])
-                piece.entries = ItemMajor(
-                    before[entries.row_start], entries.latent[kept], entries.z[kept], entries.slope[kept]
-                )
+                piece.entries = ItemMajor(before[entries.row_start], *(column[kept] for column in entries[1:]))
         return pieces
 
     def _by_latent(self, pieces: list[ItemMajor]) -> LatentMajor:

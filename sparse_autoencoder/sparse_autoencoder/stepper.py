@@ -28,9 +28,7 @@ class Stepper:
     """
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, *, bf16: bool = False) -> None:
-        self.model = model
-        self.adam = adam
-        self.bf16 = bf16
+        self.model, self.adam, self.bf16 = model, adam, bf16
         self.density = model.sparsity.code.expected_density(model.n_latents)
         self.was_sparse: bool | None = None
         has_kernels = model.sparsity.has_kernels and model.sparsity.code.has_kernels

@@ -14,24 +14,18 @@ from sparse_autoencoder.optimizer import Adam
 class StepResult:
     """Losses and activity of a batch, from before the step changed the parameters."""
 
-    loss: Tensor
-    """The mean objective of the batch, a scalar."""
-    l2: Tensor
-    """Its reconstruction term, a scalar."""
-    penalty: Tensor
-    """Its sparsity term, a scalar."""
-    fired: Tensor
-    """The number of items for which each latent was active (F, int64)."""
+    loss: Tensor  # the mean objective of the batch, a scalar
+    l2: Tensor  # its reconstruction term, a scalar
+    penalty: Tensor  # its sparsity term, a scalar
+    fired: Tensor  # the number of items for which each latent was active (F, int64)
 
 
 def dense_step(
     model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None = None, *, bf16: bool = False
 ) -> StepResult:
-    """A step on transformed inputs x (B x D) by autograd, on any device.
-
-    `dead` holds the indices (int64) of the latents that AuxK revives. With `bf16`, matrix products run in bfloat16
-    (autocast), while parameters, losses and Adam stay in float32.
-    """
+    """A step on transformed inputs x (B x D) by autograd, on any device. `dead` holds the indices (int64) of the latents that
+    AuxK revives. With `bf16`, matrix products run in bfloat16 (autocast), while parameters, losses and Adam stay in
+    float32."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         losses = item_losses(model, x, training=True, dead=dead)
     loss = losses.objective.mean()

@@ -35,17 +35,13 @@ from sparse_autoencoder.workers import Workers
 
 messages = logging.getLogger(__name__)
 
-CENTRE_SAMPLE = 100_000
-"""The geometric median is taken of at most this many random items."""
+SEED_HELP = f"seed of the SAE and the probe; part of their names when not {DEFAULT_SEED}"
+CENTRE_SAMPLE = 100_000  # the geometric median is taken of at most this many random items
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The training schedule. The defaults are DN-CBM's.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the field.
-    """
+    """The training schedule. The defaults are DN-CBM's. Raises ValueError, naming the field, if a value is not allowed."""
 
     epochs: int = setting(200, "epochs of the SAE", flag="num_epochs", least=1, in_name="_epo{}", place=7)
     batch_size: int = setting(4096, "batch size of the SAE", flag="train_sae_bs", least=1, in_name="_bs{}", place=6)
@@ -60,14 +56,7 @@ class TrainingSettings:
     ckpt_freq: int = setting(
         0, "training items between checkpoints of the SAE; 0: only the final one", least=0, identifies="never"
     )
-    seed: int = setting(
-        DEFAULT_SEED,
-        f"seed of the SAE and the probe; part of their names when not {DEFAULT_SEED}",
-        least=0,
-        in_name="_seed{}",
-        place=9,
-        name_default=False,
-    )
+    seed: int = setting(DEFAULT_SEED, SEED_HELP, least=0, in_name="_seed{}", place=9, name_default=False)
     log_every: int = setting(100, "steps between rows of the training log", least=1, identifies="never")
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0, linearly", least=0)
     lr_decay_steps: int = setting(0, "final steps over which the learning rate falls to 0, linearly", least=0)
@@ -102,13 +91,9 @@ class _State:
     COUNTERS = ("items_seen", "window_items", "resampled_after")
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
-        self.model = model
-        self.adam = adam
-        self.stepper = stepper
-        self.items_seen = 0
-        self.window_items = 0
-        self.resampled_after = -1
-        """The epoch after which dead latents were last resampled; -1: none yet."""
+        self.model, self.adam, self.stepper = model, adam, stepper
+        self.items_seen = self.window_items = 0
+        self.resampled_after = -1  # the epoch after which dead latents were last resampled; -1: none yet
         device = model.tied_bias.device
         self.fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
         """How often each latent was active in the `window_items` items since the last resampling."""
@@ -135,27 +120,19 @@ class _State:
         }
 
     def save(self, path: Path, run: dict[str, object]) -> None:
-        """Writes the state, whole or not at all.
-
-        Raises NonFiniteError if a parameter or moment is NaN or infinite. The previous state stays.
-        """
+        """Writes the state, whole or not at all. Raises NonFiniteError if a parameter or moment is NaN or infinite. The
+        previous state stays."""
         tensors = self.tensors()
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
             raise NonFiniteError(f"step {self.adam.steps}: {', '.join(bad)} hold NaN or infinity")
-        counters = {
-            "steps": self.adam.steps,
-            **{name: getattr(self, name) for name in self.COUNTERS},
-            "density": self.stepper.density,
-        }
+        own = {name: getattr(self, name) for name in self.COUNTERS}
+        counters = {"steps": self.adam.steps, **own, "density": self.stepper.density}
         write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
 
     def load(self, path: Path, run: dict[str, object]) -> None:
-        """Restores a saved state.
-
-        Raises:
-            CheckpointError: the state is damaged, or its run differs from `run`; the message names every difference.
-        """
+        """Restores a saved state. Raises CheckpointError if the state is damaged, or its run differs from `run`; the message
+        names every difference."""
         saved, header = read_safetensors(path)
         try:
             saved_run, counters = json.loads(header["run"]), json.loads(header["counters"])
@@ -197,13 +174,10 @@ class _Log:
     def __init__(
         self, path: Path | None, function: Callable[[dict[str, float], int], None] | None, bar: "tqdm[None]", state: _State
     ) -> None:
-        self.path = path
-        self.function = function
-        self.bar = bar
+        self.path, self.function, self.bar = path, function, bar
         self.last: dict[str, float] = {}
         self.rows: list[dict[str, float]] = []
-        self.time = time.monotonic()
-        self.items = state.items_seen
+        self.time, self.items = time.monotonic(), state.items_seen
         if path is not None:
             rows = _rows_until(path, state.adam.steps) if state.adam.steps else []
             self.rows = [{name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows]
@@ -314,13 +288,8 @@ def train(
     features = as_features(data)
     held_out = as_features(validation) if validation is not None else None
     model.to(device)
-    adam = Adam(
-        model,
-        lr=settings.lr,
-        betas=(settings.adam_beta_1, settings.adam_beta_2),
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-    )
+    betas = (settings.adam_beta_1, settings.adam_beta_2)
+    adam = Adam(model, lr=settings.lr, betas=betas, epsilon=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
     run: dict[str, object] = {
         "n_items": len(features),
         "features": checksum(features) if state_path is not None else "",
@@ -344,9 +313,8 @@ def train(
         steps_per_epoch = -(-len(features) // settings.batch_size)
         total_steps = settings.epochs * steps_per_epoch
         stop = stack.enter_context(_sigterm())
-        bar = stack.enter_context(
-            tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
-        )
+        bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
+        stack.callback(bar.close)
         logger = _Log(log_path, log, bar, state)
         losses = _LossCheck(adam, device)
         last_save = time.monotonic()
@@ -356,14 +324,9 @@ def train(
             if state_path is not None:
                 state.save(state_path, run)
 
+        size = settings.batch_size
         measure_all = partial(
-            measure,
-            model,
-            batch_size=settings.batch_size,
-            device=device,
-            losses=stepper.losses,
-            reader=reader,
-            stop=stop.is_set,
+            measure, model, batch_size=size, device=device, losses=stepper.losses, reader=reader, stop=stop.is_set
         )
 
         def resample_after(epoch: int) -> None:
@@ -391,15 +354,12 @@ def train(
             resample_after(adam.steps // steps_per_epoch - 1)
         while adam.steps < total_steps and not stop.is_set():
             epoch, first = divmod(adam.steps, steps_per_epoch)
-            batches = in_batches(
-                features,
-                epoch_order(len(features), settings.seed, epoch),
-                settings.batch_size,
-                first=first,
-                name=lambda batch, before=epoch * steps_per_epoch: f"step {before + batch + 1}",  # type: ignore[misc]
-                reader=reader,
-            )
-            for batch in batches:
+            order = epoch_order(len(features), settings.seed, epoch)
+
+            def step_name(batch: int, before: int = epoch * steps_per_epoch) -> str:
+                return f"step {before + batch + 1}"
+
+            for batch in in_batches(features, order, settings.batch_size, first=first, name=step_name, reader=reader):
                 x, _ = model.transform(batch.to(device, non_blocking=True))
                 adam.lr = learning_rate(settings, adam.steps, total_steps)
                 result = stepper(x, model.sparsity.code.dead(state.unfired))
@@ -434,9 +394,7 @@ def train(
                     save()
                     last_save = time.monotonic()
         save()
-        measured = None
-        if adam.steps == total_steps:
-            measured = measure_all(features)
+        measured = measure_all(features) if adam.steps == total_steps else None
         if measured is None:
             saved = f"saved its state in {state_path}" if state_path is not None else "saved no state to resume from"
             messages.warning("SIGTERM: training stopped after step %d of %d and %s", adam.steps, total_steps, saved)

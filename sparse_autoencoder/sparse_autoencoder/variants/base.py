@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_autoencoder import kernels
 from sparse_autoencoder.declare import check
-from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor
+from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,10 @@ class Sparsity:
     penalty as `activate` and `penalty`. Subclasses do not inherit it, since they may override only one side.
     """
 
-    kind: ClassVar[str]
-    """The variant's name in checkpoints and on command lines."""
-    has_kernels: ClassVar[bool] = False
-    """Whether the sparse step can compute this variant."""
-    resamples: ClassVar[bool] = False
-    """Whether DN-CBM's resampling restarts dead latents."""
-    aux_coeff = 0.0
-    """Weight of AuxK's loss on dead latents."""
+    kind: ClassVar[str]  # the variant's name in checkpoints and on command lines
+    has_kernels: ClassVar[bool] = False  # whether the sparse step can compute this variant
+    resamples: ClassVar[bool] = False  # whether DN-CBM's resampling restarts dead latents
+    aux_coeff = 0.0  # weight of AuxK's loss on dead latents
 
     def __init_subclass__(cls, *, kernels: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -80,10 +76,8 @@ class Sparsity:
         return (n_latents,)
 
     def dead(self, unfired: Tensor) -> Tensor | None:
-        """Indices (int64) of the latents that AuxK revives; None without AuxK.
-
-        `unfired` (F) counts the items since each latent was last active.
-        """
+        """Indices (int64) of the latents that AuxK revives; None without AuxK. `unfired` (F) counts the items since each
+        latent was last active."""
         return None
 
     def n_auxiliary(self, n_inputs: int, n_dead: int) -> int:
@@ -103,13 +97,9 @@ class Sparsity:
         """The value above which entries are active outside training."""
         return 0.0
 
-    def select(
-        self, pre: Array, bias: Array, threshold: Array | None, level: float, out: tuple[Array, Array, Array]
-    ) -> ItemMajor:
-        """The entries above `level` of n items, from pre-activations without their bias (n x F).
-
-        `out` is working memory: latents and values (both n x F), and row starts (n + 1).
-        """
+    def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
+        """The entries above `level` of n items, from pre-activations without their bias (n x F). `out` is working memory:
+        latents and values (both n x F), and row starts (n + 1)."""
         kernels.select_above(pre, bias, bias, np.float32(level), *out)
         return kernels.packed(*out)
 

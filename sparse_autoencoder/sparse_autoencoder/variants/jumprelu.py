@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_autoencoder import kernels
 from sparse_autoencoder.declare import setting
-from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor
+from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
 from sparse_autoencoder.variants.base import Sparsity
 
 
@@ -54,9 +54,7 @@ class JumpReLU(Sparsity, kernels=True):
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
         return self.l0_coeff * _Step.apply(pre, threshold, self.bandwidth).sum(dim=1)
 
-    def select(
-        self, pre: Array, bias: Array, threshold: Array | None, level: float, out: tuple[Array, Array, Array]
-    ) -> ItemMajor:
+    def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
         """Entries in the window below the threshold are kept with z = 0, since the threshold learns from them."""
         assert threshold is not None
         offset = bias - threshold + np.float32(self.bandwidth / 2)

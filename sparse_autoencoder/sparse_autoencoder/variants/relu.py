@@ -32,11 +32,8 @@ class ReLU(Sparsity, kernels=True):
         return f"l1coeff{self.l1_coeff}"
 
     def start_encoder(self, weight: Tensor, bias: Tensor, decoder: Tensor, generator: torch.Generator) -> None:
-        """DN-CBM's start (section 3.1 and the authors' code).
-
-        The authors' tensors have a leading axis of size 1, so PyTorch counts F * D inputs per latent, not D: the
-        weight's bound is sqrt(6 / (F D)) and the bias's is 1 / sqrt(F).
-        """
+        """DN-CBM's start (section 3.1 and the authors' code). The authors' tensors have a leading axis of size 1, so PyTorch
+        counts F * D inputs per latent, not D: the weight's bound is sqrt(6 / (F D)) and the bias's is 1 / sqrt(F)."""
         weight_bound, bias_bound = math.sqrt(6 / weight.numel()), 1 / math.sqrt(len(bias))
         weight.uniform_(-weight_bound, weight_bound, generator=generator)
         bias.uniform_(-bias_bound, bias_bound, generator=generator)

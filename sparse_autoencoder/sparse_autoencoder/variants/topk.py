@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder import kernels
-from sparse_autoencoder.kernels import Array, ItemMajor
+from sparse_autoencoder.kernels import Array, ItemMajor, Selection
 from sparse_autoencoder.variants.largest_k import LargestK
 
 
@@ -22,8 +22,6 @@ class TopK(LargestK, kernels=True):
         values, indices = pre.topk(min(self.k, pre.shape[1]), dim=1, sorted=False)
         return torch.zeros_like(pre).scatter(1, indices, torch.relu(values))
 
-    def select(
-        self, pre: Array, bias: Array, threshold: Array | None, level: float, out: tuple[Array, Array, Array]
-    ) -> ItemMajor:
+    def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
         kernels.select_largest(pre, bias, self.k, *out)
         return kernels.packed(*out)
