@@ -472,6 +472,7 @@ def test_a_stage_without_its_data_is_one_line(
     assert not (tmp_path / "sae_dir").exists()  # nothing was left behind
 
 
+@pytest.mark.slow
 def test_a_script_is_a_program(write_config, tmp_path: Path) -> None:
     """As a process of its own, from another folder: one line on stderr, exit code 1."""
     done = subprocess.run(

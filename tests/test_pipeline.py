@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from dncbm.probe import nec
 from dncbm.stages import STAGES
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "openmoji"
 SMALL = ["--num_epochs", "30", "--probe_epochs", "20", "--num_workers", "1", "--batch_size", "32"]

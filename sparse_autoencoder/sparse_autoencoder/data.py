@@ -53,8 +53,8 @@ def as_features(data: Features | Tensor) -> Features:
 
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
-    """Checks a batch x (n x D) of the items at `indices` (n). Raises NonFiniteError if it holds NaN or infinity. The message
-    starts with `when` and names the first bad item's shard."""
+    """Checks a batch x (n x D) of the items at `indices` (n).
+    Raises NonFiniteError if it holds NaN or infinity. The message starts with `when` and names the first bad item's shard."""
     if getattr(features, "checked", False) or torch.isfinite(x.sum()):  # a finite sum implies finite items
         return
     bad = (~torch.isfinite(x)).any(dim=1).nonzero()
@@ -114,8 +114,8 @@ def in_batches(
 
 
 def resident(features: Features, device: torch.device, batch_size: int) -> Features:
-    """The features, moved to a CUDA device if they take at most half of its free memory. Raises NonFiniteError if they hold
-    NaN or infinity."""
+    """The features, moved to a CUDA device if they take at most half of its free memory.
+    Raises NonFiniteError if they hold NaN or infinity."""
     if device.type != "cuda":
         return features
     width = features.gather(np.zeros(1, np.int64)).shape[1]
@@ -129,8 +129,8 @@ def resident(features: Features, device: torch.device, batch_size: int) -> Featu
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:
-    """The point (D) with the least total distance to the rows of x (N x D), by Weiszfeld's iteration in float64. Stops when a
-    step moves the point by at most `tolerance` times the mean distance."""
+    """The point (D) with the least total distance to the rows of x (N x D), by Weiszfeld's iteration in float64.
+    Stops when a step moves the point by at most `tolerance` times the mean distance."""
     x = x.double()
     median = x.mean(dim=0)
     for _ in range(max_iterations):

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -92,7 +93,8 @@ class Flag:
         return typing.get_origin(self.type) is tuple
 
     def parse(self, text: str) -> Any:
-        """The value that a text stands for. Raises ValueError, saying what it must be, if its type or value is not allowed."""
+        """The value that a text stands for.
+        Raises ValueError, which says what it must be, if it is not of the setting's type or not allowed."""
         if self.type is bool:
             if text not in ("True", "False"):
                 raise ValueError(f"must be True or False, not {text!r}")
@@ -111,6 +113,7 @@ class Flag:
         return tuple(dict.fromkeys(values)) if self.is_tuple else values[0]
 
 
+@cache
 def flags(cls: Any) -> dict[str, Flag]:
     """Every setting of a dataclass, those of nested dataclasses and of all variants included, by the flag's name."""
     found: dict[str, Flag] = {}

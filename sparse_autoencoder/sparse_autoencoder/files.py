@@ -46,8 +46,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, whose bytes depend only on its content. The library writes the metadata
-    in an order that changes from call to call; here it is sorted."""
+    """Writes a safetensors file, whole or not at all, whose bytes depend only on its content.
+    The library writes the metadata in an order that changes from call to call; here it is sorted."""
     with whole_file(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         with open(temporary, "rb+") as file:

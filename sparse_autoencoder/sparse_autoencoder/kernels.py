@@ -131,9 +131,11 @@ def _kth_largest(values: Array, n: int, k: int) -> np.float32:
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array, row_start: Array) -> None:
-    """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win. The
-    latents are dealt into at least 4 k classes. The k-th largest of the classes' maxima is a close lower bound on the k-th
-    largest value, since k classes have a member that reaches it: few more than k values remain to be sorted."""
+    """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win.
+
+    The latents are dealt into at least 4 k classes. The k-th largest of the classes' maxima is a close lower bound on the
+    k-th largest value, since k classes have a member that reaches it: few more than k values remain to be sorted.
+    """
     n, width = pre.shape
     n_classes = min(width, max(4 * k, 128))
     maxima = np.empty(n_classes, np.float32)
@@ -231,9 +233,11 @@ def decode(
 
 @njit(nogil=True, cache=True, fastmath=FASTMATH)
 def decode_left_over(decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array) -> float:
-    """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D). `left` (n x
-    D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and returns the sum of
-    squared errors."""
+    """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D).
+
+    `left` (n x D) becomes the gradient of that reconstruction: coeff * scale times its error. Fills in the slopes and
+    returns the sum of squared errors.
+    """
     n, width = residual.shape
     error = 0.0
     inverse = np.float32(1 / scale)
@@ -286,9 +290,11 @@ def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: L
 def learn_thresholds(
     entries: LatentMajor, threshold: Array, bandwidth: float, l0_slope: float, gradient: Array, active: Array
 ) -> None:
-    """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives. Entries in the window
-    below the threshold have z = 0. They contribute here and are then disabled (slope 0). `active` (F) becomes the number of
-    entries above the threshold."""
+    """JumpReLU's gradient by the logarithm of each threshold (F), by the paper's pseudo-derivatives.
+
+    Entries in the window below the threshold have z = 0. They contribute here and are then disabled (slope 0). `active` (F)
+    becomes the number of entries above the threshold.
+    """
     for f in range(threshold.shape[0]):
         total = 0.0
         above = 0
@@ -352,8 +358,10 @@ def update_latents(
     back: Array,
 ) -> None:
     """Updates the encoder and decoder rows of latents first..last - 1: gradients from the code's entries and from AuxK's
-    (`revived`), the decoder's projection, Adam and unit norm. Only one latent's gradients exist at a time. Writes the encoder
-    bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row."""
+    (`revived`), the decoder's projection, Adam and unit norm. Only one latent's gradients exist at a time.
+
+    Writes the encoder bias's gradient (F), and into `back` (D) the sum over these latents of it times the encoder row.
+    """
     width = x.shape[1]
     by_encoder = np.empty(width, np.float32)
     by_decoder = np.empty(width, np.float32)

@@ -51,8 +51,8 @@ def measure(
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor] | None:
-    """`evaluate`'s metrics and each latent's firing count (F, int64). `losses` is a faster equivalent of `code_losses`.
-    Returns None if `stop`, asked before each batch, returns True."""
+    """`evaluate`'s metrics and each latent's firing count (F, int64).
+    `losses` is a faster equivalent of `code_losses`. Returns None if `stop`, asked before each batch, returns True."""
     model = model.to(device)
     n, l2, penalty = len(features), 0.0, 0.0
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)

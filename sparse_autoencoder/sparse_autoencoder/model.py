@@ -81,8 +81,8 @@ class SparseAutoencoder(nn.Module):
         return normalize(self.decoder_weight.detach(), dim=1)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs (B x D) in the space where losses are computed, and their norms (B x 1) for "unit_norm", else None. Raises
-        ValueError if `x` is not B x D."""
+        """Inputs (B x D) in the space where losses are computed, and their norms (B x 1) for "unit_norm", else None.
+        Raises ValueError if `x` is not B x D."""
         if x.ndim != 2 or x.shape[1] != self.n_inputs:
             raise ValueError(f"inputs must be B x {self.n_inputs}, not {' x '.join(map(str, x.shape))}")
         if self.input_transform == "centre":
@@ -94,8 +94,8 @@ class SparseAutoencoder(nn.Module):
         return x, None
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(x - b) W_e^T + b_e (B x F) for transformed inputs x (B x D). The tied bias is folded into the encoder's, c = b_e -
-        W_e b: the same sum without a copy of x."""
+        """(x - b) W_e^T + b_e (B x F) for transformed inputs x (B x D).
+        The tied bias is folded into the encoder's, c = b_e - W_e b: the same sum without a copy of x."""
         return linear(x, self.encoder_weight, self.encoder_bias - self.encoder_weight @ self.tied_bias)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ class SparseAutoencoder(nn.Module):
         return code.activate(self.pre_activations(x), code.threshold(self))
 
     def decode(self, latents: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Reconstruction (B x D) of latents (B x F), in the space of the inputs. `scale` (B x 1) holds the inputs' norms under
-        "unit_norm"; without it the result stays in the unit-norm space."""
+        """Reconstruction (B x D) of latents (B x F), in the space of the inputs.
+        `scale` (B x 1) holds the inputs' norms under "unit_norm"; without it the result stays in the unit-norm space."""
         reconstruction = torch.addmm(self.tied_bias, latents, self.decoder_weight)
         if self.input_transform == "centre":
             return reconstruction + self.input_centre

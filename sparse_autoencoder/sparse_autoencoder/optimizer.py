@@ -8,8 +8,8 @@ from sparse_autoencoder.model import SparseAutoencoder
 
 
 def project_decoder_gradient(gradient: Tensor, decoder_weight: Tensor) -> Tensor:
-    """The gradient (F x D) without its component along each unit row of the decoder (F x D). That component only changes a
-    row's norm, which the step restores to 1 (DN-CBM, after Bricken et al. 2023)."""
+    """The gradient (F x D) without its component along each unit row of the decoder (F x D).
+    That component only changes a row's norm, which the step restores to 1 (DN-CBM, after Bricken et al. 2023)."""
     along = (gradient * decoder_weight).sum(dim=1, keepdim=True)
     return gradient - along * decoder_weight
 

@@ -25,17 +25,19 @@ def is_resampling_epoch(epoch: int, resample_freq: int, epochs: int) -> bool:
 
 
 def sampling_probability(losses: Tensor) -> Tensor:
-    """Each item's probability (N, float64) of restarting a dead latent: proportional to its loss (N) squared. If every loss is
-    0, the probabilities are uniform."""
+    """Each item's probability (N, float64) of restarting a dead latent: proportional to its loss (N) squared.
+    If every loss is 0, the probabilities are uniform."""
     squared = losses.double().square()
     total = squared.sum()
     return squared / total if total > 0 else torch.full_like(squared, 1 / len(squared))
 
 
 def resampled_encoder_rows(inputs: Tensor, encoder_weight: Tensor, alive: Tensor) -> Tensor:
-    """Encoder rows (n x D) for dead latents that restart at these inputs (n x D). They point along the inputs. Their norm is
-    ENCODER_SCALE times the mean norm of the rows of `encoder_weight` (F x D) that are `alive` (F, bool), or of all rows if
-    none is."""
+    """Encoder rows (n x D) for dead latents that restart at these inputs (n x D).
+
+    They point along the inputs. Their norm is ENCODER_SCALE times the mean norm of the rows of `encoder_weight` (F x D)
+    that are `alive` (F, bool), or of all rows if none is.
+    """
     rows = encoder_weight[alive] if bool(alive.any()) else encoder_weight
     return normalize(inputs, dim=1) * (ENCODER_SCALE * torch.linalg.vector_norm(rows, dim=1).mean())
 

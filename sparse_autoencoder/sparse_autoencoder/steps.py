@@ -23,9 +23,11 @@ class StepResult:
 def dense_step(
     model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None = None, *, bf16: bool = False
 ) -> StepResult:
-    """A step on transformed inputs x (B x D) by autograd, on any device. `dead` holds the indices (int64) of the latents that
-    AuxK revives. With `bf16`, matrix products run in bfloat16 (autocast), while parameters, losses and Adam stay in
-    float32."""
+    """A step on transformed inputs x (B x D) by autograd, on any device.
+
+    `dead` holds the indices (int64) of the latents that AuxK revives. With `bf16`, matrix products run in bfloat16
+    (autocast), while parameters, losses and Adam stay in float32.
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         losses = item_losses(model, x, training=True, dead=dead)
     loss = losses.objective.mean()

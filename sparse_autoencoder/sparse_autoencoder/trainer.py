@@ -120,8 +120,8 @@ class _State:
         }
 
     def save(self, path: Path, run: dict[str, object]) -> None:
-        """Writes the state, whole or not at all. Raises NonFiniteError if a parameter or moment is NaN or infinite. The
-        previous state stays."""
+        """Writes the state, whole or not at all.
+        Raises NonFiniteError if a parameter or moment is NaN or infinite. The previous state stays."""
         tensors = self.tensors()
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
@@ -307,10 +307,11 @@ def train(
             state.load(state_path, run)
         elif model.input_transform == "centre":
             _fit_centre(model, features, settings)
-        features = resident(features, device, settings.batch_size)
+        batch_size = settings.batch_size
+        features = resident(features, device, batch_size)
         reader = Workers(1)
         stack.callback(reader.close)
-        steps_per_epoch = -(-len(features) // settings.batch_size)
+        steps_per_epoch = -(-len(features) // batch_size)
         total_steps = settings.epochs * steps_per_epoch
         stop = stack.enter_context(_sigterm())
         bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
@@ -324,9 +325,8 @@ def train(
             if state_path is not None:
                 state.save(state_path, run)
 
-        size = settings.batch_size
         measure_all = partial(
-            measure, model, batch_size=size, device=device, losses=stepper.losses, reader=reader, stop=stop.is_set
+            measure, model, batch_size=batch_size, device=device, losses=stepper.losses, reader=reader, stop=stop.is_set
         )
 
         def resample_after(epoch: int) -> None:
@@ -341,7 +341,7 @@ def train(
                 state.fired,
                 losses=stepper.losses,
                 dataset_size=settings.resample_dataset_size,
-                batch_size=settings.batch_size,
+                batch_size=batch_size,
                 generator=np.random.default_rng([settings.seed, epoch, 1]),
                 reader=reader,
                 stop=stop.is_set,
@@ -359,7 +359,7 @@ def train(
             def step_name(batch: int, before: int = epoch * steps_per_epoch) -> str:
                 return f"step {before + batch + 1}"
 
-            for batch in in_batches(features, order, settings.batch_size, first=first, name=step_name, reader=reader):
+            for batch in in_batches(features, order, batch_size, first=first, name=step_name, reader=reader):
                 x, _ = model.transform(batch.to(device, non_blocking=True))
                 adam.lr = learning_rate(settings, adam.steps, total_steps)
                 result = stepper(x, model.sparsity.code.dead(state.unfired))

@@ -119,6 +119,7 @@ def test_a_page_is_drawn_again_when_it_shows_something_else(world, drawn, draw) 
     assert len(drawn) == 6 + 2
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same(world, dumped, draw, files, monkeypatch) -> None:
     """Whatever draws a page, its bytes are the same."""
     for image in files.dump.glob("images/*/*"):

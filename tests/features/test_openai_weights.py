@@ -21,6 +21,8 @@ from torch import nn
 from dncbm.features.encoders import load_encoder
 from dncbm.runs.settings import load_settings
 
+pytestmark = pytest.mark.slow
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 REPOSITORY = Path(__file__).parents[2]
 # width of the embedding, image resolution, vision layers, width and patch, context, words, text width, heads and layers

@@ -14,10 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
+import pytest
 import torch
 import webdataset
 from PIL import Image
 from torchvision.datasets import ImageFolder
+
+pytestmark = pytest.mark.slow
 
 RunBuild = Callable[..., subprocess.CompletedProcess[str]]
 FIELDS = [

@@ -6,8 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
+
+pytestmark = pytest.mark.slow
 
 DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">
   <g id="color"><rect x="0" y="0" width="72" height="72" fill="#d22f27"/></g>

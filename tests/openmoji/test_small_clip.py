@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def towers(example: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch.nn.Module]:

@@ -21,6 +21,8 @@ from dncbm.runs.results import NECS, read_results
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder, TrainingSettings, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 C = 3
 INPUTS = ("concepts", "features", "random")

@@ -28,6 +28,8 @@ from dncbm.runs.settings import load_settings
 from dncbm.runs.stage import Stage
 from dncbm.stages import STAGES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "embed_dim": 12,

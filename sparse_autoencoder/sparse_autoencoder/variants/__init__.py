@@ -28,8 +28,8 @@ def _to_dict(sparsity: Sparsity) -> dict[str, Any]:
 
 
 def sparsity_from_json(text: str) -> Sparsity:
-    """The variant that `sparsity_to_json` wrote. Raises ValueError if the text names no variant of VARIANTS, or its parameters
-    are wrong."""
+    """The variant that `sparsity_to_json` wrote.
+    Raises ValueError if the text names no variant of VARIANTS, or its parameters are wrong."""
     try:
         return _from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

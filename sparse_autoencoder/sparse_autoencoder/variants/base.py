@@ -76,8 +76,8 @@ class Sparsity:
         return (n_latents,)
 
     def dead(self, unfired: Tensor) -> Tensor | None:
-        """Indices (int64) of the latents that AuxK revives; None without AuxK. `unfired` (F) counts the items since each
-        latent was last active."""
+        """Indices (int64) of the latents that AuxK revives; None without AuxK.
+        `unfired` (F) counts the items since each latent was last active."""
         return None
 
     def n_auxiliary(self, n_inputs: int, n_dead: int) -> int:
@@ -98,8 +98,8 @@ class Sparsity:
         return 0.0
 
     def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
-        """The entries above `level` of n items, from pre-activations without their bias (n x F). `out` is working memory:
-        latents and values (both n x F), and row starts (n + 1)."""
+        """The entries above `level` of n items, from pre-activations without their bias (n x F).
+        `out` is working memory: latents and values (both n x F), and row starts (n + 1)."""
         kernels.select_above(pre, bias, bias, np.float32(level), *out)
         return kernels.packed(*out)
 
