@@ -99,7 +99,7 @@ def our_cells(rows: Sequence[Mapping[str, str]], encoder: str) -> list[Cell]:
             if row["encoder"] == encoder and _kind(row) == (method, on, solver):
                 # Older rows name an SAE for the linear probe on features too, which does not depend on it.
                 of_sae = () if (method, on) == ("probe", "features") else ("sae_dataset", "sae")
-                parts = [re.sub(r"_seed\d+", "", row[part]) for part in ("hook", *of_sae, "probe")]
+                parts = [row[part].replace(f"_seed{row['seed']}", "") for part in ("hook", *of_sae, "probe")]
                 settings = ", ".join(filter(None, parts))
                 of_settings = runs.setdefault(row["probe_dataset"], {})
                 # Its settings move to the end, so that the last settings are those of the last run.

@@ -70,8 +70,18 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_made_once_and_then_already_done(artifact: Path) -> None:
+def test_made_once_and_then_already_done(artifact: Path, capsys) -> None:
     make(artifact, RECIPE)
+    assert not unfinished_path(artifact).exists()
+    capsys.readouterr()
+    manifest = manifest_path(artifact).read_text()
+    with making(artifact, *RECIPE, overwrite=False) as work:
+        work.done([], "made it again")  # whatever a block does: there was no work
+    assert capsys.readouterr().out == f"already done: {artifact}\n"
+    with making(artifact, *RECIPE, overwrite=False) as work:
+        work.done([contents(artifact)], "made it again", images=7)
+    assert capsys.readouterr().out == f"already done: {artifact}\n"
+    assert manifest_path(artifact).read_text() == manifest
     assert begin(artifact, RECIPE) is Outcome.ALREADY_DONE
     assert begin(artifact, RECIPE, overwrite=True) is Outcome.ALREADY_DONE
     assert contents(artifact).read_text() == "made"

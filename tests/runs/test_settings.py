@@ -179,3 +179,9 @@ class TestLookingUp:
         monkeypatch.chdir(tmp_path)
         assert settings.encoder("local-dir:clip") == EncoderEntry(f"local-dir:{tmp_path}/clip", None)
         assert settings.encoder("local-dir:/far/clip") == EncoderEntry("local-dir:/far/clip", None)
+
+
+@pytest.mark.parametrize("name", ["openclip:RN50/openai", "local-dir:clip"])
+def test_a_name_of_the_table_wins_over_its_prefix(make_settings, name: str) -> None:
+    settings = make_settings(encoders={name: ("ViT-B-32", "mine")})
+    assert settings.encoder(name).model == "ViT-B-32"

@@ -51,14 +51,12 @@ class Dump:
     @cached_property
     def about(self) -> dict[str, Any]:
         """Texts: encoder, sae, dataset and split, names of latents (`labels`, one per latent) and of classes."""
-        loaded: dict[str, Any] = self._read(self.files.about, lambda path: json.loads(path.read_text(encoding="utf-8")))
-        return loaded
+        return self._read(self.files.about, lambda path: json.loads(path.read_text(encoding="utf-8")))
 
     @cached_property
     def numbers(self) -> dict[str, NDArray[Any]]:
         """The arrays that the kind's module documents."""
-        loaded: dict[str, NDArray[Any]] = self._read(self.files.numbers, lambda path: dict(np.load(path)))  # no pickles
-        return loaded
+        return self._read(self.files.numbers, lambda path: dict(np.load(path)))  # no pickles
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,15 +66,13 @@ class Dump:
     @property
     def chosen(self) -> list[int]:
         """The items chosen to be drawn so far, in the order of the figures."""
-        if not self.files.chosen.is_file():
-            return []
-        found: list[int] = self._read(self.files.chosen, lambda path: json.loads(path.read_text()))
-        return found
+        known = self.files.chosen.is_file()
+        return self._read(self.files.chosen, lambda path: json.loads(path.read_text())) if known else []
 
     def row(self, column: str, number: int) -> dict[str, Any]:
-        """The row of every array at which a column has a number."""
+        """The row of every array at which a column has a number; single numbers as Python's."""
         at = np.flatnonzero(self.numbers[column] == number)[0]
-        return {name: array[at] for name, array in self.numbers.items()}
+        return {name: array[at] if array.ndim > 1 else array[at].item() for name, array in self.numbers.items()}
 
     def labelled(self, concepts: Integers, values: NDArray[Any]) -> tuple[tuple[str, float], ...]:
         """Label and value of each concept, without the -1 that fill a row."""
@@ -166,9 +162,8 @@ def dump_stage(kind: Kind, script: str, summary: str, inputs: tuple[Stage, ...],
 
     def dump(settings: Settings, *declared: Any, device: str = "cpu", overwrite: bool = False) -> Outcome:
         *named, selection = declared
-        plan = kind.plan(settings, *named)
-        made = Dump(kind.files(Artifacts(settings), *named))
-        files = made.files
+        plan, files = kind.plan(settings, *named), kind.files(Artifacts(settings), *named)
+        made = Dump(files)
         with making(files.dump, kind.name, plan.settings, plan.inputs, overwrite=overwrite, run=plan.run) as work:
             if work.needed:
                 arrays = plan.compute(overwrite)
@@ -179,23 +174,16 @@ def dump_stage(kind: Kind, script: str, summary: str, inputs: tuple[Stage, ...],
         items = kind.items(made, selection)
         for dataset, indices in kind.images(made, items).items():
             _add_thumbnails(settings, made, dataset, indices)
-        earlier = made.chosen
-        known = set(earlier)
-        write_json(files.chosen, earlier + [item for item in items if item not in known])
+        write_json(files.chosen, list(dict.fromkeys([*made.chosen, *items])))
         print(f"{len(items)} {kind.things} to draw: {files.dump}")
         return Outcome.RAN
 
     return Stage(
-        name=f"{kind.name}_dump",
-        script=f"visualization/{script}_dump.py",
-        summary=summary,
-        function=dump,
-        takes=(*kind.takes, *kind.dump_takes, kind.selects),
-        inputs=inputs,
+        name=f"{kind.name}_dump", script=f"visualization/{script}_dump.py", summary=summary, function=dump,
+        takes=(*kind.takes, *kind.dump_takes, kind.selects), inputs=inputs,
         outputs=lambda artifacts, *declared: [kind.files(artifacts, *declared).dump],
-        made=lambda artifacts: artifacts.dumps(kind.name),
-        explains=explains,
-    )
+        made=lambda artifacts: artifacts.dumps(kind.name), explains=explains,
+    )  # fmt: skip
 
 
 def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, indices: Sequence[int] | Integers) -> None:
@@ -260,14 +248,9 @@ class Sources:
 
     def about(self) -> dict[str, Any]:
         """Texts about the run and its latents."""
-        return {
-            "encoder": self.run.encoder,
-            "sae_dataset": self.run.dataset,
-            "sae": self.run.config_name,
-            "split": self.split,
-            "names": [name.name for name in self.names],
-            "labels": concept_labels(self.names),
-        }
+        named = {"names": [name.name for name in self.names], "labels": concept_labels(self.names)}
+        run = {"encoder": self.run.encoder, "sae_dataset": self.run.dataset, "sae": self.run.config_name}
+        return run | {"split": self.split} | named
 
     def about_classes(self) -> dict[str, Any]:
         """The same, and the names of classes, both as people write them and as the data set does."""
@@ -296,10 +279,8 @@ def probed_sources_of(settings: Settings, run: SAERun, probe: ProbeRun, split: s
 
     Raises UserError if an input is missing, or the probe belongs to another SAE.
     """
-    artifacts = Artifacts(settings)
-    weight = load_probe(settings, run, probe)
-    sources = sources_of(settings, run, probe.dataset, split)
-    path = artifacts.probe(run, probe)
+    artifacts, weight = Artifacts(settings), load_probe(settings, run, probe)
+    sources, path = sources_of(settings, run, probe.dataset, split), artifacts.probe(run, probe)
     if len(weight) != len(sources.names):
         raise UserError(
             f"{path} weighs {len(weight)} concepts and the strengths have {len(sources.names)}: train it again with "
@@ -345,18 +326,12 @@ def known_indices(selection: LatentSelection, known: Integers, what: str) -> Int
 def narrowed(
     dump: Dump, selection: Selection, column: str, what: str, classes: NDArray[Any], concepts: NDArray[Any]
 ) -> list[int]:
-    """The items of a dump that a selection allows.
+    """The items of a dump that a selection allows: an item needs one of the indices, classes and concepts that it gives.
 
-    Args:
-        dump: the dump.
-        selection: indices, and names of classes and concepts; an item needs one of each that is given.
-        column: the array with the number of each item.
-        what: what a number stands for, for the error.
-        classes: items, the class of each.
-        concepts: items x any, the concepts of each.
+    `column` is the array with the number of each item, `what` says in errors what a number stands for, `classes` has the
+    class of each item and `concepts` (items x any) its concepts.
 
-    Raises:
-        UserError: nothing is allowed, or the selection names something unknown.
+    Raises UserError if nothing is allowed, or the selection names something unknown.
     """
     of = dump.numbers[column]
     items = known_indices(selection, of, what) if selection.indices else of
@@ -367,8 +342,7 @@ def narrowed(
             items = items[np.isin(items, of[np.isin(having, wanted).any(axis=1)])]
     if not len(items):
         raise UserError("--classes, --concepts: no item has everything that was chosen")
-    numbers: list[int] = items.tolist()
-    return numbers
+    return items.tolist()
 
 
 def images_of(column: str, dump: Dump, items: Sequence[int]) -> dict[str, Integers]:

@@ -71,26 +71,16 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
             chosen = np.random.default_rng([seed, int(number)]).permutation(rows)[:N_IMAGES]
             images[place, : len(chosen)] = keys[np.sort(chosen)]
         return {
-            "class_number": classes,
-            "size": sizes[classes],
-            "recall": right[classes] / sizes[classes],
-            "mean_logit": logits[classes] / sizes[classes],
-            "concepts": by_contribution.concepts,
-            "contributions": by_contribution.values,
-            "remaining": by_contribution.remaining,
-            "n_remaining": by_contribution.n_remaining,
-            "strength_concepts": by_strength.concepts,
-            "strengths": by_strength.values,
-            "images": images,
-        }
+            "class_number": classes, "size": sizes[classes], "images": images,
+            "recall": right[classes] / sizes[classes], "mean_logit": logits[classes] / sizes[classes],
+            "concepts": by_contribution.concepts, "contributions": by_contribution.values,
+            "remaining": by_contribution.remaining, "n_remaining": by_contribution.n_remaining,
+            "strength_concepts": by_strength.concepts, "strengths": by_strength.values,
+        }  # fmt: skip
 
-    return Plan(
-        inputs=sources.inputs,
-        settings={"concepts": N_CONCEPTS, "seed": seed},
-        run=values(run) | values(probe) | values(explained),
-        about=sources.about_classes() | {"probe": probe.config_name},
-        compute=compute,
-    )
+    about = sources.about_classes() | {"probe": probe.config_name}
+    run_values = values(run) | values(probe) | values(explained)
+    return Plan(sources.inputs, {"concepts": N_CONCEPTS, "seed": seed}, run=run_values, about=about, compute=compute)
 
 
 def select(dump: Dump, selection: Selection) -> list[int]:
@@ -109,28 +99,16 @@ def page(dump: Dump, classes: Sequence[int], ranking: Ranking) -> Page:
     file_name = "".join(letter if letter.isalnum() else "_" for letter in class_name)[:60]
     return Page(
         name=f"class_{of['class_number']:04d}_{file_name}" + ("" if by_contribution else "_by_strength"),
-        title=class_name,
-        class_name=class_name,
-        size=int(of["size"]),
-        recall=float(of["recall"]),
-        rank_by=ranking.rank_by,
-        concepts=dump.labelled(*(of[key] for key in shown)),
-        remaining=float(of["remaining"]),
-        n_remaining=int(of["n_remaining"]),
-        mean_logit=float(of["mean_logit"]),
-        images=dump.images(of["images"]),
-    )
+        title=class_name, class_name=class_name, size=of["size"], recall=of["recall"], rank_by=ranking.rank_by,
+        concepts=dump.labelled(*(of[key] for key in shown)), remaining=of["remaining"], n_remaining=of["n_remaining"],
+        mean_logit=of["mean_logit"], images=dump.images(of["images"]),
+    )  # fmt: skip
 
 
 KIND = Kind(
-    name="global_explanations",
-    things="classes",
-    takes=(SAERun, ProbeRun, Explained),
+    name="global_explanations", things="classes", takes=(SAERun, ProbeRun, Explained),
     files=lambda artifacts, run, probe, explained, *_: artifacts.global_explanations(run, probe, explained.split),
-    plan=plan,
-    select=select,
-    images=partial(images_of, "class_number"),
-    page=page,
-)
+    plan=plan, select=select, images=partial(images_of, "class_number"), page=page,
+)  # fmt: skip
 SUMMARY = "Compute which concepts lead each class."
 DUMP = dump_stage(KIND, "vis_global_explanations", SUMMARY, (STRENGTHS, NAMES, PROBE), PROBE)

@@ -5,8 +5,8 @@ Arrays of `numbers.npz`, with one row per image of the split:
 - `image`: its index in the data set's own split.
 - `true_class`, `true_logit`: the true class and its logit.
 - `predicted_class`, `logit`, `probability`: the predicted class, its logit and its softmax probability.
-- `concepts`, `contributions`: the N_CONCEPTS contributions to the predicted class that are largest in absolute value; -1 fills
-  a row that has fewer.
+- `concepts`, `contributions`: the N_CONCEPTS contributions to the predicted class that are largest in absolute value; -1
+  fills a row that has fewer.
 - `remaining`, `n_remaining`: sum and number of the other contributions.
 """
 
@@ -61,25 +61,15 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
         found = contributions(strengths.matrix, weight, predictions.classes)
         top = leading(found, N_CONCEPTS, by_magnitude=True)
         return {
-            "image": strengths.keys,
-            "true_class": labels,
-            "predicted_class": predictions.classes,
-            "logit": predictions.logits,
-            "probability": predictions.probabilities,
-            "true_logit": predictions.true_logits,
-            "concepts": top.concepts,
-            "contributions": top.values,
-            "remaining": top.remaining,
-            "n_remaining": top.n_remaining,
-        }
+            "image": strengths.keys, "true_class": labels, "true_logit": predictions.true_logits,
+            "predicted_class": predictions.classes, "logit": predictions.logits, "probability": predictions.probabilities,
+            "concepts": top.concepts, "contributions": top.values,
+            "remaining": top.remaining, "n_remaining": top.n_remaining,
+        }  # fmt: skip
 
-    return Plan(
-        inputs=sources.inputs,
-        settings={"concepts": N_CONCEPTS},
-        run=values(run) | values(probe) | values(explained),
-        about=sources.about_classes() | {"probe": probe.config_name},
-        compute=compute,
-    )
+    about = sources.about_classes() | {"probe": probe.config_name}
+    run_values = values(run) | values(probe) | values(explained)
+    return Plan(sources.inputs, settings={"concepts": N_CONCEPTS}, run=run_values, about=about, compute=compute)
 
 
 def select(dump: Dump, selection: Selection) -> list[int]:
@@ -91,36 +81,24 @@ def select(dump: Dump, selection: Selection) -> list[int]:
 def page(dump: Dump, images: Sequence[int]) -> Page:
     """The figure of an image."""
     of = dump.row("image", images[0])
-    right = bool(of["predicted_class"] == of["true_class"])
+    right = of["predicted_class"] == of["true_class"]
     predicted, true = (dump.about["classes"][of[key]] for key in ("predicted_class", "true_class"))
     return Page(
         name=f"image_{of['image']:06d}",
         title=f"{of['image']}: {predicted}" + ("" if right else f" (is {true})"),
-        image=dump.files.image(dump.about["dataset"], int(of["image"])),
-        index=int(of["image"]),
-        predicted=predicted,
-        true=true,
-        right=right,
-        probability=float(of["probability"]),
-        logit=float(of["logit"]),
-        true_logit=float(of["true_logit"]),
+        image=dump.files.image(dump.about["dataset"], of["image"]), index=of["image"],
+        predicted=predicted, true=true, right=right,
+        probability=of["probability"], logit=of["logit"], true_logit=of["true_logit"],
         concepts=dump.labelled(of["concepts"], of["contributions"]),
-        remaining=float(of["remaining"]),
-        n_remaining=int(of["n_remaining"]),
-    )
+        remaining=of["remaining"], n_remaining=of["n_remaining"],
+    )  # fmt: skip
 
 
 KIND = Kind(
-    name="local_explanations",
-    things="images",
-    takes=(SAERun, ProbeRun, Explained),
+    name="local_explanations", things="images", takes=(SAERun, ProbeRun, Explained),
     files=lambda artifacts, run, probe, explained, *_: artifacts.local_explanations(run, probe, explained.split),
-    plan=plan,
-    select=select,
-    images=lambda dump, images: {dump.about["dataset"]: images},
-    page=page,
-    most=lambda selection: None if selection.indices else FIGURES,
-    spread=True,
-)
+    plan=plan, select=select, images=lambda dump, images: {dump.about["dataset"]: images}, page=page,
+    most=lambda selection: None if selection.indices else FIGURES, spread=True,
+)  # fmt: skip
 SUMMARY = "Compute which concepts each prediction is made of."
 DUMP = dump_stage(KIND, "vis_local_explanations", SUMMARY, (STRENGTHS, NAMES, PROBE), PROBE)

@@ -73,25 +73,14 @@ def n_clusters_of(settings: Settings, images: ProbeDataset, clusters: Clusters) 
 def cluster_images(
     files: ExplanationFolder, strengths: ConceptStrengths, n_clusters: int, seed: int, made_from: Path, overwrite: bool
 ) -> Integers:
-    """The cluster of each image, kept for the next run on the same strengths. An interrupted run resumes.
+    """The cluster of each of N images, kept in `files` for the next run on the same strengths. An interrupted run resumes.
 
-    Args:
-        files: where the clustering is kept.
-        strengths: strengths of N images.
-        n_clusters: k.
-        seed: seed of k-means++.
-        made_from: the folder of the strengths.
-        overwrite: replace a clustering of other strengths.
+    `made_from` is the folder of the strengths; `overwrite` replaces a clustering of other strengths.
 
-    Returns:
-        N cluster numbers.
-
-    Raises:
-        UserError: there are fewer images than clusters.
-        StaleArtifact: there is a clustering of other strengths, and `overwrite` is off.
+    Raises UserError if there are fewer images than clusters; StaleArtifact if there is a clustering of other strengths and
+    `overwrite` is off.
     """
-    n_images = strengths.matrix.shape[0]
-    if n_clusters > n_images:
+    if n_clusters > (n_images := strengths.matrix.shape[0]):
         raise UserError(f"--n_clusters {n_clusters} is more than the {n_images} images: ask for fewer")
     kept, state = files.cluster_labels, files.cluster_state
     settled = {"n_clusters": n_clusters, "seed": seed}
@@ -112,8 +101,7 @@ def cluster_images(
                 np.save(temporary, ended.labels)
             work.done([kept], iterations=ended.iterations, inertia=ended.inertia)
     state.unlink(missing_ok=True)
-    labels: Integers = np.load(kept)
-    return labels
+    return np.load(kept)
 
 
 def _load_state(path: Path) -> Clustering:
@@ -151,22 +139,15 @@ def plan(settings: Settings, run: SAERun, images: ProbeDataset, explained: Expla
             frequent.append(counts.argmax())
             shares.append(counts.max() / len(rows))
         return {
-            "cluster": large,
-            "size": sizes[large],
-            "concepts": top.concepts,
-            "strengths": top.values,
-            "images": np.array(drawn),
-            "class_number": np.array(frequent),
-            "class_share": np.array(shares),
-        }
+            "cluster": large, "size": sizes[large], "concepts": top.concepts, "strengths": top.values,
+            "images": np.array(drawn), "class_number": np.array(frequent), "class_share": np.array(shares),
+        }  # fmt: skip
 
     return Plan(
         inputs=sources.inputs | {"split": artifacts.probe_split(dataset)},
-        settings={"n_clusters": n_clusters, "seed": seed},
+        settings={"n_clusters": n_clusters, "seed": seed}, about=about | {"k": n_clusters}, compute=compute,
         run=values(run) | values(images) | values(explained) | {"n_clusters": n_clusters},
-        about=about | {"k": n_clusters},
-        compute=compute,
-    )
+    )  # fmt: skip
 
 
 def select(dump: Dump, selection: Selection) -> list[int]:
@@ -185,28 +166,16 @@ def page(dump: Dump, clusters: Sequence[int]) -> Page:
 
 def _cluster(dump: Dump, cluster: int) -> Cluster:
     of = dump.row("cluster", cluster)
-    return Cluster(
-        cluster,
-        int(of["size"]),
-        dump.about["classes"][of["class_number"]],
-        float(of["class_share"]),
-        dump.labelled(of["concepts"], of["strengths"]),
-        dump.images(of["images"]),
-    )
+    class_name, concepts = dump.about["classes"][of["class_number"]], dump.labelled(of["concepts"], of["strengths"])
+    return Cluster(cluster, of["size"], class_name, of["class_share"], concepts, dump.images(of["images"]))
 
 
 KIND = Kind(
-    name="meta_clusters",
-    things="clusters",
-    takes=(SAERun, ProbeDataset, Explained, Clusters),
+    name="meta_clusters", things="clusters", takes=(SAERun, ProbeDataset, Explained, Clusters), per_figure=3,
     files=lambda artifacts, run, images, explained, clusters, *_: artifacts.meta_clusters(
         run, images.dataset, explained.split, n_clusters_of(artifacts.settings, images, clusters)
     ),
-    plan=plan,
-    select=select,
-    images=partial(images_of, "cluster"),
-    page=page,
-    per_figure=3,
-)
+    plan=plan, select=select, images=partial(images_of, "cluster"), page=page,
+)  # fmt: skip
 SUMMARY = "Cluster the images of a split by their concept strengths."
 DUMP = dump_stage(KIND, "vis_meta_clustering", SUMMARY, (STRENGTHS, NAMES), SAE)

@@ -79,11 +79,9 @@ def plan(settings: Settings, run: SAERun, explained: Explained, shown: ShownData
 
     return Plan(
         inputs={name: path for source in sources.values() for name, path in source.inputs.items()},
-        settings={"datasets": list(datasets), "stored": N_STORED},
-        run=values(run) | values(explained),
-        about=first.about() | {"datasets": list(datasets)},
-        compute=compute,
-    )
+        settings={"datasets": list(datasets), "stored": N_STORED}, run=values(run) | values(explained),
+        about=first.about() | {"datasets": list(datasets)}, compute=compute,
+    )  # fmt: skip
 
 
 def _with_strengths(settings: Settings, run: SAERun, split: str) -> tuple[str, ...]:
@@ -108,8 +106,7 @@ def select(dump: Dump, selection: LatentSelection) -> list[int]:
         latents = latents[np.isin(latents, named)]
         if not len(latents):
             raise UserError(f"--concepts: no image activates a latent named {', '.join(selection.concepts)}")
-    numbers: list[int] = latents.tolist()
-    return numbers
+    return latents.tolist()
 
 
 def page(dump: Dump, latents: Sequence[int]) -> Page:
@@ -117,13 +114,11 @@ def page(dump: Dump, latents: Sequence[int]) -> Page:
     datasets = tuple(dump.about["datasets"])
     shown = tuple(
         LatentImages(
-            latent,
-            dump.about["labels"][latent],
-            float(dump.numbers["similarity"][latent]),
+            latent, dump.about["labels"][latent], float(dump.numbers["similarity"][latent]),
             tuple(tuple(dump.files.image(name, key) for key in top_images(dump, name, latent)) for name in datasets),
         )
         for latent in latents
-    )
+    )  # fmt: skip
     title = ", ".join(latent.label for latent in shown)
     return Page("latents_" + "_".join(map(str, latents)), title, datasets, dump.about["split"], shown)
 
@@ -142,18 +137,11 @@ def images(dump: Dump, latents: Sequence[int]) -> dict[str, list[int]]:
 
 
 KIND = Kind(
-    name="task_agnosticity",
-    things="latents",
-    takes=(SAERun, Explained),
+    name="task_agnosticity", things="latents", takes=(SAERun, Explained),
     files=lambda artifacts, run, explained, *_: artifacts.task_agnosticity(run, explained.split),
-    plan=plan,
-    select=select,
-    images=images,
-    page=page,
-    dump_takes=(ShownDatasets,),
-    selects=LatentSelection,
-    per_figure=4,
+    plan=plan, select=select, images=images, page=page,
+    dump_takes=(ShownDatasets,), selects=LatentSelection, per_figure=4,
     most=lambda selection: None if selection.indices or selection.concepts else FIGURES,
-)
+)  # fmt: skip
 SUMMARY = "Compute which images of every probe data set activate each latent most."
 DUMP = dump_stage(KIND, "vis_task_agnosticity", SUMMARY, (STRENGTHS, NAMES), SAE)
