@@ -117,6 +117,14 @@ def test_the_papers_commands(stage, command: str, expected: tuple) -> None:
     assert stage(command) == (*expected, Execution("auto", False))
 
 
+@pytest.mark.parametrize("script", [PIPELINE.script, *(found.script for found in STAGES.values())])
+def test_device_and_overwrite_reach_every_stage(stage, script: str) -> None:
+    files = " a b" if "download" in script else ""
+    assert stage(f"{script}{files}")[-1] == Execution("auto", False)
+    assert stage(f"{script}{files} --device cuda:1")[-1] == Execution("cuda:1", False)
+    assert stage(f"{script}{files} --overwrite")[-1] == Execution("auto", True)
+
+
 def test_defaults_are_the_papers(stage) -> None:
     assert stage("train_linear_probe.py")[:2] == (PAPER, PAPER_PROBE)
     assert Splits().names == SPLITS

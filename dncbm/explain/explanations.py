@@ -25,13 +25,7 @@ BATCH = 4096
 def top_activating(strengths: scipy.sparse.csr_matrix, latents: Integers, k: int) -> list[Integers]:
     """The images that activate each latent most, the strongest first, without those that do not activate it.
 
-    Args:
-        strengths: images x F.
-        latents: numbers of the latents.
-        k: the largest number of images per latent.
-
-    Returns:
-        Per latent the row numbers of its images, possibly fewer than k; ties go to the lower row.
+    Returns, for each of the latents, at most k row numbers of `strengths` (images x F); ties go to the lower row.
     """
     columns = strengths[:, latents].tocsc()
     columns.sort_indices()
@@ -64,13 +58,9 @@ class Predictions:
 def predict(
     strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, labels: Integers, batch_size: int = BATCH
 ) -> Predictions:
-    """Predictions of a probe. Needs batch_size x C floats beyond the result.
+    """Predictions of a probe of weight F x C, from strengths, images x F; `labels` has the true class of each image.
 
-    Args:
-        strengths: images x F.
-        weight: F x C.
-        labels: the true class of each image.
-        batch_size: images processed at a time.
+    `batch_size` images are processed at a time, which needs batch_size x C floats beyond the result.
     """
     data = ProbeData(strengths, torch.from_numpy(labels))
     parts = []
@@ -85,13 +75,8 @@ def predict(
 def contributions(strengths: scipy.sparse.csr_matrix, weight: torch.Tensor, classes: Integers) -> scipy.sparse.csr_matrix:
     """Contribution of each active concept to the logit of one class per row, z_f * W[f, c]; a row sums to the logit.
 
-    Args:
-        strengths: rows x F, of images or means of classes.
-        weight: F x C.
-        classes: the class of each row.
-
-    Returns:
-        rows x F, with the sparsity of `strengths`.
+    Takes the strengths of images or the means of classes, rows x F, the weights, F x C, and the class of each row. Returns
+    rows x F, with the sparsity of `strengths`.
     """
     data = ProbeData(strengths, torch.from_numpy(classes))
     parts = [probe_model.contributions(batch, weight, of).cpu().numpy() for batch, of in data.batches(BATCH, weight.device)]

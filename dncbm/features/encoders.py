@@ -38,8 +38,7 @@ class Encoder:
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Features of preprocessed images (N x 3 x H x W), not normalised (METHOD section 1).
 
-        Returns:
-            N x D on the device: float16 if the precision is fp16, else float32 (numpy has no bfloat16).
+        Returns N x D on the device: float16 if the precision is fp16, else float32 (numpy has no bfloat16).
         """
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with self._autocast():
@@ -102,13 +101,12 @@ def _tokenizer(model: str) -> Tokenizer:
         import open_clip
 
         try:
-            tokenizer: Tokenizer = open_clip.get_tokenizer(model)
+            return open_clip.get_tokenizer(model)
         except Exception as error:
             raise UserError(
                 f"cannot load the tokenizer of {model}: {_reason(error)}; it is downloaded on first use: load it once with "
                 "internet access and with HF_HOME on a shared disk"
             ) from error
-        return tokenizer
 
     return lambda texts: load()(texts)
 

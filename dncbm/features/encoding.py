@@ -116,13 +116,9 @@ class _Reader(IterableDataset[_Piece]):
         if bad.total() > len(bad_keys):
             bad_keys.append(None)
         record = {
-            "source": self.shards.name(shard),
-            "shards": len(self.shards),
-            "state": self.shards.state(shard, bad_keys),
-            "bad": dict(bad),
-            "bad_keys": bad_keys,
-            "images": n_images,
-        }
+            "source": self.shards.name(shard), "shards": len(self.shards), "state": self.shards.state(shard, bad_keys),
+            "bad": dict(bad), "bad_keys": bad_keys, "images": n_images,
+        }  # fmt: skip
         yield _Piece(shard, *buffers.take(), keys, record)
 
 
@@ -132,13 +128,10 @@ def encode_shards(
     """Encode every image into `folder`, one .npy file per shard. Finished shards are not read again.
 
     A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes. `title` labels
-    the progress bar; `ranks` are the processes that share the shards.
+    the progress bar; `ranks` are the processes that share the shards. Returns details for the manifest: `images` (the number
+    encoded), `bad` (reason -> number), device, precision, batch size.
 
-    Returns:
-        Details for the manifest: `images` (the number encoded), `bad` (reason -> number), device, precision, batch size.
-
-    Raises:
-        UserError: the encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
+    Raises UserError if the encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = encoder.device.type == "cuda"
@@ -279,10 +272,9 @@ def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[s
 def _record(folder: Path, shard: int) -> dict[str, Any]:
     path = shard_files(folder, shard)[0]
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged: remove it, and run the same command again") from error
-    return record
 
 
 def _size(record: Mapping[str, Any]) -> int:

@@ -34,9 +34,8 @@ def save_sae_features(
 ) -> Outcome:
     """Stage 1: features of the images that the SAE is trained on, every split (METHOD section 1).
 
-    Raises:
-        UserError: no such data set, shards or encoder; too many bad images; NaN features.
-        StaleArtifact: there are features from other images or another encoder.
+    Raises UserError if there is no such data set, shards or encoder, too many images are bad, or features are NaN;
+    StaleArtifact if there are features from other images or another encoder.
     """
     with joined() as ranks:
         sources = ranks.first_makes(partial(sae_images, settings, features.dataset))
@@ -49,9 +48,8 @@ def save_probe_features(
 ) -> Outcome:  # fmt: skip
     """Stage 5: labels, split and features of a probe data set.
 
-    Raises:
-        UserError: no such data set or encoder; too many bad images; NaN features.
-        StaleArtifact: there are labels or features from other images or another encoder.
+    Raises UserError if there is no such data set or encoder, too many images are bad, or features are NaN; StaleArtifact if
+    there are labels or features from other images or another encoder.
     """
     dataset = features.dataset
     with joined() as ranks:
@@ -129,23 +127,17 @@ def _folders(artifacts: Artifacts, features: Features, splits: Iterable[str]) ->
 
 
 SAE_FEATURES = Stage(
-    name="sae_features",
-    script="01_save_cc3m_features.py",
+    name="sae_features", script="01_save_cc3m_features.py",
     summary="Extract the features of the images that the SAE is trained on.",
-    function=save_sae_features,
-    takes=(SAEFeatures, Extraction),
+    function=save_sae_features, takes=(SAEFeatures, Extraction), several_processes=True,
     outputs=lambda artifacts, features, _: _folders(artifacts, features, SPLITS),
-    several_processes=True,
-)
+)  # fmt: skip
 PROBE_FEATURES = Stage(
-    name="probe_features",
-    script="05_save_probe_features.py",
+    name="probe_features", script="05_save_probe_features.py",
     summary="Extract the labels, the split and the features of the images that the probe classifies.",
-    function=save_probe_features,
-    takes=(ProbeFeatures, Splits, Extraction),
+    function=save_probe_features, takes=(ProbeFeatures, Splits, Extraction), several_processes=True,
     outputs=lambda artifacts, features, splits, _: _folders(artifacts, features, splits.names),
-    several_processes=True,
-)
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- finished outputs
@@ -167,13 +159,11 @@ def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.
     path = Artifacts(settings).labels(dataset, settings.own_split(dataset, split))
     if not path.is_file():
         raise PROBE_FEATURES.missing("the labels", path, "--probe_dataset", dataset)
-    labels: NDArray[np.int64] = np.load(path)[keys]
-    return labels
+    return np.load(path)[keys]
 
 
 def probe_class_names(settings: Settings, dataset: str) -> list[str]:
     """Class names of a probe data set, in label order. Raises UserError if its split was not made."""
     path = Artifacts(settings).probe_split(dataset)
     read_manifest(path)
-    names: list[str] = json.loads(path.read_text(encoding="utf-8"))["class_names"]
-    return names
+    return json.loads(path.read_text(encoding="utf-8"))["class_names"]

@@ -20,14 +20,8 @@ ARRAYS = "[0-9]*.npy"
 class FeatureStore:
     """Features on disk: files `NNNNN.npy` (rows x D, float16 or float32) in a folder, each with its `NNNNN.keys.npy`.
 
-    The files are memory maps: rows are read when they are asked for.
-
-    Args:
-        folder: the folder.
-        made_by: the command that makes it, for errors.
-
-    Raises:
-        UserError: it is missing, unfinished or empty.
+    The files are memory maps: rows are read when they are asked for. Raises UserError, which names the command `made_by`,
+    if the folder is missing, unfinished or empty.
     """
 
     def __init__(self, folder: Path, made_by: str) -> None:

@@ -1,17 +1,20 @@
 """What the demo found: a short table, summary.json and a sheet of the best-named latents."""
 
 import json
+import textwrap
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from dncbm.cli import main
 from dncbm.concepts.naming import read_names
 from dncbm.concepts.strengths import load_concept_strengths
 from dncbm.explain.explanations import top_activating
-from dncbm.explain.plotting.concept_sheet import concept_sheet
 from dncbm.features.datasets.probe import display_name, probe_images
 from dncbm.features.encoders import load_encoder
 from dncbm.features.stage import probe_class_names
@@ -26,6 +29,7 @@ from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from dncbm.stages import PIPELINE_STAGES
 from sparse_autoencoder.declare import setting
+from sparse_autoencoder.files import whole_file
 
 N_BEST = 20
 """Names in the table."""
@@ -130,6 +134,22 @@ def summarise(
     ):
         print(f"  {what + ':':<36}{path}")
     return Outcome.RAN
+
+
+def concept_sheet(titles: list[str], images: list[list[Image.Image]], path: Path, columns: int = 4) -> None:
+    """Draw one tile per concept into a PNG, `columns` in a row: its title above its images, the strongest first."""
+    rows, per_tile = -(-len(titles) // columns), max(len(members) for members in images)
+    figure = Figure(figsize=(columns * 2.6, rows * (2.6 / per_tile + 0.42)), layout="constrained")
+    tiles = figure.subfigures(rows, columns, squeeze=False, wspace=0.06).flat
+    for tile, title, members in zip(tiles, titles, images, strict=False):
+        tile.suptitle(textwrap.shorten(title, 34, placeholder="…"), fontsize=9)
+        axes = tile.subplots(1, per_tile, squeeze=False)[0]
+        for ax in axes:
+            ax.axis("off")
+        for ax, image in zip(axes, members, strict=False):
+            ax.imshow(image)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def emoji_name(path: str) -> str:

@@ -23,7 +23,6 @@ from dncbm.explain.plotting import meta_clusters as draw_clusters
 from dncbm.explain.plotting import nec_curve as draw_nec
 from dncbm.explain.plotting import task_agnosticity as draw_latents
 from dncbm.explain.plotting.canvas import Canvas, decimals, fitted, fitted_label, latex_escaped, signed, text_width
-from dncbm.explain.plotting.concept_sheet import concept_sheet
 
 LONG = "an extraordinarily long name of a class that fits no column of any paper whatsoever"
 WORD = "Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen"
@@ -326,25 +325,6 @@ def test_curves_of_accuracy(tmp_path: Path, monkeypatch) -> None:
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
     with Image.open(tmp_path / "nec.png") as image:
         assert image.size == (624, 442)
-
-
-def test_a_sheet_of_concepts_is_in_order(tmp_path: Path) -> None:
-    """Tiles from left to right, then down; in each the images from left to right."""
-    wanted = [[colour(10 * tile + place) for place in range(n)] for tile, n in enumerate((3, 3, 2, 3, 1))]
-    images = [[Image.new("RGB", (20, 20), one) for one in tile] for tile in wanted]
-    concept_sheet([f"concept {i}" for i in range(5)], images, tmp_path / "sheet.png", columns=4)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        shown = np.asarray(sheet.convert("RGB")).astype(int)
-    tile_height, tile_width = shown.shape[0] / 2, shown.shape[1] / 4
-    for tile, members in enumerate(wanted):
-        top, left = int(tile // 4 * tile_height), int(tile % 4 * tile_width)
-        part = shown[top : top + int(tile_height), left : left + int(tile_width)]
-        middles = []
-        for one in members:
-            columns = np.nonzero((np.abs(part - one).max(axis=2) < 3).any(axis=0))[0]
-            assert len(columns) > 20, (tile, one)
-            middles.append(columns.mean())
-        assert middles == sorted(middles), tile
 
 
 def test_images_of_the_pdf_are_whole_and_opaque(pictures, tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def dump_stage(kind: Kind, script: str, summary: str, inputs: tuple[Stage, ...],
         items = kind.items(made, selection)
         for dataset, indices in kind.images(made, items).items():
             _add_thumbnails(settings, made, dataset, indices)
-        write_json(files.chosen, list(dict.fromkeys([*made.chosen, *items])))
+        earlier = made.chosen
+        known = set(earlier)
+        write_json(files.chosen, earlier + [item for item in items if item not in known])
         print(f"{len(items)} {kind.things} to draw: {files.dump}")
         return Outcome.RAN
 

@@ -71,11 +71,11 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
             chosen = np.random.default_rng([seed, int(number)]).permutation(rows)[:N_IMAGES]
             images[place, : len(chosen)] = keys[np.sort(chosen)]
         return {
-            "class_number": classes, "size": sizes[classes], "images": images,
+            "class_number": classes, "size": sizes[classes],
             "recall": right[classes] / sizes[classes], "mean_logit": logits[classes] / sizes[classes],
             "concepts": by_contribution.concepts, "contributions": by_contribution.values,
             "remaining": by_contribution.remaining, "n_remaining": by_contribution.n_remaining,
-            "strength_concepts": by_strength.concepts, "strengths": by_strength.values,
+            "strength_concepts": by_strength.concepts, "strengths": by_strength.values, "images": images,
         }  # fmt: skip
 
     about = sources.about_classes() | {"probe": probe.config_name}

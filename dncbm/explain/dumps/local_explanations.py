@@ -61,8 +61,8 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
         found = contributions(strengths.matrix, weight, predictions.classes)
         top = leading(found, N_CONCEPTS, by_magnitude=True)
         return {
-            "image": strengths.keys, "true_class": labels, "true_logit": predictions.true_logits,
-            "predicted_class": predictions.classes, "logit": predictions.logits, "probability": predictions.probabilities,
+            "image": strengths.keys, "true_class": labels, "predicted_class": predictions.classes,
+            "logit": predictions.logits, "probability": predictions.probabilities, "true_logit": predictions.true_logits,
             "concepts": top.concepts, "contributions": top.values,
             "remaining": top.remaining, "n_remaining": top.n_remaining,
         }  # fmt: skip

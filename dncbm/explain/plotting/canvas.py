@@ -95,16 +95,10 @@ class Canvas:
         self, x: float, y: float, width: float, rows: Sequence[tuple[str, float, str]], *, label_width: float,
         row_height: float, total: tuple[str, float] | None = None,
     ) -> None:  # fmt: skip
-        """Rows of a label, a bar from a common zero, and its value.
+        """Rows of a label, a bar from a common zero, and its value, from the upper left corner (x, y) down.
 
-        Args:
-            x: left end of the rows.
-            y: upper end of the first row.
-            width: width of a row.
-            rows: label, value and colour.
-            label_width: room for labels; longer ones are shortened.
-            row_height: distance from one row to the next.
-            total: label and value of a last row without a bar, below a line.
+        `rows` has label, value and colour of each; labels wider than `label_width` are shortened. `total` is label and value
+        of a last row without a bar, below a line.
         """
         value_width = 0.38
         values = [0.0, *(value for _, value, _ in rows)]

@@ -21,13 +21,9 @@ STYLES = {
 
 
 def nec_curve(necs: Sequence[int], curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw one curve per kind of input.
+    """Draw one curve per kind of input, and save the figure as a PNG.
 
-    Args:
-        necs: numbers of effective concepts.
-        curves: a key of STYLES -> accuracy (a fraction) at each of them.
-        title: title of the figure.
-        path: where to save the PNG.
+    `necs` are numbers of effective concepts; `curves` is a key of STYLES -> accuracy (a fraction) at each of them.
     """
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()

@@ -43,12 +43,8 @@ def plot_stage(kind: Kind, dump: Stage, draw: Draw, summary: str, *options: type
     from the same numbers stay unless `overwrite` is on; pages of an earlier dump are removed. It raises UserError if the dump
     is missing or damaged, lacks images that the selection needs, or LaTeX is wanted and missing.
 
-    Args:
-        kind: what is drawn.
-        dump: the stage that makes the dump.
-        draw: page -> Canvas.
-        summary: one sentence for `--help`.
-        options: declarations that `kind.page` takes after the items.
+    `dump` is the stage that makes the dump, `summary` one sentence for `--help`, and `options` are the declarations that
+    `kind.page` takes after the items.
     """
     n_named = len(kind.takes)
 
@@ -76,15 +72,10 @@ def plot_stage(kind: Kind, dump: Stage, draw: Draw, summary: str, *options: type
         return Outcome.RAN
 
     return Stage(
-        name=f"{kind.name}_plot",
-        script=dump.script.replace("_dump", "_plot"),
-        summary=summary,
-        function=plot,
-        takes=(*kind.takes, kind.selects, Drawing, *options),
-        inputs=(dump,),
+        name=f"{kind.name}_plot", script=dump.script.replace("_dump", "_plot"), summary=summary, function=plot,
+        takes=(*kind.takes, kind.selects, Drawing, *options), inputs=(dump,), explains=dump,
         outputs=lambda artifacts, *declared: [kind.files(artifacts, *declared).figures],
-        explains=dump,
-    )
+    )  # fmt: skip
 
 
 def _to_draw(dump: Dump, kind: Kind, made_by: Stage, selection: LatentSelection) -> list[int]:
@@ -133,15 +124,9 @@ def _remove_old(dump: Dump) -> None:
 def draw_all(
     pages: Mapping[Any, str], draw: Draw, files: ExplanationFolder, *, use_latex: bool, workers: int, title: str
 ) -> None:
-    """Draw pages as `<name>.pdf` and `<name>.png`; more than FEW are drawn in parallel.
+    """Draw pages as `<name>.pdf` and `<name>.png`; more than FEW are drawn in parallel, by `workers` processes.
 
-    Args:
-        pages: page -> description for its PNG.
-        draw: page -> Canvas.
-        files: where the pages go.
-        use_latex: let LaTeX typeset the text.
-        workers: number of processes.
-        title: title of the progress bar.
+    `pages` is page -> description for its PNG; `title` is that of the progress bar.
     """
     draw_page = partial(_draw_page, draw, files, use_latex)
     with tqdm(desc=title, total=len(pages), unit="page", disable=not pages) as bar:

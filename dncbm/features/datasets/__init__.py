@@ -69,10 +69,8 @@ class BadImage(Exception):
 def open_image(source: bytes | str | Path) -> Image.Image:
     """Open an image from its encoded bytes or its path, without decoding the pixels.
 
-    Raises:
-        BadImage: the file is empty, or the image has more pixels than PIL's limit (`Image.MAX_IMAGE_PIXELS`); PIL itself
-            only warns up to twice the limit.
-        OSError: the file is missing or is not an image.
+    Raises BadImage if the file is empty, or the image has more pixels than PIL's limit (`Image.MAX_IMAGE_PIXELS`; PIL itself
+    only warns up to twice the limit), and OSError if the file is missing or is not an image.
     """
     if source == b"" if isinstance(source, bytes) else Path(source).stat().st_size == 0:
         raise BadImage("empty file")
@@ -96,11 +94,9 @@ def file_states(paths: Sequence[Path]) -> list[str]:
 
 
 def random_split(n: int, seed: int, held_out: Mapping[str, float]) -> dict[str, NDArray[np.int64]]:
-    """Divide the indices 0..n-1 by a seeded random permutation.
+    """Divide the indices 0..n-1 by a seeded random permutation: split -> indices, sorted so that files are read in order.
 
-    Returns:
-        Split -> indices, sorted so that files are read in the data set's order. The shares of `held_out` are taken in turn
-        from the start of the permutation; `train` gets the rest.
+    The shares of `held_out` are taken in turn from the start of the permutation; `train` gets the rest.
     """
     order = np.random.default_rng(seed).permutation(n)
     splits, first = {}, 0

@@ -107,9 +107,6 @@ def _pattern(shards: list[Path]) -> str:
 
 
 DOWNLOAD = Stage(
-    name="download",
-    script="00_download_cc3m.py",
+    name="download", script="00_download_cc3m.py", function=download_cc3m, takes=(Download,),
     summary="Download Conceptual Captions from its two TSV files, as webdataset shards.",
-    function=download_cc3m,
-    takes=(Download,),
-)
+)  # fmt: skip
