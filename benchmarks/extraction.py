@@ -1,12 +1,12 @@
-"""How little the extraction of features adds to its two parts, decoding and encoding, and how its memory stays bounded.
+"""Measures what the extraction of features costs beyond decoding and encoding, and that its memory stays bounded.
 
     python benchmarks/extraction.py [--quick]
 
 Prints one JSON object. `efficiency` is (seconds to decode and preprocess all images alone + seconds to encode them alone) /
-(seconds of the stage that does both, from tars to finished files with their manifest; loading the encoder is left out).
-The three are measured in turn on the same images, and the median of the rounds' ratios is given, so that what else the
-machine does meets all of them. `peak_rss_ratio_8n_over_n` compares the peak memory of two fresh processes that extract
-8n and n images, the encoder included: the most the main process held plus the most a process that decodes held.
+(seconds of the stage that does both, from tars to finished files with their manifest, without loading the encoder).
+The three are measured in turn on the same images, so that other load on the machine affects them alike; the median of the
+rounds' ratios is printed. `peak_rss_ratio_8n_over_n` compares the peak memory of two fresh processes that extract 8n and n
+images, the encoder included: the peak of the main process plus that of a decoding process.
 
 JPEG images of 256 pixels, as img2dataset writes them; the encoder of the embedded default where it is built
 (`examples/openmoji/build.py`), else a small ViT of open_clip with random weights; the CPU.
@@ -120,7 +120,7 @@ def efficiency(n_images: int, rounds: int) -> dict[str, float]:
 
 
 def peak_rss(n_images: int) -> int:
-    """MiB that extracting so many images takes at most, measured in a process of its own."""
+    """Peak memory in MiB of extracting this many images, measured in a process of its own."""
     command = [sys.executable, __file__, "--peak_rss_of", str(n_images)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return int(done.stdout.split()[-1])

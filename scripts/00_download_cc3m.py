@@ -1,4 +1,4 @@
-"""Stage 0: fetch Conceptual Captions from its two TSVs, as webdataset shards."""
+"""Download Conceptual Captions from its two TSV files, as webdataset shards."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 1: features of the images that the SAE is trained on."""
+"""Extract the features of the images that the SAE is trained on."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 2: train the sparse autoencoder."""
+"""Train the sparse autoencoder."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 3: text embeddings of the words that may name a latent."""
+"""Embed the words that may name a latent."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 4: name each latent of the sparse autoencoder by its nearest word."""
+"""Name each latent of the sparse autoencoder after its nearest word."""
 
 from dncbm.cli import main
 

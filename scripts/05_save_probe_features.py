@@ -1,4 +1,4 @@
-"""Stage 5: labels, split and features of the images that the probe classifies."""
+"""Extract the labels, the split and the features of the images that the probe classifies."""
 
 from dncbm.cli import main
 

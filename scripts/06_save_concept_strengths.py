@@ -1,4 +1,4 @@
-"""Stage 6: concept strengths of the images that the probe classifies."""
+"""Compute the concept strengths of the images that the probe classifies."""
 
 from dncbm.cli import main
 

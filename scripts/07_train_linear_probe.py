@@ -1,4 +1,4 @@
-"""Stage 7: train and evaluate the sparse linear probe on concept strengths, or with --probe_on_features the baseline."""
+"""Train and evaluate the sparse linear probe on concept strengths, or with --probe_on_features the baseline."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 8: the zero-shot baseline, features classified by the nearest description of a class."""
+"""Evaluate the zero-shot baseline: features classified by the nearest description of a class."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Stage 9: the paper's table, ours beside the published figures; printed, and written as Markdown, CSV and LaTeX."""
+"""Print the paper's table, with our figures beside the published ones, and write it as Markdown, CSV and LaTeX."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Accuracy at 5 to 30 non-zero weights a class, of the SAE's concepts, raw features and random directions."""
+"""Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions."""
 
 from dncbm.cli import main
 

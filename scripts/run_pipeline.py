@@ -1,4 +1,4 @@
-"""All stages in order. What is done is not done again; what an interruption left goes on."""
+"""All stages in order. Finished stages are skipped; interrupted ones resume."""
 
 from dncbm.cli import main
 

@@ -55,6 +55,7 @@ def test_every_stage_has_its_script_and_every_script_its_stage() -> None:
     for name, stage in STAGES.items():
         text = (scripts / stage.script).read_text()
         assert f'main("{name}")' in text
+        assert text.startswith(f'"""{stage.summary}"""\n')
         assert len(text.splitlines()) <= 8
     known = {stage.script for stage in STAGES.values()} | {"run_pipeline.py"}
     files = [path for path in scripts.rglob("*.py") if "__pycache__" not in path.parts]

@@ -1,4 +1,4 @@
-"""Compute which concepts lead each class, for vis_global_explanations_plot.py to draw."""
+"""Compute which concepts lead each class."""
 
 from dncbm.cli import main
 

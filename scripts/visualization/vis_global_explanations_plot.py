@@ -1,4 +1,4 @@
-"""Draw classes with the concepts that lead them, as vis_global_explanations_dump.py computed them."""
+"""Draw classes with the concepts that lead them."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Compute which concepts each prediction is made of, for vis_local_explanations_plot.py to draw."""
+"""Compute which concepts each prediction is made of."""
 
 from dncbm.cli import main
 

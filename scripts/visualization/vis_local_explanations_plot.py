@@ -1,4 +1,4 @@
-"""Draw images with the concepts that their predictions are made of, as vis_local_explanations_dump.py computed them."""
+"""Draw images with the concepts that their predictions are made of."""
 
 from dncbm.cli import main
 

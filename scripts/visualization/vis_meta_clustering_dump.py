@@ -1,4 +1,4 @@
-"""Cluster the images of a split by their concept strengths, for vis_meta_clustering_plot.py to draw."""
+"""Cluster the images of a split by their concept strengths."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Draw meta clusters with their images and concepts, as vis_meta_clustering_dump.py computed them."""
+"""Draw meta clusters with their images and concepts."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Compute which images of every probe data set activate each latent most, for vis_task_agnosticity_plot.py to draw."""
+"""Compute which images of every probe data set activate each latent most."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Draw latents with their top images of every probe data set, as vis_task_agnosticity_dump.py computed them."""
+"""Draw latents with their top images of every probe data set."""
 
 from dncbm.cli import main
 

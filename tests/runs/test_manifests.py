@@ -127,7 +127,7 @@ def test_overwrite_removes_what_another_recipe_made(artifact: Path) -> None:
     make(artifact, RECIPE)
     assert begin(artifact, OTHER, overwrite=True) is Outcome.RAN
     assert not contents(artifact).exists()
-    make(artifact, OTHER, "made anew")
+    make(artifact, OTHER, "made again")
     assert begin(artifact, OTHER) is Outcome.ALREADY_DONE
 
 
