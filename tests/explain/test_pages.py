@@ -24,6 +24,8 @@ from dncbm.explain.plotting.local_explanations import draw as draw_local
 from dncbm.runs.artifacts import ExplanationFolder
 from dncbm.runs.declarations import Drawing, Explained, Selection
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def dump(dumped) -> Dump:
@@ -119,7 +121,6 @@ def test_a_page_is_drawn_again_when_it_shows_something_else(world, drawn, draw) 
     assert len(drawn) == 6 + 2
 
 
-@pytest.mark.slow
 def test_processes_draw_the_same(world, dumped, draw, files, monkeypatch) -> None:
     """Whatever draws a page, its bytes are the same."""
     for image in files.dump.glob("images/*/*"):

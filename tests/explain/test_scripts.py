@@ -11,6 +11,8 @@ from dncbm.explain.plotting import STAGES
 from dncbm.explain.plotting.canvas import Canvas
 from dncbm.runs.declarations import ProbeRun, SAERun
 
+pytestmark = pytest.mark.slow
+
 COMMON = "--img_enc_name clip_RN50 --probe_split val --method_name ours --sae_dataset cc3m"
 PLACES = f"{COMMON} --probe_dataset places365"
 PROBED = f"{PLACES} --which_ckpt final"

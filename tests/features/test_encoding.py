@@ -33,6 +33,8 @@ from dncbm.runs.errors import UserError
 from sparse_autoencoder.files import whole_file
 from tests.features.conftest import N_IMAGES
 
+pytestmark = pytest.mark.slow
+
 ALL_MAY_BE_BAD = Extraction(batch_size=4, num_workers=0, max_bad_fraction=1.0)
 
 

@@ -30,6 +30,8 @@ from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import is_resampling_epoch, resample
 from sparse_autoencoder.trainer import _LossCheck, learning_rate
 
+pytestmark = pytest.mark.slow
+
 SHORT = TrainingSettings(epochs=6, batch_size=128, resample_freq=2, lr=2e-3, log_every=3)
 
 
