@@ -38,12 +38,12 @@ from dncbm.features.encoding import encode_shards
 from dncbm.features.store import ARRAYS
 from dncbm.runs.declarations import Extraction
 from dncbm.runs.devices import keep_freed_memory
-from dncbm.runs.manifests import Recipe, begin, finish
+from dncbm.runs.manifests import making
 from dncbm.runs.settings import load_settings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "openmoji"
 CPU = torch.device("cpu")
-EXTRACTION = Extraction("cpu", batch_size=32, num_workers=1)
+EXTRACTION = Extraction(batch_size=32, num_workers=1)
 SHARD = 128
 
 
@@ -80,10 +80,9 @@ def write_tars(folder: Path, n_images: int) -> WebdatasetShards:
 
 def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path) -> int:
     """Stage 1 for one split. Returns the number of images."""
-    recipe = Recipe("sae_features", {}, {"images": shards.fingerprint()})
-    begin(folder, recipe, overwrite=False)
-    details = encode_shards(shards, encoder, folder, EXTRACTION, folder.name)
-    finish(folder, recipe, folder.glob(ARRAYS), details)
+    with making(folder, "sae_features", {}, {"images": shards.fingerprint()}, overwrite=False) as work:
+        details = encode_shards(shards, encoder, folder, EXTRACTION, folder.name)
+        work.done(folder.glob(ARRAYS), **details)
     return int(details["images"])
 
 

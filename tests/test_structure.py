@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def test_every_stage_has_its_script_and_every_script_its_stage() -> None:
     assert {path.relative_to(scripts).as_posix() for path in files if not path.is_symlink()} == known
     links = {path.name: path.readlink().name for path in files if path.is_symlink()}
     assert links == {name.split("_", 1)[1]: name for name in known if name[0].isdigit()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_every_benchmark_finds_what_it_imports(path: Path) -> None:
+    assert callable(runpy.run_path(str(path), run_name="imported")["main"])
 
 
 def test_stages_stand_after_what_they_read_and_explain() -> None:
