@@ -47,6 +47,6 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path)
     lowest = min(np.log10(ALMOST_DEAD), np.log10(alive.min())) if len(alive) else np.log10(ALMOST_DEAD)
     axes[5].hist(np.log10(alive), bins=np.linspace(lowest, 0, 60))
     title = f"feature density, {len(density) - len(alive)} dead of {len(density)}"
-    axes[5].set(title=title, xlabel="log10 of the fraction of items for which a latent is active", ylabel="latents")
+    axes[5].set(title=title, xlabel="log10 of the fraction of items it is active for", ylabel="latents")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=120)
