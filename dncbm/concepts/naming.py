@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dncbm.concepts.sae import SAE, load_sae, sae_path
-from dncbm.concepts.vocabulary import VOCABULARY, Vocabulary, load_vocabulary, save_vocabulary_embeddings
+from dncbm.concepts.vocabulary import VOCABULARY, Vocabulary, load_vocabulary, read_words, save_vocabulary_embeddings
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder, SAERun
 from dncbm.runs.errors import UserError
@@ -66,6 +66,7 @@ def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overw
     """
     artifacts = Artifacts(settings)
     checkpoint = sae_path(settings, run)
+    read_words(settings)  # a missing vocabulary is named with its config key, before anything is made
     if not artifacts.embeddings_in_use(run.encoder).is_file():
         save_vocabulary_embeddings(settings, NamedEncoder(run.encoder), device=device)
     target, recipe = artifacts.concept_names(run), {"vocabulary": settings.vocabulary}

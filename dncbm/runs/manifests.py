@@ -260,6 +260,8 @@ def fingerprint(artifact: Path) -> str:
     if manifest_path(artifact).is_file():
         outputs = read_manifest(artifact)["outputs"]
         return text_hash(f"{name} {outputs[name]['sha256']}" for name in sorted(outputs))
+    if not artifact.is_file():
+        raise UserError(f"the input {artifact} is missing: run the stage that makes it, or put the file there")
     # Words are known by their content, whatever the vocabulary is called.
     content = file_hash(artifact)
     return content if artifact.suffix == ".txt" else text_hash([f"{artifact.name} {content}"])

@@ -280,6 +280,13 @@ def test_a_fingerprint_of_a_folder_sees_every_file(tmp_path: Path) -> None:
     assert len(found) == 4
 
 
+def test_an_input_that_is_missing_is_one_line_and_nothing_is_begun(tmp_path: Path, refusal) -> None:
+    for source in (tmp_path / "words.txt", tmp_path / "split.json", tmp_path / "features"):
+        with refusal("missing", source):
+            begin(tmp_path / "names.csv", Recipe("names", {}, {"input": source}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_words_are_known_by_their_content(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("dog\n")

@@ -18,8 +18,9 @@ from dncbm.runs.declarations import SPLITS
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import text_hash
 from dncbm.runs.settings import Settings
+from sparse_autoencoder import DEFAULT_SEED
 
-FOLDER_SEED = 49
+FOLDER_SEED = DEFAULT_SEED
 """Seed of the permutation that divides a folder of images. It does not follow --seed: all runs see the same images."""
 HELD_OUT = 0.05
 """Share of a folder's images in train_val, and again in val."""
