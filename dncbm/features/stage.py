@@ -165,5 +165,7 @@ def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.
 def probe_class_names(settings: Settings, dataset: str) -> list[str]:
     """Class names of a probe data set, in label order. Raises UserError if its split was not made."""
     path = Artifacts(settings).probe_split(dataset)
+    if not path.is_file():
+        raise PROBE_FEATURES.missing("the class names", path, "--probe_dataset", dataset)
     read_manifest(path)
     return json.loads(path.read_text(encoding="utf-8"))["class_names"]

@@ -207,6 +207,15 @@ class TestStageOfTheProbe:
             (tmp_path / "images" / corrupt).write_bytes(b"no image")
         return make_settings(probe_datasets={"mine": "images"})
 
+    def test_what_is_missing_is_named_with_its_command(self, settings: Settings, refusal) -> None:
+        save_probe(settings)
+        Artifacts(settings).probe_split("mine").unlink()
+        Artifacts(settings).labels("mine", "train").unlink()
+        with refusal("class names", "missing", "05_save_probe_features.py"):
+            probe_class_names(settings, "mine")
+        with refusal("labels", "missing", "05_save_probe_features.py"):
+            probe_labels(settings, "mine", "train", np.array([0]))
+
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_labels_stay_with_their_features(self, settings: Settings, means, num_workers: int) -> None:
         assert save_probe(settings, extraction=replace(LOOSE, num_workers=num_workers)) is Outcome.RAN
