@@ -13,34 +13,37 @@ What most people import is here. A stage is a function of the config and of decl
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Read when torch is imported. OpenMP threads that wait for work would otherwise spin on cores that other processes need,
 # our own that decode images among them: many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dncbm.concepts.naming import assign_names, read_names
-from dncbm.concepts.sae import load_sae, train_sae
-from dncbm.concepts.strengths import load_concept_strengths, save_concept_strengths
-from dncbm.concepts.vocabulary import load_vocabulary, save_vocabulary_embeddings
-from dncbm.features.encoders import load_encoder
-from dncbm.features.stage import open_features, save_probe_features, save_sae_features
-from dncbm.probe.nec import accuracy_at_nec
-from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
-from dncbm.probe.zero_shot import evaluate_zero_shot
-from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import (
-    Extraction,
-    NamedEncoder,
-    ProbeDataset,
-    ProbeFeatures,
-    ProbeRun,
-    SAEFeatures,
-    SAERun,
-    Splits,
-)
-from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.settings import Settings, load_settings
-from dncbm.stages import STAGES
+if TYPE_CHECKING:
+    from dncbm.concepts.naming import assign_names, read_names
+    from dncbm.concepts.sae import load_sae, train_sae
+    from dncbm.concepts.strengths import load_concept_strengths, save_concept_strengths
+    from dncbm.concepts.vocabulary import load_vocabulary, save_vocabulary_embeddings
+    from dncbm.features.encoders import load_encoder
+    from dncbm.features.stage import open_features, save_probe_features, save_sae_features
+    from dncbm.probe.nec import accuracy_at_nec
+    from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
+    from dncbm.probe.zero_shot import evaluate_zero_shot
+    from dncbm.runs.artifacts import Artifacts
+    from dncbm.runs.declarations import (
+        Extraction,
+        NamedEncoder,
+        ProbeDataset,
+        ProbeFeatures,
+        ProbeRun,
+        SAEFeatures,
+        SAERun,
+        Splits,
+    )
+    from dncbm.runs.errors import StaleArtifact, UserError
+    from dncbm.runs.settings import Settings, load_settings
+    from dncbm.stages import STAGES
 
 __version__ = "1.0.0"
 
@@ -56,3 +59,32 @@ __all__ = [  # noqa: RUF022 - by meaning
     "load_concept_strengths", "load_encoder", "load_probe", "load_probe_data", "load_sae", "load_vocabulary",
     "open_features", "read_names",
 ]  # fmt: skip
+
+# Imported when they are used: most need torch, which takes seconds, and `--help` needs none of them.
+_MODULES = {
+    **dict.fromkeys(("assign_names", "read_names"), "dncbm.concepts.naming"),
+    **dict.fromkeys(("load_sae", "train_sae"), "dncbm.concepts.sae"),
+    **dict.fromkeys(("load_concept_strengths", "save_concept_strengths"), "dncbm.concepts.strengths"),
+    **dict.fromkeys(("load_vocabulary", "save_vocabulary_embeddings"), "dncbm.concepts.vocabulary"),
+    "load_encoder": "dncbm.features.encoders",
+    **dict.fromkeys(("open_features", "save_probe_features", "save_sae_features"), "dncbm.features.stage"),
+    "accuracy_at_nec": "dncbm.probe.nec",
+    **dict.fromkeys(("load_probe", "load_probe_data", "train_linear_probe"), "dncbm.probe.stage"),
+    "evaluate_zero_shot": "dncbm.probe.zero_shot",
+    "Artifacts": "dncbm.runs.artifacts",
+    **dict.fromkeys(
+        ("Extraction", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures", "SAERun", "Splits"),
+        "dncbm.runs.declarations",
+    ),
+    **dict.fromkeys(("StaleArtifact", "UserError"), "dncbm.runs.errors"),
+    **dict.fromkeys(("Settings", "load_settings"), "dncbm.runs.settings"),
+    "STAGES": "dncbm.stages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

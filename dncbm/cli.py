@@ -1,41 +1,94 @@
 """Command lines: flags from declarations, defaults from config.py, errors in one line. A script only calls `main`."""
 
+# ruff: noqa: E402
+import signal
+import threading
+
+# Ctrl-C while the modules below are imported ends the process without a traceback; later, `one_line_errors` answers it.
+_is_program = threading.current_thread() is threading.main_thread()
+_is_program = _is_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _is_program:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import difflib
 import errno
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NoReturn
 
-from dncbm.runs.declarations import Execution, Preset, ProbeRun, ProbeSchedule, SAERun, Tracking, paper_preset
+from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, ProbeRun, SAERun, Unused, paper_preset
 from dncbm.runs.devices import keep_freed_memory
-from dncbm.runs.errors import UserError
-from dncbm.runs.find import find
+from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.find import RUNS, find, require_inputs
+from dncbm.runs.manifests import verifying_hashes
 from dncbm.runs.ranks import world_size
 from dncbm.runs.settings import Settings, load_settings
-from dncbm.runs.stage import Stage
-from dncbm.stages import PIPELINE_STAGES, STAGES, Pipeline, run_pipeline
+from dncbm.runs.stage import Command, Stage
+from dncbm.stages import COMMANDS, PIPELINE_COMMANDS, STAGES, Pipeline, run_pipeline, stages_of
 from sparse_autoencoder import CheckpointError, NonFiniteError
 from sparse_autoencoder.declare import Flag, build, flags
 
+if _is_program:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def main(stage: str | Stage, argv: Sequence[str] | None = None) -> None:
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+WRONG_USAGE = 2
+
+
+def main(stage: str | Command, argv: Sequence[str] | None = None) -> None:
     """Run a stage from a command line; `pipeline` is all of them in order."""
-    if isinstance(stage, str):
-        stage = PIPELINE if stage == PIPELINE.name else STAGES[stage]
+    one_line_errors(partial(_run, stage, argv))
 
-    def run() -> None:
-        settings, values, given = parse(stage, argv)
+
+def _run(command: str | Command, argv: Sequence[str] | None) -> None:
+    if isinstance(command, str):
+        command = PIPELINE if command == PIPELINE.name else COMMANDS[command]
+    settings, values, given = parse(command, argv)
+    stage = STAGES[command.name] if command.name in STAGES else command.load()
+    execution = build(Execution, values)
+    with verifying_hashes() if execution.verify else nullcontext():
+        values = complete(settings, stage, values, given)
+        declared: list[Any] = [build(cls, values) for cls in stage.takes]
+        stage.function(settings, *declared, device=execution.device, overwrite=execution.overwrite)
+
+
+def complete(settings: Settings, stage: Stage, values: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """Flag -> value of a command line, with the settings of the finished run that the stage reads.
+
+    Raises UserError if an input of the stage is missing, or the flags do not say which run is meant.
+    """
+    found, given = dict(values), set(given)
+    if stage is PIPELINE:
+        return _complete_pipeline(settings, found, given)
+    if ProbeRun in stage.takes and found["probe_on_features"]:
         if stage.explains is not None:
-            if values.get("probe_on_features"):
-                raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
-            values = find(settings, stage.explains, values, given)
-        execution = build(Execution, values)
-        stage.function(
-            settings, *(build(cls, values) for cls in stage.takes), device=execution.device, overwrite=execution.overwrite
-        )
+            raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
+    elif stage.reads_run is not None:
+        found = find(settings, stage.reads_run, found, given)
+    require_inputs(settings, stage, found)
+    return found
 
-    one_line_errors(run)
+
+def _complete_pipeline(settings: Settings, values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The values, with the settings of the finished run that the stages of a pipeline read but do not train."""
+    stages = stages_of(build(Pipeline, values))
+    trained = {cls for stage in stages for cls in stage.trains}
+    for flag, cls in RUNS.items():
+        if values[flag] and cls in trained:
+            raise UserError(f"--{flag} names a finished run, but this pipeline trains one: start it --from a later stage")
+    baseline = values["probe_on_features"]  # needs no SAE
+    read = {cls for stage in stages for cls in stage.takes if not (baseline and ProbeRun in stage.trains)} - trained
+    for cls in (ProbeRun, SAERun):  # a probe comes with its SAE
+        if cls in read:
+            trains = next(command.load() for command in PIPELINE_COMMANDS if cls in command.trains)
+            return find(settings, trains, values, given)
+    return values
 
 
 PIPELINE = Stage(
@@ -43,7 +96,7 @@ PIPELINE = Stage(
     script="run_pipeline.py",
     summary="All stages in order. Finished stages are skipped; interrupted ones resume.",
     function=run_pipeline,
-    takes=(Pipeline, *dict.fromkeys(cls for stage in PIPELINE_STAGES for cls in stage.takes)),
+    takes=(Pipeline, *dict.fromkeys(cls for command in PIPELINE_COMMANDS for cls in command.takes)),
     trains=(SAERun, ProbeRun),
 )
 
@@ -51,8 +104,8 @@ PIPELINE = Stage(
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any], set[str]]:
-    """Read the config and a command line.
+def parse(stage: Command, argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any], set[str]]:
+    """Read the config and a command line. Flags of other stages are accepted and ignored.
 
     Returns:
         The config; flag -> value, where a flag of the command line wins over the preset, the preset over the defaults of
@@ -60,8 +113,9 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
 
     Raises:
         UserError: the config is wrong, its `defaults` included.
+        SystemExit: the command line is wrong, or asks for help.
     """
-    takes = [*stage.takes, *([Preset] if ProbeRun in stage.takes else []), Execution, *_pasted(stage)]
+    takes = _takes(stage)
     declared = {name: flag for cls in reversed(takes) for name, flag in flags(cls).items()}
     defaults = {name: flag.default for name, flag in declared.items()}
     settings, configured, problem = None, dict[str, Any](), None
@@ -71,20 +125,41 @@ def parse(stage: Stage, argv: Sequence[str] | None = None) -> tuple[Settings, di
     except UserError as error:  # raised after the command line is read, since --help needs no config
         problem = error
     defaults |= {name: configured[name] for name in declared if name in configured and declared[name].setting.configurable}
-    parsed = vars(_parser(stage, takes, defaults).parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
+    given = _given(stage, takes, defaults, argv)
     if settings is None or problem is not None:
         raise problem or UserError("the config was not read")
     if world_size() > 1 and not stage.several_processes:
         raise UserError("only stages 1 and 5 run in several processes: start this one without torchrun")
+    ignored = [name for name in given if name not in declared]
+    if ignored:
+        print("flags of other stages, not used here: " + ", ".join(f"--{name}" for name in ignored))
+    _warn_of_unused(settings, given)
+    given = {name: value for name, value in given.items() if name in declared}
     values = defaults | given
     dataset = str(values.get("probe_dataset"))
     preset = build(Preset, values).values(dataset)
     if preset:
         print(f"--preset {values['preset']} for {dataset}: " + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset))
-    elif stage.explains is not None and not (given.keys() | configured.keys()) & (paper := paper_preset(dataset)).keys():
-        preset = paper
+    elif ProbeRun in set(stage.takes) - set(stage.trains) and not given.keys() & (paper := paper_preset(dataset)).keys():
+        preset = {} if configured.keys() & paper.keys() else paper
     return settings, defaults | dict(preset) | given, set(given)
+
+
+def _takes(stage: Command) -> list[type]:
+    """The declarations whose flags a stage reads; where two have a flag of one name, the first counts."""
+    takes = [*stage.takes, *([Preset] if ProbeRun in stage.takes else []), Execution]
+    read = {SAERun: NamedSAE, ProbeRun: NamedProbe}
+    takes += [named for cls, named in read.items() if cls in stage.takes and (cls not in stage.trains or stage is PIPELINE)]
+    return [*takes, Unused]
+
+
+def _warn_of_unused(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Flags of the paper's code that something else decides here."""
+    decided = {"vocab_type": settings.vocabulary, "probe_save_dir": str(settings.probe_dir)}
+    for name, value in decided.items():
+        if given.get(name) not in (None, "", value):
+            text = f"--{name} {given[name]} is ignored: {flags(Unused)[name].setting.help}, {value}"
+            logging.getLogger(__name__).warning(text)
 
 
 def config_defaults(settings: Settings) -> dict[str, Any]:
@@ -92,13 +167,13 @@ def config_defaults(settings: Settings) -> dict[str, Any]:
 
     Raises UserError if one is no flag of any script, or has a value that the flag does not allow.
     """
-    groups = [flags(Execution), flags(Preset), *(stage.flags() for stage in (PIPELINE, *STAGES.values()))]
+    groups = [*map(flags, (Execution, Preset, Unused)), *(command.flags() for command in (PIPELINE, *COMMANDS.values()))]
     known = {name: flag for group in reversed(groups) for name, flag in group.items() if flag.setting.configurable}
     found = {}
     for name, value in settings.defaults.items():
         where = f"{settings.path}: `defaults[{name!r}]`"
         if name not in known:
-            raise UserError(f"{where}: the scripts have no flag --{name}")
+            raise UserError(f"{where}: the scripts have no flag --{name}{_did_you_mean(str(name), known)}")
         if value is None and known[name].default is None:
             continue
         parts = value if known[name].is_tuple and isinstance(value, list | tuple) else [value]
@@ -110,8 +185,29 @@ def config_defaults(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _parser(stage: Stage, takes: Sequence[type], defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _given(stage: Command, takes: Sequence[type], defaults: Mapping[str, Any], argv: Sequence[str] | None) -> dict[str, Any]:
+    """Flag -> value of a command line."""
+    parser = _parser(stage, takes, defaults)
+    known = {action.dest for action in parser._actions}
+    _accept_flags_of_others(parser)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((text for text in unknown if text.startswith("-")), "")
+        own = [name for name in known if name != argparse.SUPPRESS]
+        near = _did_you_mean(flag.lstrip("-").partition("=")[0], own, _all_flags()) if flag else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_USAGE, f"error: {message} (--help lists the flags)\n")
+
+
+def _parser(stage: Command, takes: Sequence[type], defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
+    parser = _Parser(
         description=stage.summary, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
     )
     declared = {name: flag for cls in reversed(takes) for name, flag in flags(cls).items()}
@@ -139,18 +235,37 @@ def _parser(stage: Stage, takes: Sequence[type], defaults: Mapping[str, Any]) ->
     return parser
 
 
-def _pasted(stage: Stage) -> tuple[type, ...]:
-    """Declarations whose flags an explanation accepts and ignores, so that a line of training flags can be pasted."""
-    return (ProbeRun, ProbeSchedule, Tracking) if stage.explains else ()
+def _accept_flags_of_others(parser: argparse.ArgumentParser) -> None:
+    """Let a parser accept the flags of all stages, so that one line of flags serves them all. Their values are not checked."""
+    taken = {text for action in parser._actions for text in action.option_strings}
+    for name, flag in _all_flags().items():
+        if f"--{name}" in taken or flag.setting.positional:
+            continue
+        options: dict[str, Any] = {"action": "store_true"} if flag.type is bool else {"type": str}
+        options |= {"nargs": "+"} if flag.setting.separate else {}
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
 
 
-def _is_shown(stage: Stage, declaration: type, flag: Flag) -> bool:
+def _all_flags() -> dict[str, Flag]:
+    """Every flag of every stage."""
+    takes = [cls for command in (PIPELINE, *COMMANDS.values()) for cls in _takes(command)]
+    return {name: flag for cls in dict.fromkeys(takes) for name, flag in flags(cls).items()}
+
+
+def _did_you_mean(name: str, *known: Iterable[str]) -> str:
+    """The nearest of the known names, those of the first list first."""
+    for names in known:
+        if near := difflib.get_close_matches(name, names, n=1):
+            return f"; did you mean --{near[0]}?"
+    return ""
+
+
+def _is_shown(stage: Command, declaration: type, flag: Flag) -> bool:
     """Whether help shows a flag. Of a run that the stage does not train it shows only what locates the run. The others are
     accepted all the same, so that a line of training flags can be pasted."""
     is_run = hasattr(declaration, "config_name") and declaration not in stage.trains
-    return (declaration in stage.takes or declaration not in _pasted(stage)) and (
-        not is_run or flag.setting.in_name is not None or bool(flag.variants)
-    )
+    is_read = declaration in (*stage.takes, Execution, Preset, NamedSAE, NamedProbe)
+    return is_read and (not is_run or flag.setting.in_name is not None or bool(flag.variants))
 
 
 def _help(flag: Flag, default: Any) -> str:
@@ -173,20 +288,89 @@ def _converter(flag: Flag) -> Callable[[str], Any]:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; finished outputs are kept: free some space and run the same command again",
+    errno.EDQUOT: "your disk quota is used up; finished outputs are kept: free some space and run the same command again",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
+    errno.EROFS: "the file system is read-only: name another folder in config.py",
+    errno.EACCES: "permission denied: change the permissions, or name another folder in config.py",
+    errno.EPERM: "permission denied: change the permissions, or name another folder in config.py",
+    errno.EIO: "the disk reports an error: check it, then run the same command again",
+    errno.ESTALE: "the network file system lost the file: run the same command again",
+    errno.ENAMETOOLONG: "the name is too long for the file system: shorten --save_suffix or the name in config.py",
+    errno.EMFILE: "too many open files: raise the limit with `ulimit -n 4096`, or lower --num_workers",
+    errno.ENFILE: "this machine has too many open files: close programs, or lower --num_workers",
+    errno.ENOMEM: "not enough memory: lower the batch size or --num_workers",
+    errno.ENOTDIR: "a file is where a folder should be: move it away",
+    errno.EEXIST: "a file is where a folder should be: move it away",
+    errno.EISDIR: "a folder is where a file should be: move it away",
+}
+"""Errors of the system that are not faults of this program, and what to do."""
+_NO_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "bad alloc", "failed to map segment",
+    "can't start new thread", "unable to allocate",
+)  # fmt: skip
+
+
 def one_line_errors(run: Callable[[], object]) -> None:
-    """Run something; an error that the user can fix becomes one line and exit code 1."""
+    """Run something; an error that the user can fix becomes one line and exit code 1, Ctrl-C exit code 130.
+
+    What is printed appears on any terminal: characters that its encoding lacks are escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("sparse_autoencoder").setLevel(logging.INFO)  # resampling, and which kind of step it chooses
+    _log_to_stderr()
     try:
         run()
-    except (UserError, CheckpointError, NonFiniteError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(
-            f"error: no space left on the disk of {error.filename or 'the output'}: finished outputs are kept; free some space"
-        )
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume")
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _stdout_is_open():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+            sys.exit(1)
+        line = _one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user about an error; None if it is a fault of this program, which needs its traceback."""
+    if isinstance(error, UserError | CheckpointError | NonFiniteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _ADVICE:
+        return f"{error.filename}: {_ADVICE[error.errno]}" if error.filename else _ADVICE[error.errno]
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | ImportError | OSError) and any(phrase in text for phrase in _NO_MEMORY)
+    ):
+        detail = f" ({first_line(error)})" if str(error) else ""
+        return f"not enough memory{detail}: lower the batch size or --num_workers, or use a machine that has more"
+    return None
+
+
+def _stdout_is_open() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+class _Format(logging.Formatter):
+    """Messages as they are, with `warning:` before what is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("sparse_autoencoder").setLevel(logging.INFO)  # resampling, and which kind of step it chooses

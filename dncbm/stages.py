@@ -1,38 +1,35 @@
 """The table of stages, and the pipeline over it. Each stage is declared beside its function; here they stand in order."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dncbm.concepts.naming import NAMES
-from dncbm.concepts.sae import SAE
-from dncbm.concepts.strengths import STRENGTHS
-from dncbm.concepts.vocabulary import VOCABULARY
-from dncbm.explain.plotting import STAGES as EXPLANATIONS
-from dncbm.explain.plotting.nec_curve import draw_nec
-from dncbm.features.datasets.download import DOWNLOAD
-from dncbm.features.stage import PROBE_FEATURES, SAE_FEATURES
-from dncbm.probe.nec import NEC, accuracy_at_nec
-from dncbm.probe.results_table import RESULTS_TABLE
-from dncbm.probe.stage import PROBE
-from dncbm.probe.zero_shot import ZERO_SHOT
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import ProbeDataset, SAERun
+from dncbm.runs.commands import (
+    DOWNLOAD,
+    GLOBAL_EXPLANATIONS,
+    LOCAL_EXPLANATIONS,
+    META_CLUSTERS,
+    NAMES,
+    NEC,
+    PROBE,
+    PROBE_FEATURES,
+    RESULTS_TABLE,
+    SAE,
+    SAE_FEATURES,
+    STRENGTHS,
+    TASK_AGNOSTICITY,
+    VOCABULARY,
+    ZERO_SHOT,
+)
 from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.manifests import Outcome
+from dncbm.runs.manifests import Outcome, manifest_path
 from dncbm.runs.settings import Settings
+from dncbm.runs.stage import Command, Stage
 from sparse_autoencoder.declare import setting
 
-
-def _nec(settings: Settings, run: SAERun, images: ProbeDataset, *, device: str, overwrite: bool) -> Outcome:
-    """Stage 10 with its figure, which is drawn in the room below."""
-    outcome = accuracy_at_nec(settings, run, images, device=device, overwrite=overwrite)
-    if outcome is Outcome.RAN or not Artifacts(settings).nec_figure(run, images.dataset).is_file():
-        draw_nec(settings, run, images)
-    return outcome
-
-
 # In the order in which they run: the table also shows the accuracies at NEC.
-_IN_ORDER = (
+_IN_ORDER: tuple[Command, ...] = (
     DOWNLOAD,
     SAE_FEATURES,
     SAE,
@@ -42,14 +39,45 @@ _IN_ORDER = (
     STRENGTHS,
     PROBE,
     ZERO_SHOT,
-    replace(NEC, function=_nec),
+    NEC,
     RESULTS_TABLE,
-    *EXPLANATIONS,
+    *TASK_AGNOSTICITY.commands,
+    *META_CLUSTERS.commands,
+    *LOCAL_EXPLANATIONS.commands,
+    *GLOBAL_EXPLANATIONS.commands,
 )
-STAGES = {stage.name: stage for stage in _IN_ORDER}
-PIPELINE_STAGES = tuple(stage for stage in _IN_ORDER if stage is not DOWNLOAD)
+COMMANDS = {command.name: command for command in _IN_ORDER}
+"""The command line of each stage. Reading it imports nothing that computes."""
+PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command is not DOWNLOAD)
 """Downloading takes files that config.py does not name."""
-_NAMES = tuple(stage.name for stage in PIPELINE_STAGES)
+
+
+class _Stages(MutableMapping[str, Stage]):
+    """Name -> stage. What a stage computes with is imported when it is looked up."""
+
+    def __init__(self, commands: Iterable[Command]) -> None:
+        self._commands: dict[str, Command] = {command.name: command for command in commands}
+
+    def __getitem__(self, name: str) -> Stage:
+        stage = self._commands[name].load()
+        self._commands[name] = stage
+        return stage
+
+    def __setitem__(self, name: str, stage: Stage) -> None:
+        self._commands[name] = stage
+
+    def __delitem__(self, name: str) -> None:
+        del self._commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+
+STAGES = _Stages(_IN_ORDER)
+_NAMES = tuple(command.name for command in PIPELINE_COMMANDS)
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,15 @@ class Pipeline:
         None, f"last stage to run; by default {PROBE.name}, or the last of all if --from comes after it", flag="to",
         choices=_NAMES,
     )  # fmt: skip
+
+
+def stages_of(pipeline: Pipeline) -> tuple[Stage, ...]:
+    """The stages of a pipeline, in order. Raises UserError if `last` comes before `first`."""
+    first, probe = _NAMES.index(pipeline.first), _NAMES.index(PROBE.name)
+    last = _NAMES.index(pipeline.last) if pipeline.last else probe if first <= probe else len(_NAMES) - 1
+    if last < first:
+        raise UserError(f"--to {pipeline.last} comes before --from {pipeline.first}; the stages are {', '.join(_NAMES)}")
+    return tuple(STAGES[name] for name in _NAMES[first : last + 1])
 
 
 def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device: str, overwrite: bool) -> Outcome:
@@ -77,18 +114,15 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
         What the last stage did. The pipeline ends early if a stage was asked to stop.
 
     Raises:
-        UserError: `last` comes before `first`, or a stage failed.
+        UserError: `last` comes before `first`, the encoder lacks something that a stage needs, or a stage failed.
         StaleArtifact: an artifact was made from other inputs or settings, and `overwrite` is off.
     """
-    first, probe = _NAMES.index(pipeline.first), _NAMES.index(PROBE.name)
-    last = _NAMES.index(pipeline.last) if pipeline.last else probe if first <= probe else len(_NAMES) - 1
-    if last < first:
-        raise UserError(f"--to {pipeline.last} comes before --from {pipeline.first}; the stages are {', '.join(_NAMES)}")
     given = {type(one): one for one in declared}
+    _check_encoder(settings, stages_of(pipeline), given, overwrite)
     outcomes: dict[str, str] = {}
     outcome = Outcome.ALREADY_DONE
     try:
-        for stage in PIPELINE_STAGES[first : last + 1]:
+        for stage in stages_of(pipeline):
             print(f"== {stage.name}")
             outcome = stage.function(settings, *(given[cls] for cls in stage.takes), device=device, overwrite=overwrite)
             outcomes[stage.name] = outcome.value
@@ -101,3 +135,15 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
         width = max([16, *(len(name) + 2 for name in outcomes)])
         print("\n".join(["==", *(f"{name:<{width}}{what}" for name, what in outcomes.items())]))
     return outcome
+
+
+def _check_encoder(settings: Settings, stages: Sequence[Stage], given: Mapping[type, Any], overwrite: bool) -> None:
+    """Check all of an encoder if a stage will embed texts, which is hours after its image tower was loaded."""
+    from dncbm.features.encoders import check_encoder
+
+    for stage in dict.fromkeys(VOCABULARY.name if stage.name == NAMES.name else stage.name for stage in stages):
+        if stage in (VOCABULARY.name, ZERO_SHOT.name):
+            declared = [given[cls] for cls in STAGES[stage].takes]
+            for path in STAGES[stage].outputs(Artifacts(settings), *declared):
+                if not path.is_file() or (overwrite and manifest_path(path).is_file()):
+                    return check_encoder(settings, declared[0].encoder)

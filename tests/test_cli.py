@@ -1,24 +1,36 @@
 """Command lines: what the paper's commands and every single flag stand for, defaults of config.py, and refusals."""
 
+import errno
+import logging
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 import dncbm.cli
 from dncbm.cli import PIPELINE, main, one_line_errors, parse
+from dncbm.concepts.sae import SAE
+from dncbm.concepts.strengths import STRENGTHS
+from dncbm.features.stage import PROBE_FEATURES
+from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import (
     SPLITS,
+    BestRuns,
     Execution,
     Extraction,
     NamedEncoder,
+    NamedSAE,
     ProbeDataset,
     ProbeFeatures,
     ProbeRun,
@@ -30,8 +42,10 @@ from dncbm.runs.declarations import (
     Tracking,
 )
 from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import making, verifying
+from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
-from dncbm.stages import STAGES, Pipeline
+from dncbm.stages import COMMANDS, STAGES, Pipeline
 from sparse_autoencoder import (
     BatchTopK,
     CheckpointError,
@@ -44,6 +58,7 @@ from sparse_autoencoder import (
     TrainingSettings,
 )
 from sparse_autoencoder.declare import Flag, build, flags, values
+from sparse_autoencoder.files import whole_file
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -84,7 +99,8 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
             calls.append((*declared, Execution(device, overwrite)))
 
         for name, found in list(STAGES.items()):
-            monkeypatch.setitem(STAGES, name, replace(found, function=record, explains=None))
+            # without inputs, so that no run is looked for
+            monkeypatch.setitem(STAGES, name, replace(found, function=record, explains=None, inputs=(), needs=None))
         monkeypatch.setattr(dncbm.cli, "PIPELINE", replace(PIPELINE, function=record))
         script, *arguments = shlex.split(command)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -110,7 +126,7 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         (TRAIN_PROBE, (PAPER, PAPER_PROBE, ProbeSchedule(val_freq=1, coverage_freq=50, ckpt_freq=0), Tracking())),
         ("zero_shot.py --img_enc_name clip_RN50 --probe_dataset places365", (PLACES, Prompts())),
         (f"accuracy_at_nec.py {SAE_FLAGS} --probe_dataset places365", (PAPER, ProbeDataset("places365"))),
-        ("results_table.py", ()),
+        ("results_table.py", (NamedSAE(), BestRuns())),
     ],
 )
 def test_the_papers_commands(stage, command: str, expected: tuple) -> None:
@@ -153,6 +169,8 @@ def test_checkpoint_frequencies_have_their_own_units(stage) -> None:
 
 def other_value(flag: Flag) -> str | None:
     """A text for a flag that does not mean its default; None for a choice of one."""
+    if flag.name == "device":
+        return "cuda:7"
     if flag.setting.choices:
         return next((choice for choice in flag.setting.choices if choice != flag.default), None)
     if flag.type is bool:
@@ -250,30 +268,75 @@ def test_the_paper_has_no_preset_for_other_data(stage) -> None:
 
 
 def rejected(stage, command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line of what argparse says to a command line."""
+    """The one line that refuses a command line."""
     with pytest.raises(SystemExit) as caught:
         stage(command)
     assert caught.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "nearest"),
     [
-        "save_cc3m_features.py --probe_dataset places365",
-        "save_cc3m_features.py --lr 1",
-        "assign_names.py --num_epoch 200",
-        "train_sae_img.py --probe_lr 1",
-        "save_probe_features.py --no_such_flag 1",
-        "save_vocab_embeddings.py extra",
+        ("assign_names.py --num_epoch 200", "--num_epochs"),
+        ("train_sae_img.py --batchsize 1", "--batch_size"),  # of another stage, since no flag of its own is near
+        ("train_sae_img.py --probe-lr=1", "--probe_lr"),
+        ("save_probe_features.py --no_such_thing 1", None),
+        ("save_vocab_embeddings.py extra", None),
+        ("train_sae_img.py -lr 1", "--lr"),
     ],
 )
-def test_unknown_flags_are_rejected(stage, capsys, command: str) -> None:
-    assert "unrecognized arguments: " + command.split(maxsplit=1)[1] in rejected(stage, command, capsys)
+def test_unknown_flags_are_rejected(stage, capsys, command: str, nearest: str | None) -> None:
+    said = rejected(stage, command, capsys)
+    assert "unrecognized arguments: " + command.split(maxsplit=1)[1] in said
+    assert (f"did you mean {nearest}?" if nearest else "did you mean") in said or nearest is None
+    assert ("did you mean" in said) == (nearest is not None)
+
+
+ONE_FOR_ALL = (
+    f"{SAE_FLAGS} {PROBE_FLAGS} --ckpt_freq 0 --val_freq 1 --k 7 --n_clusters 5 --templates 'a {{}}' 'b {{}}' --use_wandb"
+    " --num_workers 2 --precision fp32 --batch_size 64 --hook_points out --probe_on_features --probe_split val --limit 3"
+    " --method_name ours --which_ckpt final --preset paper --from sae --image_size 9 --rank_by strength --use_latex"
+    # the rest of the authors' parser
+    " --modality img --vocab_type none --probe_nclasses 365 --probe_save_dir x --probe_val_freq 1 --wandb_entity me"
+    " --resample_dataset_size 9 --adam_beta_1 0.9 --adam_beta_2 0.999 --adam_epsilon 1e-8 --adam_weight_decay 0 --seed 49"
+)
+
+
+@pytest.mark.parametrize("found", [PIPELINE, *STAGES.values()], ids=lambda found: found.name)
+def test_one_line_of_flags_serves_every_stage(write_config, monkeypatch, capsys, found: Stage) -> None:
+    monkeypatch.setenv("DNCBM_CONFIG", str(write_config()))
+    _, read, given = parse(found, [*(["a", "b"] if found.name == "download" else []), *shlex.split(ONE_FOR_ALL)])
+    own = {name: flag for cls in (*found.takes, Execution) for name, flag in flags(cls).items()}
+    assert given <= read.keys()
+    if "lr" in own:
+        assert read["lr"] == 5e-4
+    if found.name == "sae_features":
+        assert "--probe_lr" in capsys.readouterr().out.splitlines()[0]  # what is not used is said
+
+
+def test_flags_that_config_decides_are_ignored_with_a_warning(write_config, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("DNCBM_CONFIG", str(write_config(vocabulary="mine")))
+    parse(STAGES["names"], ["--vocab_type", "mine", "--probe_save_dir", "", "--probe_nclasses", "10"])
+    assert not caplog.messages
+    parse(STAGES["names"], ["--vocab_type", "laion"])
+    assert len(caplog.messages) == 1
+    assert "--vocab_type laion" in caplog.text
+    assert "mine" in caplog.text
 
 
 BAD_VALUES = {
     "train_sae_img.py": {
+        (str(2**64), "9" * 5000, "1e3"): ("seed",),
+        (str(10**9),): ("train_sae_bs",),
+        (str(10**7), str(2**64)): ("expansion_factor",),
+        ("1e400", "-1e400"): ("lr", "l1_coeff"),
+        (str(2**64),): ("log_every", "resample_freq", "k"),
+        ("meta", "foo", "cuda:", "cuda:1000", "cpu:0", ""): ("device",),
+        ("../../evil", "..", ".", "", " ", "a/b", "a\nb", "a\x1bb", "x" * 101): ("sae_dataset",),
+        ("..", ".", "", "/", "./..", "a\nb"): ("img_enc_name",),
         ("0", "-1", "nan", "inf", "x"): ("lr", "adam_epsilon"),
         ("0", "-3", "1.5", "x"): ("expansion_factor", "num_epochs", "train_sae_bs", "resample_dataset_size", "k"),
         ("-3", "1.5", "x"): ("resample_freq", "val_freq"),
@@ -287,12 +350,18 @@ BAD_VALUES = {
         ("L2",): ("probe_classification_loss", "probe_sparsity_loss"),
     },
     "save_cc3m_features.py": {
-        ("0", "-1"): ("batch_size",),
-        ("-1",): ("num_workers", "max_bad_fraction"),
+        ("0", "-1", str(10**9)): ("batch_size",),
+        ("-1", str(10**6)): ("num_workers", "max_bad_fraction"),
         ("layer4",): ("hook_points",),
     },
     "assign_names.py": {("../elsewhere", "a,b"): ("save_suffix",)},
-    "save_concept_strengths.py": {("test",): ("probe_split",)},
+    "save_concept_strengths.py": {
+        ("test",): ("probe_split",),
+        ("../../evil", "..", "", "a\nb"): ("probe_dataset", "sae"),
+    },
+    "visualization/vis_meta_clustering_dump.py": {(str(10**12), "0"): ("n_clusters",), (str(-(2**70)),): ("indices",)},
+    "visualization/vis_local_explanations_plot.py": {(str(10**6),): ("num_workers",), ("..",): ("probe",)},
+    "visualization/vis_task_agnosticity_dump.py": {("mine,../x",): ("probe_dataset",)},
     "run_pipeline.py": {("nowhere",): ("from", "to")},
 }  # fmt: skip
 
@@ -308,7 +377,16 @@ BAD_VALUES = {
     ],
 )
 def test_values_out_of_range_are_rejected(stage, capsys, script: str, flag: str, value: str) -> None:
-    assert flag in rejected(stage, f"{script} {flag}={value}", capsys)
+    said = rejected(stage, f"{script} {shlex.quote(f'{flag}={value}')}", capsys)
+    assert flag in said
+    assert len(said) < 450
+
+
+@pytest.mark.parametrize("suffix", ["x" * 300, "ä" * 110])
+def test_a_suffix_must_fit_into_a_folders_name(stage, suffix: str) -> None:
+    with pytest.raises(SystemExit, match=r"--save_suffix: .* bytes, and file systems allow 255"):
+        stage(f"train_sae_img.py --save_suffix {suffix}")
+    assert stage(f"train_sae_img.py --save_suffix {suffix[:80]}")[0].suffix == suffix[:80]
 
 
 @pytest.mark.parametrize(
@@ -434,22 +512,97 @@ def test_an_error_that_the_user_can_fix_is_one_line(error: Exception) -> None:
     assert caught.value.code == f"error: {error}"
 
 
-def test_a_full_disk_is_one_line_and_other_failures_of_the_system_are_not_hidden() -> None:
-    def fail(number: int) -> None:
-        raise OSError(number, os.strerror(number), "/data/00001.npy")
+def message_of(error: BaseException) -> str:
+    """The line that an error becomes."""
 
-    with pytest.raises(SystemExit, match=r"no space left on the disk of /data/00001\.npy"):
-        one_line_errors(lambda: fail(28))
-    with pytest.raises(PermissionError):
-        one_line_errors(lambda: fail(13))
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        one_line_errors(fail)
+    line = str(caught.value.code)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
 
 
-def test_an_interruption_says_how_to_resume() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ENAMETOOLONG", "EMFILE", "ENFILE", "ENOMEM"),
+        *("ENOTDIR", "EEXIST", "EISDIR", "ESTALE"),
+    ],
+)
+def test_errors_of_the_system_are_one_line_that_names_the_file(name: str) -> None:
+    number = getattr(errno, name)
+    line = message_of(OSError(number, os.strerror(number), "/data/00001.npy"))
+    assert line.startswith("error: /data/00001.npy: ")
+    assert len(line) > 45  # it says more than the file
+
+
+def test_what_libraries_raise_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """safetensors and numpy wrap the system's errors; `whole_file` unwraps them."""
+
+    def by_safetensors(path: Path) -> None:
+        safetensors.torch.save_file({"x": torch.zeros(10)}, path / "no" / "folder")
+
+    def by_numpy(path: Path) -> None:
+        raise OSError("1024 requested and 0 written")  # ndarray.tofile
+
+    for write in (by_safetensors, by_numpy):
+        with pytest.raises(OSError, match=str(tmp_path / "x.bin")) as caught, whole_file(tmp_path / "x.bin") as temporary:
+            write(temporary)
+        assert caught.value.errno
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3. GiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=str,
+)
+def test_no_memory_is_one_line(error: Exception) -> None:
+    assert "not enough memory" in message_of(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), FileNotFoundError(2, "No such file", "x"), KeyError("x"), ValueError("x")]
+)
+def test_other_errors_are_faults_of_the_program(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        one_line_errors(fail)
+
+
+def test_an_interruption_says_how_to_resume(capsys) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit, match="run the same command again"):
+    with pytest.raises(SystemExit) as caught:
         one_line_errors(interrupt)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again to resume\n"
+
+
+def test_warnings_are_marked(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    def log() -> None:
+        logging.getLogger("dncbm.anything").warning("few %s", "images")
+        logging.getLogger("sparse_autoencoder.trainer").info("step 1")
+        logging.getLogger("other").info("not shown")
+
+    one_line_errors(log)
+    assert capsys.readouterr().err == "warning: few images\nstep 1\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:
@@ -461,7 +614,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     ("name", "arguments", "words"),
     [
         ("sae_features", ["--sae_dataset", "none"], "'none'"),
-        ("names", [], "02_train_sae_img.py"),
+        ("names", [], "run `python scripts/01_save_cc3m_features.py`, then `python scripts/02_train_sae_img.py`"),
         ("pipeline", ["--from", "sae", "--to", "sae"], "01_save_cc3m_features.py"),
         ("pipeline", ["--from", "probe", "--to", "sae"], "--to sae comes before --from probe"),
         ("local_explanations_dump", ["--probe_on_features"], "features have no names"),
@@ -501,3 +654,162 @@ def test_only_the_extraction_runs_in_several_processes(write_config, monkeypatch
         monkeypatch.setenv(key, value)
     with refusal("without torchrun"):
         parse(STAGES[name], ["a", "b"] if name == "download" else [])
+
+
+# ------------------------------------------------------------------------------------- the run that a stage reads
+
+
+@pytest.fixture
+def recorded(monkeypatch, make_settings: Callable[..., Settings]) -> Callable[..., list[Any]]:
+    """Runs the command line of a stage whose function does nothing; returns what it was given."""
+    settings = make_settings()
+    monkeypatch.setenv("DNCBM_CONFIG", str(settings.path))
+    calls: list[list[Any]] = []
+
+    def record(settings: Settings, *declared: Any, device: str, overwrite: bool) -> None:
+        calls.append([*declared, verifying()])
+
+    def run(name: str, *arguments: str) -> list[Any]:
+        monkeypatch.setitem(STAGES, name, replace(COMMANDS[name].load(), function=record))
+        main(name, list(arguments))
+        return calls.pop()
+
+    return run
+
+
+def put(settings: Settings, stage: Stage, *declared: Any) -> None:
+    """Finish every output of a stage, empty, for what it takes."""
+    given = {type(one): one for one in declared}
+    run = {key: value for one in declared for key, value in values(one).items()}
+    for path in stage.outputs(Artifacts(settings), *(given.get(cls) or cls() for cls in stage.takes)):
+        with making(path, stage.name, {}, {}, overwrite=True, run=run) as work:
+            made = path if path.suffix else path / "made"
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.write_text("made")
+            work.done([made])
+
+
+def test_partial_flags_and_names_find_the_run(recorded, make_settings, capsys) -> None:
+    settings = make_settings()
+    one = SAERun(sparsity=TopK(5), training=TrainingSettings(epochs=3))
+    put(settings, SAE, one)
+    put(settings, PROBE_FEATURES, ProbeFeatures())
+    put(settings, STRENGTHS, one)
+    for name in ("names", "strengths", "nec", "probe"):
+        assert recorded(name)[0] == one, name
+        assert recorded(name, "--sae_type", "topk", "--val_freq", "7")[0].sparsity == TopK(5)
+        assert recorded(name, "--sae", one.config_name)[0] == one
+        assert one.config_name in capsys.readouterr().out
+    put(settings, SAE, SAERun(suffix="_other"))
+    with pytest.raises(SystemExit, match=r"--sae .*_other, or --sae .*topk5"):
+        recorded("names")
+    assert recorded("names", "--sae", one.config_name)[0] == one
+    put(settings, SAE, PAPER)  # all defaults name it
+    assert recorded("names")[0] == PAPER
+    with pytest.raises(SystemExit, match="02_train_sae_img"):
+        recorded("names", "--lr", "1")
+    with pytest.raises(SystemExit, match="contradicts --lr 1"):
+        recorded("names", "--lr", "1", "--sae", one.config_name)
+
+
+def test_a_stage_that_trains_a_run_takes_no_name_for_it(recorded, capsys) -> None:
+    for name, flag in (("sae", "sae"), ("probe", "probe")):
+        with pytest.raises(SystemExit):  # features are missing; the flag is one of other stages
+            recorded(name, f"--{flag}", "x")
+        assert f"not used here: --{flag}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags_", "wanted"),
+    [
+        ("--from names --to names", "topk5"),
+        ("--from probe_features --to probe_features", "lr0.0005_l1"),  # no SAE is needed
+        ("--from strengths --sae", "topk5"),
+    ],
+)
+def test_a_pipeline_reads_the_run_that_it_does_not_train(
+    recorded, make_settings, monkeypatch, flags_: str, wanted: str
+) -> None:
+    one = SAERun(sparsity=TopK(5))
+    put(make_settings(), SAE, one)
+    runs: list[SAERun] = []
+
+    def record(settings: Settings, *declared: Any, device: str, overwrite: bool) -> None:
+        runs.extend(found for found in declared if isinstance(found, SAERun))
+
+    monkeypatch.setattr(dncbm.cli, "PIPELINE", replace(PIPELINE, function=record))
+    main("pipeline", [*flags_.split(), *([one.config_name] if flags_.endswith("--sae") else [])])
+    assert runs[0].config_name.startswith("lr0.0005_" + wanted.removeprefix("lr0.0005_"))
+
+
+def test_a_pipeline_that_trains_an_sae_takes_no_name(recorded, make_settings) -> None:
+    with pytest.raises(SystemExit, match="--sae names a finished run"):
+        main("pipeline", ["--sae", "x"])
+
+
+def test_verify_compares_hashes(recorded) -> None:
+    assert recorded("results_table")[-1] is False
+    assert recorded("results_table", "--verify")[-1] is True
+    assert verifying() is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "shown"), [({"PYTHONIOENCODING": "ascii"}, "\\xe9"), ({"LC_ALL": "C.UTF-8"}, "é"), ({"LANG": "C"}, "")]
+)
+def test_any_terminal_shows_any_name(write_config, environment: dict[str, str], shown: str) -> None:
+    path = write_config(defaults={"sae_dataset": "é"})
+    path.write_text(path.read_text(), encoding="utf-8")
+    for arguments in (["--help"], []):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / "02_train_sae_img.py"), *arguments],
+            env=os.environ | environment | {"DNCBM_CONFIG": str(path)},
+            capture_output=True,
+            check=False,
+        )
+        assert b"Traceback" not in done.stderr
+        assert shown in (done.stdout + done.stderr).decode(errors="surrogateescape")
+
+
+@pytest.mark.slow
+def test_nobody_reads_the_output(write_config) -> None:
+    """As in `... | head -1`."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$0" "$1" --help | true; sleep 0.1', sys.executable, str(SCRIPTS / "run_pipeline.py")],
+        env=os.environ | {"DNCBM_CONFIG": str(write_config()), "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 1.5])
+def test_ctrl_c_is_no_traceback_at_any_time(write_config, seconds: float) -> None:
+    """Python's own start takes less than the shortest of these; a stage imports torch for longer than that."""
+    running = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "assign_names.py")],
+        env=os.environ | {"DNCBM_CONFIG": str(write_config())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    running.send_signal(signal.SIGINT)
+    assert "Traceback" not in running.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [300, 1000, 2500])
+def test_little_memory_is_one_line(write_config, megabytes: int) -> None:
+    limit = f"ulimit -v {megabytes * 1024} && exec"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'{limit} "$0" "$1"', sys.executable, str(SCRIPTS / "assign_names.py")],
+        env=os.environ | {"DNCBM_CONFIG": str(write_config())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -415,10 +415,10 @@ def test_what_contributing_says_is_true(finished: Path, tmp_path: Path) -> None:
     insert(f"{variants}/__init__.py", "\nVARIANTS", "from sparse_autoencoder.variants.shifted import Shifted\n")
     insert(f"{variants}/__init__.py", "TopK, BatchTopK, JumpReLU", "Shifted, ")
     insert("dncbm/runs/artifacts.py", "    def labels(self", textwrap.indent(path, "    ") + "\n")
-    insert("dncbm/stages.py", "from dncbm.features.datasets", "from dncbm.features.class_sizes import CLASS_SIZES\n")
-    insert("dncbm/stages.py", "    STRENGTHS,\n", "    CLASS_SIZES,\n")
-    insert("dncbm/explain/plotting/__init__.py", "global_explanations, local", "active_concepts, ")
-    insert("dncbm/explain/plotting/__init__.py", "task_agnosticity.PLOT", "active_concepts.PLOT, ")
+    plot_import = "from dncbm.explain.plotting.active_concepts import PLOT as ACTIVE_CONCEPTS\n"
+    insert("dncbm/stages.py", "from dncbm.runs", plot_import + "from dncbm.features.class_sizes import CLASS_SIZES\n")
+    insert("dncbm/stages.py", "    STRENGTHS,\n    PROBE,\n", "    CLASS_SIZES,\n")
+    insert("dncbm/stages.py", "    *TASK_AGNOSTICITY.commands,\n", "    *ACTIVE_CONCEPTS.inputs,\n    ACTIVE_CONCEPTS,\n")
 
     config = copy_of(finished, tmp_path) / "config.py"
     with config.open("a") as file:

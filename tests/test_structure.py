@@ -3,12 +3,16 @@
 import ast
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from dncbm.stages import STAGES
+from dncbm.runs.stage import Command
+from dncbm.stages import COMMANDS, STAGES
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("runs", "features", "concepts", "probe", "explain", "stages", "cli")
@@ -59,8 +63,10 @@ def test_every_stage_has_its_script_and_every_script_its_stage() -> None:
         assert text.startswith(f'"""{stage.summary}"""\n')
         assert len(text.splitlines()) <= 8
     known = {stage.script for stage in STAGES.values()} | {"run_pipeline.py"}
-    files = [path for path in scripts.rglob("*.py") if "__pycache__" not in path.parts]
+    files = [path for path in scripts.rglob("*.py") if not {"__pycache__", "visualizations"} & set(path.parts)]
     assert {path.relative_to(scripts).as_posix() for path in files if not path.is_symlink()} == known
+    # The paper's README prints one of its commands with this folder.
+    assert (scripts / "visualizations" / "vis_meta_clustering_plot.py").resolve() in [path.resolve() for path in files]
     links = {path.name: path.readlink().name for path in files if path.is_symlink()}
     assert links == {name.split("_", 1)[1]: name for name in known if name[0].isdigit()}
 
@@ -68,6 +74,37 @@ def test_every_stage_has_its_script_and_every_script_its_stage() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
 def test_every_benchmark_finds_what_it_imports(path: Path) -> None:
     assert callable(runpy.run_path(str(path), run_name="imported")["main"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_stage_is_what_its_command_line_says(name: str) -> None:
+    stage, command = STAGES[name], COMMANDS[name]
+    for one in fields(Command):
+        if one.name != "place":
+            assert getattr(stage, one.name) == getattr(command, one.name)
+
+
+HEAVY = ("torch", "numba", "scipy", "matplotlib", "sklearn", "open_clip", "webdataset", "PIL", "wandb")
+COMMAND_LINES = """
+import sys
+from dncbm.cli import main
+from dncbm.stages import COMMANDS
+
+for name in ("pipeline", *COMMANDS):
+    for arguments in (["--help"], ["--no_such_flag"]):
+        try:
+            main(name, arguments)
+        except SystemExit as done:
+            assert done.code == (0 if arguments == ["--help"] else 2)
+found = [name for name in sys.argv[1:] if name in sys.modules]
+assert not found, found
+"""
+
+
+def test_help_and_refusals_import_nothing_heavy() -> None:
+    """What a command line does not need is not waited for."""
+    done = subprocess.run([sys.executable, "-c", COMMAND_LINES, *HEAVY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_stages_stand_after_what_they_read_and_explain() -> None:
@@ -97,7 +134,7 @@ def test_each_default_stands_once() -> None:
     """The paper's learning rates, batch sizes and the like are written where their setting is declared."""
     sources = [*MODULES, *(ROOT / "sparse_autoencoder").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
     for number, place in {
-        "819_200": "trainer.py", "5e-4": "trainer.py", "3e-5": "relu.py", "0.05, \"fraction": "declarations.py",
+        "819_200": "settings.py", "5e-4": "settings.py", "3e-5": "relu.py", "0.05, \"fraction": "declarations.py",
     }.items():  # fmt: skip
         holders = [path.name for path in sources if number in path.read_text() and "__pycache__" not in path.parts]
         assert holders == [place], number

@@ -1,8 +1,10 @@
 """Each latent gets the word whose text embedding is nearest to its decoder column."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from dncbm.concepts.sae import SAE, load_sae, sae_path
+from dncbm.concepts.strengths import check_is_of_sae
 from dncbm.concepts.vocabulary import VOCABULARY, Vocabulary, load_vocabulary, read_words, save_vocabulary_embeddings
+from dncbm.features.encoders import check_same_encoder
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder, SAERun
-from dncbm.runs.errors import UserError
+from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import Outcome, check_chain, making
 from dncbm.runs.results import write_csv
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import values
 
 
@@ -59,18 +63,24 @@ def _directions(dictionary: torch.Tensor) -> torch.Tensor:
 def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overwrite: bool = False) -> Outcome:
     """Stage 4: name the latents of an SAE, in `concept_names.csv` (index,name,similarity).
 
-    Missing word embeddings are made first.
+    Missing word embeddings are made first. Names that the authors' code wrote are used unchanged.
 
-    Raises UserError if the SAE or the vocabulary is missing, or the vocabulary was embedded by another encoder; StaleArtifact
-    if names from another SAE or vocabulary exist.
+    Raises UserError if the SAE or the vocabulary is missing, the vocabulary was embedded by another encoder or by other
+    weights than the SAE's features, or given names do not fit the SAE; StaleArtifact if names from another SAE or vocabulary
+    exist.
     """
     artifacts = Artifacts(settings)
     checkpoint = sae_path(settings, run)
+    if artifacts.concept_names_in_use(run) == artifacts.published_names(run):
+        _check_given(settings, run)
+        print(f"using the published names: {artifacts.published_names(run)}")
+        return Outcome.PROVIDED
     read_words(settings)  # a missing vocabulary is named with its config key, before anything is made
     if not artifacts.embeddings_in_use(run.encoder).is_file():
         save_vocabulary_embeddings(settings, NamedEncoder(run.encoder), device=device)
     target, recipe = artifacts.concept_names(run), {"vocabulary": settings.vocabulary}
     embeddings = artifacts.embeddings_in_use(run.encoder)
+    check_same_encoder(checkpoint, embeddings)
     inputs = {"SAE": checkpoint, "words": artifacts.words(), "word embeddings": embeddings}
     with making(target, NAMES.name, recipe, inputs, overwrite=overwrite, run=values(run)) as work:
         if work.needed:
@@ -80,7 +90,17 @@ def assign_names(settings: Settings, run: SAERun, *, device: str = "auto", overw
             mean = sum(name.similarity for name in names) / len(names)
             said = f"{len(names)} latents, {distinct} distinct names, mean similarity {mean:.3f}"
             work.done([target], said, latents=len(names), distinct_names=distinct, mean_similarity=mean)
+    if work.outcome is Outcome.PROVIDED:
+        _check_given(settings, run)
     return work.outcome
+
+
+def _check_given(settings: Settings, run: SAERun) -> None:
+    """Check names that were not given by `assign_names`. Raises UserError if they are not one for each latent."""
+    names, n_latents = read_names(settings, run), len(load_sae(settings, run).dictionary)
+    if len(names) != n_latents:
+        path = Artifacts(settings).concept_names_in_use(run)
+        raise UserError(f"{path} names {len(names)} latents, but the SAE has {n_latents}: they do not belong together")
 
 
 def write_names(path: Path, names: list[ConceptName]) -> None:
@@ -90,21 +110,56 @@ def write_names(path: Path, names: list[ConceptName]) -> None:
 
 
 def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:
-    """The names of a run's latents, in order. The authors' files (no header, no similarity) can be read too.
+    """The names of a run's latents, in the order of the latents, whatever the order of the rows.
 
-    Raises UserError if the file is missing, or a row is malformed; StaleArtifact if the SAE or the vocabulary has changed
-    since.
+    The authors' files can be read too: `index,name` without a header, quotes or similarities.
+
+    Raises UserError if the file is missing or not UTF-8, a row is malformed, or a latent has no name or two; StaleArtifact if
+    the SAE or the vocabulary has changed since.
     """
-    path = Artifacts(settings).concept_names(run)
+    path = Artifacts(settings).concept_names_in_use(run)
     if not path.is_file():
         raise NAMES.missing("the names", path, "with the SAE's flags")
     check_chain(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row and row[0] != "index"]
+    check_is_of_sae(settings, run, path)
     try:
-        return [ConceptName(int(row[0]), row[1], float(row[2]) if len(row) > 2 else float("nan")) for row in rows]
-    except (IndexError, ValueError) as error:
-        raise UserError(f"{path} is not a CSV of index,name,similarity: {error}") from error
+        names = _parse(path.read_text(encoding="utf-8-sig"))
+        if not names:
+            raise ValueError("it names no latent")
+        times = Counter(name.index for name in names)
+        if (twice := next((index for index, n in times.items() if n > 1), None)) is not None:
+            raise ValueError(f"it names latent {twice} twice")
+        if (missing := next((index for index in range(len(names)) if index not in times), None)) is not None:
+            raise ValueError(f"it has {len(names)} rows, but none for latent {missing}")
+        return sorted(names, key=lambda name: name.index)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the names {path} are not UTF-8: save them as UTF-8") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read the names {path}, a CSV of index,name,similarity: {first_line(error)}") from error
+
+
+def _parse(text: str) -> list[ConceptName]:
+    first = text.partition(",")[0]
+    if not text or first.strip().isdigit():
+        return [_row_without_header(line.rstrip("\r")) for line in text.split("\n") if line.strip()]
+    names: list[ConceptName] = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        if row.get("index") is None or row.get("name") is None:  # the columns may stand in any order
+            raise ValueError(f"line {len(names) + 2} lacks an index or a name")
+        names.append(ConceptName(int(row["index"]), row["name"], float(row.get("similarity") or "nan")))
+    return names
+
+
+def _row_without_header(line: str) -> ConceptName:
+    """A row of the authors' files. They write no quotes and no similarity: all after the first comma is the name."""
+    fields = next(csv.reader([line]))
+    with suppress(ValueError):
+        if len(fields) == 3:  # ours, without its header
+            return ConceptName(int(fields[0]), fields[1], float(fields[2]))
+    index, comma, name = line.partition(",")
+    if not comma or not name.strip():
+        raise ValueError(f"{line[:80]!r} has no name")
+    return ConceptName(int(index), name, float("nan"))
 
 
 def concept_labels(names: Sequence[ConceptName]) -> list[str]:
@@ -126,18 +181,16 @@ def name_similarities(settings: Settings, run: SAERun, names: Sequence[ConceptNa
     try:
         words = torch.tensor([place[name.name] for name in names])
     except KeyError as error:
-        path = Artifacts(settings).concept_names(run)
+        path = Artifacts(settings).concept_names_in_use(run)
         raise UserError(f"{path} has the name {error}, which is not in {Artifacts(settings).words()}") from error
     directions = _directions(load_sae(settings, run).dictionary)
     return (directions * vocabulary.embeddings[words]).sum(dim=1).double().numpy()
 
 
-NAMES = Stage(
-    name="names",
-    script="04_assign_names.py",
-    summary="Name each latent of the sparse autoencoder after its nearest word.",
+NAMES = commands.NAMES.stage(
     function=assign_names,
-    takes=(SAERun,),
     inputs=(SAE, VOCABULARY),
-    outputs=lambda artifacts, run: [artifacts.concept_names(run)],
+    outputs=lambda artifacts, run: [artifacts.concept_names_in_use(run)],
+    needs=(SAE,),
+    makes="the names",
 )

@@ -1,20 +1,33 @@
 """The SAE stage: train a sparse autoencoder on features, or load one, trained here or published."""
 
+import logging
+import math
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dncbm.features.stage import SAE_FEATURES, open_features
+from dncbm.features.store import FeatureStore
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, making
+from dncbm.runs.manifests import Outcome, check_chain, making, read_manifest
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
-from dncbm.runs.tracking import NO_TRACKING, tracker
-from sparse_autoencoder import SparseAutoencoder, load_checkpoint, save_checkpoint, train
+from dncbm.runs.tracking import NO_TRACKING, Log, tracker
+from sparse_autoencoder import CheckpointError, SparseAutoencoder, load_checkpoint, save_checkpoint, train
+from sparse_autoencoder.data import is_constant
 from sparse_autoencoder.declare import identity, values
+from sparse_autoencoder.trainer import TrainingResult
+
+SAE_SPLITS = ("train_val", "train")
+"""The splits that an SAE is measured on, the held-out one first."""
 
 
 def train_sae(
@@ -22,15 +35,21 @@ def train_sae(
 ) -> Outcome:
     """Stage 2: train an SAE on the features of `run.dataset` (METHOD section 2).
 
-    An interrupted run resumes from its last saved state. A published checkpoint (`.pt`) at the run's path is used unchanged.
+    An interrupted run resumes from its last saved state. SIGTERM and Ctrl-C save it at once. With `overwrite`, a state that
+    cannot be used counts as absent. A published checkpoint (`.pt`) at the run's path is checked and used unchanged.
 
-    Raises UserError if the features are missing, or more active latents are asked for than the SAE has; StaleArtifact if an
-    SAE from other features or settings exists; sparse_autoencoder.NonFiniteError if the features or the loss are NaN or
-    infinite.
+    Raises:
+        UserError: the features are missing or all the same, a published checkpoint does not fit, more active latents are asked
+            for than the SAE has, or the machine has too little memory.
+        StaleArtifact: an SAE from other features or settings exists.
+        CheckpointError: the saved state cannot be used.
+        NonFiniteError: the features or the loss are NaN or infinite.
+        KeyboardInterrupt: Ctrl-C stopped the training, which is saved.
     """
     artifacts = Artifacts(settings)
     target, state, published = artifacts.sae(run), artifacts.sae_state(run), artifacts.published_sae(run)
     if artifacts.sae_in_use(run) == published:
+        _check_published(settings, run, published)
         print(f"using the published checkpoint: {published}")
         return Outcome.PROVIDED
     data, validation = (open_features(settings, run.dataset, run.encoder, run.hook, split) for split in ("train", "train_val"))
@@ -40,20 +59,25 @@ def train_sae(
     except ValueError as error:
         raise UserError(f"{error} ({data.width} features x --expansion_factor {run.expansion_factor})") from error
 
-    def remove() -> None:
-        for path in artifacts.sae_files(run):
-            path.unlink()
-
     inputs = {"train features": data.folder, "train_val features": validation.folder}
     recipe = identity(run)
-    with making(target, SAE.name, recipe, inputs, overwrite=overwrite, run=values(run), remove=remove) as work:
+    files = partial(artifacts.sae_files, run)
+    with making(target, SAE.name, recipe, inputs, overwrite=overwrite, run=values(run), files=files, scratch=[state]) as work:
         if not work.needed:
             return work.outcome
-        model = SparseAutoencoder(
-            data.width, n_latents, sparsity=run.sparsity, input_transform=run.input_transform, seed=run.training.seed
-        )
-        with tracker(tracking, "sae", run.config_name) as log:
-            result = train(
+        if is_constant(data):
+            raise UserError(
+                f"the features {data.folder} are the same for all {len(data)} images, so that an SAE has nothing to learn: "
+                f"check the images of --sae_dataset {run.dataset}"
+            )
+        torch_device = resolve_device(device)
+        _check_memory(run, data, torch_device)
+
+        def fit(log: Log | None) -> tuple[SparseAutoencoder, TrainingResult]:
+            model = SparseAutoencoder(
+                data.width, n_latents, sparsity=run.sparsity, input_transform=run.input_transform, seed=run.training.seed
+            )
+            return model, train(
                 model,
                 data,
                 run.training,
@@ -63,18 +87,55 @@ def train_sae(
                 log=log,
                 log_path=artifacts.sae_log(run),
                 figure_path=artifacts.sae_figure(run),
-                device=str(resolve_device(device)),
+                device=torch_device,
             )
+
+        config = values(run) | {"n_inputs": data.width, "n_latents": n_latents, "train_items": len(data)}
+        group = f"{run.dataset} {run.encoder} {run.hook}"
+        with _memory_errors(run), tracker(tracking, "sae", run.config_name, config=config, group=group) as log:
+            try:
+                model, result = fit(log)
+            except CheckpointError as error:
+                if not overwrite:
+                    raise
+                logging.getLogger(__name__).warning(f"{error}; --overwrite starts from scratch")
+                state.unlink()
+                model, result = fit(log)
         if result.stopped_early:
-            print(f"stopped after {result.steps} steps; the same command resumes from {state}")
+            print(f"stopped after {result.steps} steps: the same command resumes from {state}")
+            if result.stopped_by is signal.SIGINT:
+                raise KeyboardInterrupt  # what comes after this stage must not run either
             return Outcome.STOPPED
         save_checkpoint(model, target)
-        found = result.metrics
-        said = f"SAE with L0 {found['l0']:.2f}, explained variance {found['explained_variance']:.3f}, "
-        said += f"{found['dead_fraction']:.1%} dead latents"
-        work.done([target], said, metrics=found, steps=result.steps, device=device)
-    state.unlink(missing_ok=True)
+        assert result.validation is not None
+        found = dict(zip(SAE_SPLITS, (result.validation, result.metrics), strict=True))
+        said = "; ".join(f"on {split}: {describe_metrics(metrics)}" for split, metrics in found.items())
+        work.done([target], f"SAE {said}", metrics=_jsonable(found), steps=result.steps, device=str(torch_device))
     return work.outcome
+
+
+def describe_metrics(metrics: Mapping[str, float | None], digits: int = 3) -> str:
+    """The figures of an SAE on a split, for people."""
+    explained = metrics["explained_variance"]
+    shown = "undefined" if explained is None or math.isnan(explained) else f"{explained:.{digits}f}"
+    return f"L0 {metrics['l0']:.{digits - 1}f}, explained variance {shown}, {metrics['dead_fraction']:.1%} of latents dead"
+
+
+def _jsonable(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Metrics of the splits; what is undefined is null, since JSON has no NaN."""
+    return {split: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for split, metrics in found.items()}
+
+
+def sae_metrics(settings: Settings, run: SAERun) -> dict[str, dict[str, float | None]]:
+    """Split -> metrics of a trained SAE (`sparse_autoencoder.evaluate`), train_val first.
+
+    Raises UserError if the SAE is missing, or was not measured when it was trained (a published one).
+    """
+    path = sae_path(settings, run)
+    found = read_manifest(path)["details"].get("metrics", {})
+    if set(found) != set(SAE_SPLITS):
+        raise UserError(f"{path} was not measured on {' and '.join(SAE_SPLITS)}: train it again, {SAE.command('--overwrite')}")
+    return {split: found[split] for split in SAE_SPLITS}
 
 
 def sae_path(settings: Settings, run: SAERun) -> Path:
@@ -91,18 +152,85 @@ def sae_path(settings: Settings, run: SAERun) -> Path:
 
 
 def load_sae(settings: Settings, run: SAERun, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """The SAE of a run. Raises UserError if it is missing, sparse_autoencoder.CheckpointError if the file is malformed."""
-    return load_checkpoint(sae_path(settings, run), device=str(device)).eval().requires_grad_(False)
+    """The SAE of a run.
+
+    Raises UserError if it is missing or malformed; StaleArtifact if it, or what it was made from, has changed since.
+    """
+    path = sae_path(settings, run)
+    check_chain(path)
+    return _load(settings, run, path).to(device).eval().requires_grad_(False)
 
 
-SAE = Stage(
-    name="sae",
-    script="02_train_sae_img.py",
-    summary="Train the sparse autoencoder.",
+def _load(settings: Settings, run: SAERun, path: Path) -> SparseAutoencoder:
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        if path == Artifacts(settings).published_sae(run):
+            raise UserError(f"{error}: put the published file there again, or remove it") from error
+        raise UserError(f"{error}: make it again, {SAE.command('--overwrite')} with the same flags") from error
+
+
+def _check_published(settings: Settings, run: SAERun, path: Path) -> None:
+    """Raises UserError if a published checkpoint is none, or does not fit the run."""
+    model = _load(settings, run, path)
+    where = f"{path} has {model.n_latents} latents of {model.n_inputs} features"
+    try:
+        data = open_features(settings, run.dataset, run.encoder, run.hook, "train")
+    except UserError:  # the checkpoint may be there before the features
+        data = None
+    if data is not None and data.width != model.n_inputs:
+        raise UserError(
+            f"{where}, but the features of {run.encoder} are {data.width} numbers: put the checkpoint of this encoder there, "
+            "or remove it"
+        )
+    if model.n_latents != model.n_inputs * run.expansion_factor:
+        raise UserError(f"{where}, which is not --expansion_factor {run.expansion_factor}: put it where its flags belong")
+
+
+def _check_memory(run: SAERun, data: FeatureStore, device: torch.device) -> None:
+    """Raises UserError if training needs more memory than the device has at all."""
+    width, n_latents = data.width, data.width * run.expansion_factor
+    parameters = 2 * n_latents * width * 4
+    # Weights, gradients and Adam's two moments; and a batch's pre-activations and latents, with their gradients.
+    needed = 4 * parameters + 4 * min(run.training.batch_size, len(data)) * n_latents * 4
+    if (memory := _memory_of(device)) is not None and needed > memory:
+        raise UserError(
+            f"training an SAE of {width} x {n_latents} in batches of {run.training.batch_size} takes about "
+            f"{needed / 1e9:,.0f} GB, and {device} has {memory / 1e9:,.0f} GB: lower --expansion_factor or --train_sae_bs"
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of a device's memory, if the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):
+        return None
+    with suppress(OSError, ValueError):  # what a container or a cluster's job may use
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
+
+
+@contextmanager
+def _memory_errors(run: SAERun) -> Iterator[None]:
+    """An allocation that fails becomes a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory while training an SAE of --expansion_factor {run.expansion_factor} in batches of --train_sae_bs "
+            f"{run.training.batch_size}: lower one of them; the same command resumes"
+        ) from error
+
+
+SAE = commands.SAE.stage(
     function=train_sae,
-    takes=(SAERun, Tracking),
-    trains=(SAERun,),
     inputs=(SAE_FEATURES,),
     outputs=lambda artifacts, run, *_: [artifacts.sae_in_use(run)],
     made=Artifacts.saes,
+    makes="SAE",
 )

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dncbm.concepts.sae import SAE, load_sae, sae_path
+from dncbm.features.encoders import check_same_encoder
 from dncbm.features.stage import PROBE_FEATURES, open_features
 from dncbm.features.store import FeatureStore
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts, shard_keys, strengths_part
 from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path
+from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.manifests import Outcome, check_chain, fingerprint, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
 from sparse_autoencoder import SparseAutoencoder
 from sparse_autoencoder.declare import values
 from sparse_autoencoder.files import whole_file
@@ -60,6 +61,7 @@ def save_concept_strengths(
         store = open_features(settings, dataset, run.encoder, run.hook, split)
         folder = artifacts.strengths(run, dataset, split)
         inputs = {"SAE": sae_path(settings, run), f"{split} features": store.folder}
+        check_same_encoder(inputs["SAE"], store.folder)
         shown = values(run) | values(images) | values(Splits(split))
         with making(folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown) as work:
             if not work.needed:
@@ -87,12 +89,24 @@ def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, titl
     with tqdm(desc=title, total=len(store), unit="image") as bar:
         for shard, path in enumerate(store.paths):
             part = strengths_part(folder, path)
-            if not part.is_file():
+            if not _is_whole(part, sae.n_latents, len(np.load(path, mmap_mode="r"))):
                 batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
                 _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
             bar.update(len(np.load(path, mmap_mode="r")))
     n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
     return {"images": len(store), "l0": n_active / len(store)}
+
+
+def _is_whole(path: Path, n_latents: int, n_images: int) -> bool:
+    """Whether an interrupted run has left a part that can be kept."""
+    if not path.is_file():
+        return False
+    try:
+        part = map_part(path)
+        check_part(part)
+    except (UserError, ValueError):
+        return False
+    return part["shape"].tolist() == [n_images, n_latents]
 
 
 @torch.inference_mode()
@@ -121,13 +135,42 @@ def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any])
 def map_part(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a part as memory maps: an uncompressed .npz holds each array as a whole .npy file.
 
-    Raises UserError if the file is damaged or was not written by `_write_part`.
+    Raises UserError if the file is damaged or was not written by `_write_part`. What the arrays hold is not looked at.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            return {one.filename.removesuffix(".npy"): _map_member(path, file, one) for one in archive.filelist}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}; run {STRENGTHS.command('--overwrite')}") from error
+            part = {one.filename.removesuffix(".npy"): _map_member(path, file, one) for one in archive.filelist}
+        for name, kinds in (("data", "f"), ("indices", "i"), ("indptr", "i"), ("keys", "i"), ("shape", "iu")):
+            if part[name].ndim != 1 or part[name].dtype.kind not in kinds:
+                raise ValueError(f"{name} are {part[name].dtype} of the shape {part[name].shape}")
+        if len(part["shape"]) != 2 or part["shape"].min() < 0:
+            raise ValueError(f"the shape of the matrix is {part['shape'].tolist()}")
+        return part
+    except Exception as error:  # a damaged file can raise anything
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"cannot read the concept strengths {path}: {what}; run {STRENGTHS.command('--overwrite')}") from error
+
+
+def check_part(part: dict[str, NDArray[Any]]) -> None:
+    """Check that the arrays of a part are a CSR matrix of concept strengths with one key per row.
+
+    Compiled code reads them without looking. Raises ValueError, which says what is wrong.
+    """
+    data, indices, indptr, keys = (part[name] for name in ("data", "indices", "indptr", "keys"))
+    rows, columns = part["shape"].tolist()
+    if len(indptr) != rows + 1 or len(keys) != rows or len(data) != len(indices):
+        raise ValueError(
+            f"{rows} rows have {len(indptr)} row pointers and {len(keys)} keys; there are {len(data)} values and "
+            f"{len(indices)} columns"
+        )
+    if indptr[0] != 0 or indptr[-1] != len(data) or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"the row pointers do not rise from 0 to the number of entries, {len(data)}")
+    if len(indices) and not 0 <= indices.min() <= indices.max() < columns:
+        raise ValueError(f"there are {columns} latents, and entries of the latents {indices.min()} to {indices.max()}")
+    if len(data) and not 0 <= data.min() <= data.max() < np.inf:  # false of NaN too
+        raise ValueError(f"strengths are finite and not negative, but these lie from {data.min()} to {data.max()}")
+    if len(keys) and keys.min() < 0:
+        raise ValueError(f"the key {keys.min()} is no index of an image")
 
 
 def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[Any]:
@@ -140,6 +183,8 @@ def _map_member(path: Path, file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds objects")
     if 0 in shape:  # nothing can be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape)
@@ -156,23 +201,54 @@ def finished_strengths(settings: Settings, run: SAERun, dataset: str, split: str
             "the concept strengths", folder, "--probe_dataset", dataset, "--probe_split", split, "with the SAE's flags"
         )
     check_chain(folder)
+    check_is_of_sae(settings, run, folder)
     return folder
+
+
+def check_is_of_sae(settings: Settings, run: SAERun, artifact: Path) -> None:
+    """Check that names or strengths are of the SAE in use: a published one and one trained here may lie side by side.
+
+    Raises StaleArtifact if they are of the other.
+    """
+    sae = Artifacts(settings).sae_in_use(run)
+    if not manifest_path(artifact).is_file() or not sae.is_file():
+        return
+    made = read_manifest(artifact)
+    if made["inputs"].get("SAE", "") not in ("", fingerprint(sae)):
+        stage = made["stage"]
+        raise StaleArtifact(
+            f"{artifact} is out of date: it was not made from the SAE in use, {sae}; make it again with `python "
+            f"scripts/run_pipeline.py --from {stage} --to {stage} --overwrite` and the same flags",
+            ["SAE has changed"],
+        )
 
 
 def strengths_width(folder: Path) -> int:
     """F of finished strengths, read from their first part. Raises UserError if it is damaged."""
-    return int(map_part(min(folder.glob(PARTS)))["shape"][1])
+    return int(map_part(_parts(folder)[0])["shape"][1])
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The parts of finished strengths in order. Raises UserError if there are none."""
+    parts = sorted(folder.glob(PARTS))
+    if not parts:
+        raise UserError(f"the concept strengths {folder} have no parts: run {STRENGTHS.command('--overwrite')}")
+    return parts
 
 
 def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split: str) -> ConceptStrengths:
     """The concept strengths of a split. Raises as `finished_strengths`, and UserError if a part is damaged."""
     folder = finished_strengths(settings, run, dataset, split)
-    parts = [map_part(path) for path in sorted(folder.glob(PARTS))]
-    try:
-        return merge_parts(parts)
-    except (KeyError, ValueError) as error:
-        again = STRENGTHS.command("--overwrite")
-        raise UserError(f"the parts in {folder} do not fit together: {error}; run {again}") from error
+    parts = {path: map_part(path) for path in _parts(folder)}
+    width = next(iter(parts.values()))["shape"][1]
+    for path, part in parts.items():
+        try:
+            check_part(part)
+            if part["shape"][1] != width:
+                raise ValueError(f"it has {part['shape'][1]} latents, and the first part {width}")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}; run {STRENGTHS.command('--overwrite')}") from error
+    return merge_parts(list(parts.values()))
 
 
 def merge_parts(parts: list[dict[str, NDArray[Any]]]) -> ConceptStrengths:
@@ -196,12 +272,9 @@ def merge_parts(parts: list[dict[str, NDArray[Any]]]) -> ConceptStrengths:
     return ConceptStrengths(scipy.sparse.csr_matrix((data, indices, indptr), shape=shape), keys)
 
 
-STRENGTHS = Stage(
-    name="strengths",
-    script="06_save_concept_strengths.py",
-    summary="Compute the concept strengths of the images that the probe classifies.",
+STRENGTHS = commands.STRENGTHS.stage(
     function=save_concept_strengths,
-    takes=(SAERun, ProbeDataset, Splits),
     inputs=(SAE, PROBE_FEATURES),
     outputs=lambda artifacts, run, images, splits: [artifacts.strengths(run, images.dataset, split) for split in splits.names],
+    makes="the concept strengths",
 )

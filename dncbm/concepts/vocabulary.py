@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dncbm.features.encoders import describe_encoder, load_encoder
+from dncbm.features.encoders import describe_encoder, load_encoder, why_unreadable
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import Outcome, check_chain, making
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import values
 from sparse_autoencoder.files import whole_file
 
@@ -33,16 +33,23 @@ class Vocabulary:
 def read_words(settings: Settings) -> list[str]:
     """The words of the vocabulary in use, in the order of its file: one per line, blank lines skipped.
 
-    Raises UserError if the file is missing, empty or not UTF-8.
+    A byte order mark is no part of the first word. Raises UserError if the file is missing, empty or not UTF-8.
     """
     path = Artifacts(settings).words()
     try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"the vocabulary {path} is not UTF-8 (line {line} has the byte 0x{error.object[error.start]:02x}): save it as "
+            "UTF-8, for example with `iconv -f LATIN1 -t UTF-8`"
+        ) from error
+    except OSError as error:
         raise UserError(
             f"cannot read the vocabulary {path} ({type(error).__name__}): `vocab_dir` and `vocabulary` in {settings.path} "
             "name it; it must be a UTF-8 text file with one word per line"
         ) from error
+    words = [line.strip() for line in text.splitlines() if line.strip()]
     if not words:
         raise UserError(f"the vocabulary {path} has no words: write one word per line")
     return words
@@ -61,9 +68,10 @@ def save_vocabulary_embeddings(
     artifacts = Artifacts(settings)
     target, published = artifacts.embeddings(encoder.encoder), artifacts.published_embeddings(encoder.encoder)
     if published.is_file():
+        load_vocabulary(settings, encoder.encoder)  # what cannot be used is refused here, and not by the next stage
         print(f"using the published embeddings: {published}")
         return Outcome.PROVIDED
-    words, recipe = read_words(settings), describe_encoder(settings, encoder.encoder)
+    words, recipe = read_words(settings), describe_encoder(settings, encoder.encoder, [target])
     inputs = {"words": artifacts.words()}
     with making(target, VOCABULARY.name, recipe, inputs, overwrite=overwrite, run=values(encoder)) as work:
         if work.needed:
@@ -76,6 +84,8 @@ def save_vocabulary_embeddings(
             with whole_file(target) as temporary:
                 np.save(temporary, torch.cat(embeddings).numpy())
             work.done([target], f"embeddings of {len(words)} words", words=len(words), device=str(loaded.device))
+    if work.outcome is Outcome.PROVIDED:
+        load_vocabulary(settings, encoder.encoder)
     return work.outcome
 
 
@@ -91,25 +101,28 @@ def load_vocabulary(settings: Settings, encoder: str) -> Vocabulary:
     if not path.is_file():
         raise VOCABULARY.missing("the embeddings", path, "--img_enc_name", encoder)
     check_chain(path)
+    ours = path == artifacts.embeddings(encoder)
+    do = f"run {VOCABULARY.command('--img_enc_name', encoder, '--overwrite')}" if ours else "remove the file"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pth" else np.load(path)
-        embeddings = torch.as_tensor(found).float()
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the embeddings {path} do not load as one tensor: {reason}; remove the file") from error
+        found = np.load(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
+        embeddings = torch.as_tensor(found)
+        if not embeddings.is_floating_point():
+            raise TypeError(f"it holds {embeddings.dtype}")
+        embeddings = embeddings.float()
+    except Exception as error:  # a damaged or foreign file can raise anything
+        raise UserError(f"the embeddings {path} do not load as one tensor: {why_unreadable(error)}; {do}") from error
     if embeddings.ndim != 2 or len(embeddings) != len(words):
         raise UserError(
             f"the embeddings {path} have the shape {tuple(embeddings.shape)}, but {artifacts.words()} has {len(words)} "
             "words: they belong to different vocabularies; remove one of the two files"
         )
+    if not embeddings.isfinite().all():
+        raise UserError(f"the embeddings {path} hold NaN or infinity: {do}")
     return Vocabulary(words, torch.nn.functional.normalize(embeddings, dim=-1))
 
 
-VOCABULARY = Stage(
-    name="vocabulary",
-    script="03_save_vocab_embeddings.py",
-    summary="Embed the words that may name a latent.",
+VOCABULARY = commands.VOCABULARY.stage(
     function=save_vocabulary_embeddings,
-    takes=(NamedEncoder,),
     outputs=lambda artifacts, encoder: [artifacts.embeddings_in_use(encoder.encoder)],
+    makes="the word embeddings",
 )

@@ -1,10 +1,13 @@
 """Encoding images: worker processes decode them, batches are encoded, and features are written shard by shard."""
 
+import hashlib
 import json
+import re
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from dncbm.features.datasets import ImageShards, reason_of
+from dncbm.features.datasets import DAMAGED, Encoded, ImageShards, counted, open_image, reason_of, to_rgb
 from dncbm.features.encoders import Encoder
 from dncbm.runs.artifacts import shard_files
 from dncbm.runs.declarations import Extraction
+from dncbm.runs.devices import default_cores
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import write_json
 from dncbm.runs.ranks import ALONE, Ranks
@@ -38,6 +42,8 @@ class _Piece:
     keys: list[Any]
     record: dict[str, Any] | None
     """With the last piece of a shard: the contents of its JSON file."""
+    n_bytes: int = 0
+    """Bytes of the images in the tar or folder, with what a tar adds to each."""
 
     def pin_memory(self) -> "_Piece":
         """A copy in pinned memory. The DataLoader calls this in a thread of its own if there is a GPU."""
@@ -84,8 +90,8 @@ class _Buffers:
 class _Reader(IterableDataset[_Piece]):
     """Decodes and preprocesses the images of some shards. With n workers, each reads every n-th shard."""
 
-    def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int) -> None:
-        self.shards, self.pending, self.batch_size = shards, pending, batch_size
+    def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int, background: str) -> None:
+        self.shards, self.pending, self.batch_size, self.background = shards, pending, batch_size, background
         self.preprocess = encoder.preprocess
 
     def __iter__(self) -> Iterator[_Piece]:
@@ -97,29 +103,72 @@ class _Reader(IterableDataset[_Piece]):
 
     def _read(self, shard: int, buffers: _Buffers) -> Iterator[_Piece]:
         keys: list[Any] = []
-        n_images = 0
+        n_images = n_bytes = n_transparent = 0
         bad: Counter[str] = Counter()
         bad_keys: list[Any] = []
-        for key, decode in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
-            try:
-                image = self.preprocess(decode())
-            except Exception as error:  # a broken file can make a decoder raise anything
-                bad[reason_of(error)] += 1
-                bad_keys.append(key)
-                continue
-            buffers.add(image)
+        warned: Counter[str] = Counter()
+        content = _Content()
+        for key, load in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
+            with warnings.catch_warnings(record=True) as caught:  # PIL's would tear the progress bar
+                warnings.simplefilter("always")
+                try:
+                    encoded = content.add(key, load)
+                    n_bytes += _size_in_tar(encoded)
+                    image, is_transparent = to_rgb(open_image(encoded), self.background)
+                    pixels = self.preprocess(image)
+                except Exception as error:  # a broken file can make a decoder raise anything
+                    bad[reason_of(error)] += 1
+                    bad_keys.append(key)
+                    continue
+                finally:
+                    warned.update({_kind(warning.message) for warning in caught if issubclass(warning.category, WARNINGS)})
+            buffers.add(pixels)
             keys.append(key)
             n_images += 1
+            n_transparent += is_transparent
             if len(keys) == self.batch_size:
-                yield _Piece(shard, *buffers.take(), keys, None)
-                keys = []
+                yield _Piece(shard, *buffers.take(), keys, None, n_bytes)
+                keys, n_bytes = [], 0
         if bad.total() > len(bad_keys):
             bad_keys.append(None)
         record = {
             "source": self.shards.name(shard), "shards": len(self.shards), "state": self.shards.state(shard, bad_keys),
-            "bad": dict(bad), "bad_keys": bad_keys, "images": n_images,
+            "content": content.hash(), "images": n_images, "transparent": n_transparent, "bad": dict(bad),
+            "bad_keys": bad_keys, "warnings": dict(warned),
         }  # fmt: skip
-        yield _Piece(shard, *buffers.take(), keys, record)
+        yield _Piece(shard, *buffers.take(), keys, record, n_bytes)
+
+
+WARNINGS = (UserWarning, RuntimeWarning)
+"""What warns of an image. Others warn of code."""
+
+
+def _kind(message: Warning | str) -> str:
+    """A warning without its numbers, which differ from image to image."""
+    return re.sub(r"\d+", "N", " ".join(str(message).split()))[:100]
+
+
+def _size_in_tar(encoded: Encoded) -> int:
+    return len(encoded) + 1024 if isinstance(encoded, bytes) else 0  # a header, and on average half a block twice
+
+
+class _Content:
+    """Hash of the encoded images of a shard."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def add(self, key: Any, load: Callable[[], Encoded]) -> Encoded:
+        """What `load` returns; raises what it raises. Pixels that were never encoded are part of the fingerprint already."""
+        self.digest.update(ascii(key).encode())
+        encoded = load()
+        if isinstance(encoded, bytes):
+            self.digest.update(f" {len(encoded)} ".encode())
+            self.digest.update(encoded)
+        return encoded
+
+    def hash(self) -> str:
+        return self.digest.hexdigest()
 
 
 def encode_shards(
@@ -129,7 +178,8 @@ def encode_shards(
 
     A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes. `title` labels
     the progress bar; `ranks` are the processes that share the shards. Returns details for the manifest: `images` (the number
-    encoded), `bad` (reason -> number), device, precision, batch size.
+    encoded), `transparent` (how many of them have transparent pixels), `bad` (reason -> number), `warnings` (kind -> number of
+    images that PIL warned of), device, precision, batch size.
 
     Raises UserError if the encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
     """
@@ -138,7 +188,7 @@ def encode_shards(
     batch_size = extraction.batch_size or (256 if on_gpu else 32)
     pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
     mine = ranks.share_of(pending)
-    reader = _Reader(shards, mine, encoder, batch_size)
+    reader = _Reader(shards, mine, encoder, batch_size, extraction.background)
     n_workers = min(extraction.num_workers, len(mine))
     loader = DataLoader(reader, batch_size=None, num_workers=n_workers, pin_memory=on_gpu)
     progress = _Progress(shards, folder, pending, title, ranks)
@@ -158,13 +208,13 @@ def encode_shards(
                 keys[piece.shard] += piece.keys
                 if len(in_flight) > 2:  # enough for a GPU to encode while it copies; more would fill memory
                     in_flight.popleft()()
-                progress.bar.update(len(piece.keys))
+                progress.read(piece)
             if piece.record:
                 if written:
                     written.result()
                 shard = piece.shard, features.pop(piece.shard, []), keys.pop(piece.shard, []), piece.record
                 written = writer.submit(_write_shard, folder, *shard)
-                progress.finished(piece.record)
+                progress.finished(piece.shard, piece.record)
         if written:
             written.result()
     ranks.wait()
@@ -202,18 +252,22 @@ def _to_host(features: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 class _Progress:
-    """The progress bar of rank 0. Its total is estimated from finished shards if shards do not know their sizes."""
+    """The progress bar of rank 0. Where shards do not know their sizes, the total is estimated from the bytes read so far."""
 
     def __init__(self, shards: ImageShards, folder: Path, pending: list[int], title: str, ranks: Ranks) -> None:
-        waiting = set(pending)
-        self.sizes = [_size(_record(folder, shard)) for shard in range(len(shards)) if shard not in waiting]
-        counts = [shards.count(shard) for shard in ranks.share_of(pending)]
-        self.n_shards = len(self.sizes) + len(counts)
+        self.shards, waiting = shards, set(pending)
+        done = {shard: _size(_record(folder, shard)) for shard in range(len(shards)) if shard not in waiting}
+        mine = ranks.share_of(pending)
+        counts = [shards.count(shard) for shard in mine]
         self.is_known = None not in counts
+        self.n_done = sum(done.values())
+        self.size_done = 0 if self.is_known else sum(map(shards.size, done))
+        self.size = 0 if self.is_known else self.size_done + sum(map(shards.size, mine))
+        self.n_read = self.n_bytes = 0
         self.bar = tqdm(
             desc=title if ranks.size == 1 else f"{title} (process 1 of {ranks.size})",
-            total=sum(self.sizes) + sum(count or 0 for count in counts) if self.is_known else None,
-            initial=sum(self.sizes),
+            total=self.n_done + sum(count or 0 for count in counts) if self.is_known else None,
+            initial=self.n_done,
             unit="image",
             smoothing=0.05,
             disable=ranks.rank > 0,
@@ -221,14 +275,25 @@ class _Progress:
         self.close = self.bar.close
         self._estimate()
 
-    def finished(self, record: Mapping[str, Any]) -> None:
-        self.sizes.append(_size(record))
-        self.bar.update(sum(record["bad"].values()))
+    def read(self, piece: _Piece) -> None:
+        """Count the images of a piece."""
+        self.n_read += len(piece.keys)
+        self.n_bytes += piece.n_bytes
+        if not self.n_done:
+            self._estimate()
+        self.bar.update(len(piece.keys))
+
+    def finished(self, shard: int, record: Mapping[str, Any]) -> None:
+        """Count the bad images of a shard, and estimate the total anew."""
+        self.n_done += _size(record)
+        self.size_done += 0 if self.is_known else self.shards.size(shard)
         self._estimate()
+        self.bar.update(sum(record["bad"].values()))
 
     def _estimate(self) -> None:
-        if not self.is_known and self.sizes:
-            self.bar.total = round(sum(self.sizes) / len(self.sizes) * self.n_shards)
+        n, size = (self.n_done, self.size_done) if self.n_done else (self.n_read, self.n_bytes)
+        if not self.is_known and size:
+            self.bar.total = max(round(n * self.size / size), self.n_read)
 
 
 @contextmanager
@@ -249,32 +314,77 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[str, Any]:
-    """Count the images of all shards. Raises UserError if too many are bad, or all of them."""
+    """Count the images of all shards. Raises UserError if too many are bad, all of them, or all of a shard of unknown size."""
     records = [_record(folder, shard) for shard in range(len(shards))]
-    bad = sum((Counter(record["bad"]) for record in records), Counter[str]())
+    is_damaged = [DAMAGED in record["bad"] and shards.count(shard) is None for shard, record in enumerate(records)]
+    lost = _estimated_losses(records, is_damaged)
+    bad_in = [Counter(record["bad"]) + Counter({DAMAGED: n}) for record, n in zip(records, lost, strict=True)]
+    bad = sum(bad_in, Counter[str]())
     images, n_bad = sum(record["images"] for record in records), bad.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common())
+    if any(lost):
+        reasons += " (estimated from the other shards)"
     if images == 0:
         others = " and the other shards" if len(shards) > 1 else ""
         raise UserError(f"no image could be read from {shards.name(0)}{others}: {reasons or 'the split is empty'}")
+    for record, damaged in zip(records, is_damaged, strict=True):
+        if damaged and not record["images"]:
+            raise UserError(
+                f"no image could be read from {record['source']}: it is a {DAMAGED}; fetch it again and run the same command, "
+                "which keeps the other shards, or leave it out of the list of shards"
+            )
     if n_bad > max_bad_fraction * (images + n_bad):
-        worst = max(records, key=lambda record: sum(record["bad"].values()))
+        worst = max(range(len(records)), key=lambda shard: bad_in[shard].total())
         raise UserError(
-            f"{n_bad} of {images + n_bad} images are unreadable ({reasons}), more than --max_bad_fraction "
-            f"{max_bad_fraction}, most of them in {worst['source']}; {folder}/*.json list them: fix the data and run the "
+            f"{n_bad} of {counted(images + n_bad, 'image')} are unreadable ({reasons}), more than --max_bad_fraction "
+            f"{max_bad_fraction}, most of them in {shards.name(worst)}; {folder}/*.json list them: fix the data and run the "
             "same command again, which reads only the shards that changed, or allow a larger fraction"
         )
     if n_bad:
-        print(f"skipped {n_bad} unreadable images: {reasons}")
-    return {"images": images, "bad": dict(bad)}
+        print(f"skipped {counted(n_bad, 'unreadable image')}: {reasons}")
+    warned = sum((Counter(record["warnings"]) for record in records), Counter[str]())
+    transparent = sum(record["transparent"] for record in records)
+    return {"images": images, "transparent": transparent, "bad": dict(bad), "warnings": dict(warned)}
+
+
+def _estimated_losses(records: list[dict[str, Any]], is_damaged: list[bool]) -> list[int]:
+    """How many images each shard has lost beyond those that it counts: what a damaged one lacks to the mean of the others."""
+    sizes = [_size(record) for record in records]
+    whole = [size for size, damaged in zip(sizes, is_damaged, strict=True) if not damaged]
+    typical = round(sum(whole) / len(whole)) if whole else max(sizes, default=0)
+    return [max(0, typical - size) if damaged else 0 for size, damaged in zip(sizes, is_damaged, strict=True)]
+
+
+_RECORD = {
+    "source": str, "shards": int, "state": str, "content": str, "images": int, "transparent": int, "bad": dict,
+    "bad_keys": list, "warnings": dict,
+}  # fmt: skip
+"""The keys of a shard's record, and their types."""
 
 
 def _record(folder: Path, shard: int) -> dict[str, Any]:
     path = shard_files(folder, shard)[0]
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: remove it, and run the same command again") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        is_whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in _RECORD.items())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(_damaged_record(path)) from error
+    if not is_whole or not all(isinstance(n, int) for part in ("bad", "warnings") for n in record[part].values()):
+        raise UserError(_damaged_record(path))
+    return record
+
+
+def _damaged_record(path: Path) -> str:
+    return f"{path} is missing or damaged: delete it, or pass --overwrite, and run the same command again"
+
+
+def drop_damaged_records(folder: Path) -> None:
+    """Delete the records of an unfinished extraction that cannot be read, so that their shards are read again."""
+    for path in folder.glob("[0-9]*.json"):
+        try:
+            _record(folder, int(path.stem))
+        except (UserError, ValueError):
+            path.unlink(missing_ok=True)
 
 
 def _size(record: Mapping[str, Any]) -> int:
@@ -284,12 +394,18 @@ def _size(record: Mapping[str, Any]) -> int:
 
 def _is_done(shards: ImageShards, folder: Path, shard: int) -> bool:
     """Whether the features of a shard exist, and its images are still those they were made from."""
-    if not all(path.is_file() for path in shard_files(folder, shard)):
+    _, keys_file, features_file = files = shard_files(folder, shard)
+    if not all(path.is_file() for path in files):
         return False
     record = _record(folder, shard)
     try:
+        if any(len(np.load(path, mmap_mode="r")) != record["images"] for path in (keys_file, features_file)):
+            return False
+    except Exception:  # cut off, or another file, whose header can make numpy raise anything
+        return False
+    try:
         return bool(record["state"] == shards.state(shard, record["bad_keys"]))
-    except (OSError, LookupError):
+    except (OSError, LookupError, TypeError):
         return True  # images that no longer exist have not been fixed
 
 
@@ -301,6 +417,25 @@ def are_from(shards: ImageShards, folder: Path) -> bool:
         and record["shards"] == len(shards)
         for number in (int(path.stem) for path in folder.glob("[0-9]*.json"))
     )
+
+
+def changed_shards(shards: ImageShards, folder: Path) -> list[int]:
+    """The shards whose images are not those that finished features were made from, down to the last byte.
+
+    Reads all images, but decodes none.
+    """
+
+    def has_changed(shard: int) -> bool:
+        content = _Content()
+        for key, load in shards.read(shard, on_bad=lambda _: None):
+            with suppress(Exception):  # counts as bad, as it did before
+                content.add(key, load)
+        return content.hash() != _record(folder, shard)["content"]
+
+    numbers = [number for number in range(len(shards)) if shard_files(folder, number)[0].is_file()]
+    with ThreadPoolExecutor(default_cores()) as pool:
+        changed = tqdm(pool.map(has_changed, numbers), desc="comparing images", total=len(numbers), unit="shard")
+        return [number for number, other in zip(numbers, changed, strict=True) if other]
 
 
 def _write_shard(

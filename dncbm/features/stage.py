@@ -1,6 +1,8 @@
 """The two stages that make features: of the SAE's images, and of the images that a probe classifies."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,16 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dncbm.features.datasets import ImageShards, random_split
-from dncbm.features.datasets.probe import ProbeImages, ProbeShards, probe_images
+from dncbm.features.datasets import ImageShards, counted, least_to_divide, random_split
+from dncbm.features.datasets.probe import HELD_OUT, ProbeImages, ProbeShards, probe_images
 from dncbm.features.datasets.sae import sae_images
 from dncbm.features.encoders import Encoder, describe_encoder, load_encoder
-from dncbm.features.encoding import are_from, encode_shards
+from dncbm.features.encoding import are_from, changed_shards, drop_damaged_records, encode_shards
 from dncbm.features.store import ARRAYS, FeatureStore
-from dncbm.runs.artifacts import Artifacts
+from dncbm.runs import commands
+from dncbm.runs.artifacts import Artifacts, shard_files
 from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.manifests import Outcome, making, read_manifest, write_json
+from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest, text_hash, verifying, write_json
 from dncbm.runs.ranks import Ranks, device_name, joined
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
@@ -39,7 +43,7 @@ def save_sae_features(
     """
     with joined() as ranks:
         sources = ranks.first_makes(partial(sae_images, settings, features.dataset))
-        return _save(SAE_FEATURES, settings, features, sources, extraction, ranks, device, overwrite)
+        return _save(SAE_FEATURES, settings, features, sources, {}, extraction, ranks, device, overwrite)
 
 
 def save_probe_features(
@@ -57,7 +61,9 @@ def save_probe_features(
         sources: dict[str, ImageShards] = {
             split: ProbeShards(images[settings.own_split(dataset, split)], indices[split]) for split in splits.names
         }
-        return _save(PROBE_FEATURES, settings, features, sources, extraction, ranks, device, overwrite)
+        # Labels are read by the features' keys: other labels or another split make features stale, of whatever encoder.
+        labels = {"split": Artifacts(settings).probe_split(dataset)}
+        return _save(PROBE_FEATURES, settings, features, sources, labels, extraction, ranks, device, overwrite)
 
 
 def _probe_split(
@@ -69,11 +75,19 @@ def _probe_split(
     indices = {split: np.arange(len(found.labels)) for split, found in images.items()}
     if "train_val" not in images:
         # 10 % as in DN-CBM's code. The split does not follow --seed: runs of several seeds are compared on the same images.
-        indices |= random_split(len(images["train"].labels), DEFAULT_SEED, {"train_val": 0.1})
+        indices |= random_split(len(images["train"].labels), DEFAULT_SEED, {"train_val": HELD_OUT})
+    if empty := [split for split in SPLITS if not len(indices[split])]:
+        n = counted(len(images["train"].labels), "image")
+        raise UserError(
+            f"no images for {empty[0]}: the train split of {dataset} has {n}, and at least {least_to_divide(HELD_OUT)} are "
+            f"needed to hold a tenth out; probe_datasets[{dataset!r}] in {settings.path} names the folder"
+        )
     split_file = artifacts.probe_split(dataset)
-    hashes = {f"{split} images of {dataset}": found.content_hash for split, found in images.items()}
-    with making(split_file, "probe_split", {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite) as work:
+    hashes = {f"{split} images of {dataset}": _labels_hash(found) for split, found in images.items()}
+    with making(split_file, PROBE_FEATURES.name, {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite) as work:
         if work.needed:
+            for note in dict.fromkeys(note for found in images.values() for note in found.notes):
+                logging.getLogger(__name__).warning(note)
             arrays = {artifacts.labels(dataset, split): found.labels for split, found in images.items()}
             arrays |= {artifacts.split_indices(dataset, split): indices[split] for split in ("train", "train_val")}
             groups = {artifacts.groups(dataset, split): found.groups for split, found in images.items()}
@@ -89,24 +103,39 @@ def _probe_split(
     return images, indices
 
 
+def _labels_hash(images: ProbeImages) -> str:
+    """Hash of what the labels are: which image has which. An image that was replaced or repaired keeps its label."""
+    names = images.image_names
+    if names is None:
+        found = images.content_hash
+    else:
+        lines = (f"{name} {label}" for name, label in zip(names, images.labels.tolist(), strict=True))
+        found = text_hash((*images.class_names, *lines))
+    return found if images.groups is None or names is None else text_hash([found, *map(str, images.groups)])
+
+
 def _save(
-    stage: Stage, settings: Settings, features: Features, sources: Mapping[str, ImageShards], extraction: Extraction,
-    ranks: Ranks, device: str, overwrite: bool,
+    stage: Stage, settings: Settings, features: Features, sources: Mapping[str, ImageShards], labels: Mapping[str, Path],
+    extraction: Extraction, ranks: Ranks, device: str, overwrite: bool,
 ) -> Outcome:  # fmt: skip
-    described = ranks.first_makes(partial(describe_encoder, settings, features.encoder))
+    folders = _folders(Artifacts(settings), features, sources)
+    described = ranks.first_makes(partial(describe_encoder, settings, features.encoder, folders))
     described |= {"hook": features.hook, "precision": extraction.precision or "the device's"}
+    if extraction.background != "none":
+        described["background"] = extraction.background
     outcome = Outcome.ALREADY_DONE
     encoder: Encoder | None = None
+    said: Counter[str] = Counter()
 
     def load() -> Encoder:
         where = resolve_device(device_name(device, ranks))
         return load_encoder(settings, features.encoder, where, extraction.precision)
 
-    for split, shards in sources.items():
-        (folder,) = _folders(Artifacts(settings), features, [split])
+    for folder, (split, shards) in zip(folders, sources.items(), strict=True):
         title = f"{features.dataset} {split}"
+        ranks.first_makes(partial(_compare_parts, shards, folder, title, overwrite))
         make = partial(
-            making, folder, stage.name, described, {f"{split} images of {features.dataset}": shards.fingerprint()},
+            making, folder, stage.name, described, {f"{split} images of {features.dataset}": shards.fingerprint(), **labels},
             overwrite=overwrite, run=values(features) | values(extraction), parts_hold=partial(are_from, shards, folder),
         )  # fmt: skip
         with ranks.first(make) as work:
@@ -118,54 +147,124 @@ def _save(
                 ranks.wait()
                 encoder = encoder or load()
             details = encode_shards(shards, encoder, folder, extraction, title, ranks)
-            work.done(folder.glob(ARRAYS), f"{details['images']} images of {title}", **details)
+            work.done(folder.glob(ARRAYS), f"{counted(details['images'], 'image')} of {title}", **details)
+            said.update(details["warnings"] | {TRANSPARENT: details["transparent"], "": details["images"]})
+    if ranks.rank == 0:
+        _warn_of(said, extraction.background, features.dataset)
     return outcome
+
+
+TRANSPARENT = "transparent"
+
+
+def _compare_parts(shards: ImageShards, folder: Path, title: str, overwrite: bool) -> None:
+    """With --verify, compare the images with those that features were made from; with --overwrite, drop what is damaged.
+
+    Raises StaleArtifact if images of finished features have changed and `overwrite` is off.
+    """
+    if overwrite:
+        drop_damaged_records(folder)
+    changed = changed_shards(shards, folder) if verifying() else []
+    if changed and not overwrite and manifest_path(folder).is_file():
+        more = f" and of {counted(len(changed) - 1, 'other shard')}" if len(changed) > 1 else ""
+        raise StaleArtifact(
+            f"{folder} was made from other images ({title}: images of {shards.name(changed[0])}{more} have changed): pass "
+            "--overwrite to read them again, or move it away",
+            [f"images of {shards.name(shard)} have changed" for shard in changed],
+        )
+    for shard in changed:  # it is read again
+        shard_files(folder, shard)[-1].unlink(missing_ok=True)
+
+
+def _warn_of(said: Counter[str], background: str, dataset: str) -> None:
+    """Say once what was noticed of the images of a run: transparency, and PIL's warnings by kind."""
+    log, total = logging.getLogger(__name__), said.pop("", 0)
+    if (n := said.pop(TRANSPARENT, 0)) and background == "none":
+        log.warning(
+            f"{n} of {counted(total, 'image')} of {dataset} {'has' if n == 1 else 'have'} transparent pixels, whose hidden "
+            "colours the encoder has seen: pass --background white or black to put a colour behind them"
+        )
+    if kinds := ", ".join(f"{n} times {kind!r}" for kind, n in said.most_common(5) if n):
+        log.warning(f"PIL warned of images of {dataset}: {kinds}{', and of other things' if len(said) > 5 else ''}")
 
 
 def _folders(artifacts: Artifacts, features: Features, splits: Iterable[str]) -> list[Path]:
     return [artifacts.features(features.dataset, features.encoder, features.hook, split) for split in splits]
 
 
-SAE_FEATURES = Stage(
-    name="sae_features", script="01_save_cc3m_features.py",
-    summary="Extract the features of the images that the SAE is trained on.",
-    function=save_sae_features, takes=(SAEFeatures, Extraction), several_processes=True,
+SAE_FEATURES = commands.SAE_FEATURES.stage(
+    function=save_sae_features,
     outputs=lambda artifacts, features, _: _folders(artifacts, features, SPLITS),
-)  # fmt: skip
-PROBE_FEATURES = Stage(
-    name="probe_features", script="05_save_probe_features.py",
-    summary="Extract the labels, the split and the features of the images that the probe classifies.",
-    function=save_probe_features, takes=(ProbeFeatures, Splits, Extraction), several_processes=True,
+    makes="the features",
+)
+PROBE_FEATURES = commands.PROBE_FEATURES.stage(
+    function=save_probe_features,
     outputs=lambda artifacts, features, splits, _: _folders(artifacts, features, splits.names),
-)  # fmt: skip
+    makes="the features",
+)
 
 
 # ---------------------------------------------------------------------------------------------- finished outputs
 
 
 def open_features(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> FeatureStore:
-    """The finished features of a split. Raises UserError, naming the command that makes them, if there are none."""
+    """The finished features of a split.
+
+    Raises UserError, naming the command that makes them, if there are none or they are damaged; StaleArtifact if the labels or
+    the split have changed since.
+    """
     is_sae = dataset in settings.sae_datasets
     stage, flag = (SAE_FEATURES, "--sae_dataset") if is_sae else (PROBE_FEATURES, "--probe_dataset")
     made_by = stage.command("--img_enc_name", encoder, flag, dataset)
     return FeatureStore(Artifacts(settings).features(dataset, encoder, hook, split), made_by)
 
 
+def features_background(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> str:
+    """The background behind transparent images of which the features of a split were made; `none` if there are none."""
+    folder = Artifacts(settings).features(dataset, encoder, hook, split)
+    made: dict[str, Any] = read_manifest(folder) if manifest_path(folder).is_file() else {"settings": {}}
+    return str(made["settings"].get("background", "none"))
+
+
 def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Labels (int64) of the rows with these keys, which are indices in the data set's own split.
 
-    Raises UserError if the labels are missing.
+    Raises UserError if the labels are missing, damaged, of other classes or of fewer images; StaleArtifact if edited.
     """
     path = Artifacts(settings).labels(dataset, settings.own_split(dataset, split))
     if not path.is_file():
         raise PROBE_FEATURES.missing("the labels", path, "--probe_dataset", dataset)
-    return np.load(path)[keys]
+    n_classes = len(probe_class_names(settings, dataset))
+    again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
+    try:
+        labels = np.load(path)
+        if labels.ndim != 1 or labels.dtype != np.int64:
+            raise ValueError(f"int64 labels of images were expected, not {labels.dtype} of the shape {labels.shape}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < n_classes:
+            raise ValueError(f"there are {n_classes} classes, and labels from {labels.min()} to {labels.max()}")
+        if len(keys) and not 0 <= keys.min() <= keys.max() < len(labels):
+            raise ValueError(f"it has {len(labels)} labels, and features or strengths of the image {keys.max()}")
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"cannot use the labels {path}: {first_line(error)}; run {again}") from error
+    found: NDArray[np.int64] = labels[keys]
+    return found
 
 
 def probe_class_names(settings: Settings, dataset: str) -> list[str]:
-    """Class names of a probe data set, in label order. Raises UserError if its split was not made."""
+    """Class names of a probe data set, in label order.
+
+    Raises UserError if its split was not made or is damaged; StaleArtifact if it was edited.
+    """
     path = Artifacts(settings).probe_split(dataset)
     if not path.is_file():
         raise PROBE_FEATURES.missing("the class names", path, "--probe_dataset", dataset)
     read_manifest(path)
-    return json.loads(path.read_text(encoding="utf-8"))["class_names"]
+    check_chain(path)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("`class_names` is no list of names")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
+        raise UserError(f"cannot read the class names {path}: {first_line(error)}; run {again}") from error
+    return names

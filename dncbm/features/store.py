@@ -1,5 +1,6 @@
 """FeatureStore: the memory-mapped folder of .npy shards that holds image features."""
 
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,31 +11,64 @@ import torch
 from numpy.typing import NDArray
 
 from dncbm.runs.artifacts import shard_keys
-from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import manifest_path
+from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.manifests import check_chain, manifest_path, read_manifest
 
 ARRAYS = "[0-9]*.npy"
 """The files of a store, without the hidden temporary files of killed processes."""
+
+
+def _number(name: str) -> int:
+    return int(name.removesuffix(".npy"))
 
 
 class FeatureStore:
     """Features on disk: files `NNNNN.npy` (rows x D, float16 or float32) in a folder, each with its `NNNNN.keys.npy`.
 
     The files are memory maps: rows are read when they are asked for. Raises UserError, which names the command `made_by`,
-    if the folder is missing, unfinished or empty.
+    if the folder is missing, unfinished, empty or damaged; StaleArtifact if a file or an input of the features has changed.
     """
 
     def __init__(self, folder: Path, made_by: str) -> None:
         if not manifest_path(folder).is_file():
             state = "unfinished" if folder.is_dir() else "missing"
             raise UserError(f"the features {folder} are {state}: run {made_by}")
-        self.folder = folder
-        paths = sorted(path for path in folder.glob(ARRAYS) if not path.name.endswith(".keys.npy"))
-        maps = {path: shard for path in paths if len(shard := np.load(path, mmap_mode="r"))}
+        check_chain(folder)
+        self.folder, self._made_by = folder, made_by
+        names = (name for name in read_manifest(folder)["outputs"] if re.fullmatch(r"\d+\.npy", name))
+        maps = {path: rows for name in sorted(names, key=_number) if len(rows := self._opened(path := folder / name))}
         if not maps:
             raise UserError(f"the features {folder} have no rows: remove the folder and run {made_by}")
         self.paths, self._shards = list(maps), list(maps.values())
         self._starts = np.cumsum([0, *map(len, self._shards)])
+        for path, rows in maps.items():
+            if rows.shape[1] != self.width:
+                raise self._damaged(path, f"{rows.shape[1]} features per row, where others have {self.width}")
+            self._keys_of(path, len(rows))
+
+    def _opened(self, path: Path) -> NDArray[Any]:
+        rows = self._loaded(path)
+        if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
+            raise self._damaged(path, f"{rows.dtype} of shape {rows.shape}, not rows of float16 or float32")
+        return rows
+
+    def _keys_of(self, path: Path, n_rows: int) -> NDArray[Any]:
+        keys = self._loaded(shard_keys(path))
+        if keys.shape != (n_rows,) or keys.dtype.kind not in "iuU":
+            raise self._damaged(shard_keys(path), f"{keys.dtype} of shape {keys.shape}, not a key for each of {n_rows} rows")
+        return keys
+
+    def _loaded(self, path: Path) -> NDArray[Any]:
+        try:
+            found = np.load(path, mmap_mode="r")
+            if not isinstance(found, np.ndarray):
+                raise ValueError("not an array")
+            return found
+        except Exception as error:  # numpy parses the header, and a foreign one can make it raise anything
+            raise self._damaged(path, first_line(error)) from error
+
+    def _damaged(self, path: Path, reason: str) -> UserError:
+        return UserError(f"cannot read {path}: {reason}; make the features again: run {self._made_by} --overwrite")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -47,7 +81,7 @@ class FeatureStore:
     @cached_property
     def keys(self) -> NDArray[Any]:
         """Key of every row: the sample's key (SAE images) or the index in the data set's own split (probe data sets)."""
-        return np.concatenate([np.load(shard_keys(path)) for path in self.paths])
+        return np.concatenate([self._keys_of(path, len(rows)) for path, rows in zip(self.paths, self._shards, strict=True)])
 
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Rows in the order asked for, n x D float32. Every shard is visited at most once, in order.

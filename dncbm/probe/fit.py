@@ -1,33 +1,28 @@
 """Fitting the linear probe: Adam as in the paper, or proximal steps to exact zeros. Both resume after an interruption."""
 
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dncbm.features.store import FeatureStore
 from dncbm.probe.model import ProbeData, evaluate_probe, linear, probe_loss
 from dncbm.probe.solvers import CrossEntropy, Progress, falling_lambdas, largest_lambda, minimise
+from dncbm.probe.state import Latest, StateFile
 from dncbm.probe.step import SparseAdamStep
 from dncbm.runs.declarations import ProbeRun, ProbeSchedule
 from dncbm.runs.errors import UserError
 from dncbm.runs.results import write_csv
 from dncbm.runs.tracking import Log
-from sparse_autoencoder.files import whole_file, write_safetensors
+from sparse_autoencoder.files import whole_file
 
-STATE_EVERY_S = 60.0
-"""Seconds between saves of an unfinished training's state."""
 TOLERANCE = 1e-6
 """A solver stops when ten passes lower the objective by less than this share of it."""
 PATH_RATIO, PATH_TOLERANCE, PATH_PASSES = 0.5, 1e-3, 30
@@ -38,8 +33,8 @@ PATH_RATIO, PATH_TOLERANCE, PATH_PASSES = 0.5, 1e-3, 30
 class Keep:
     """When and where the training of a probe reports and saves."""
 
-    state: Path
-    """The state of an unfinished training. Whoever saves the finished probe removes it."""
+    state: StateFile
+    """The state of an unfinished training."""
     schedule: ProbeSchedule = field(default_factory=ProbeSchedule)
     checkpoint: Callable[[int], Path] | None = None
     """Epoch -> path of an intermediate checkpoint."""
@@ -61,23 +56,25 @@ def fit_probe(
     """Train a probe with Adam on cross-entropy + lambda * mean |W| (METHOD section 4).
 
     Epoch e visits the rows in the order of `numpy.random.default_rng([seed, e])`, so an interrupted training resumes from
-    `keep.state` to the same weights.
+    `keep.state` to the same weights. Ctrl-C and SIGTERM save the state of the last whole epoch.
 
     Returns:
         inputs x C weights.
 
     Raises:
-        UserError: the loss is NaN or infinite.
+        UserError: the loss is NaN or infinite; or the state is damaged or of another training (`StateFile.load`).
     """
     weight = initial_weight(train.width, n_classes, run.seed).to(device).requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=run.lr)
-    report, start = _Report(validation, run, keep), 0
-    if found := load_state(keep.state, device):
+    report, latest, start = _Report(validation, run, keep), Latest(keep.state), 0
+    shapes = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), weight.shape) | {"step": torch.Size([1])}
+    if found := keep.state.load(device, shapes, ("epoch", "log")):
         tensors, about = found
         weight.detach().copy_(tensors.pop("weight"))
         optimizer.state[weight] = tensors | {"step": tensors["step"].reshape(()).cpu()}
         report.rows, start = about["log"], about["epoch"]
     with (
+        latest.saved_if_interrupted(),
         _stepper(train, weight, optimizer, run.sparsity_lambda, device) as step,
         tqdm(desc=f"probe on {run.inputs}", total=run.epochs, initial=start, unit="epoch") as bar,
     ):
@@ -95,7 +92,8 @@ def fit_probe(
             bar.set_postfix(report.after(epoch + 1, weight.detach(), {"train_loss": train_loss}, last=last))
             moments = optimizer.state[weight]
             state = {"weight": weight, **moments, "step": moments["step"].reshape(1)}
-            report.save(state, {"epoch": epoch + 1, "log": report.rows}, last=last)
+            copies = {name: tensor.detach().clone() for name, tensor in state.items()}  # the next epoch changes them in place
+            latest.keep(copies, {"epoch": epoch + 1, "log": list(report.rows)}, last=last)
     report.write()
     return weight.detach()
 
@@ -109,13 +107,18 @@ def fit_prox(
     `fit_probe` is a pass over the images here: at most `run.epochs` for each lambda, and fewer if the objective stalls.
     Arguments, result, errors and resumption are those of `fit_probe`.
     """
-    report, done, passes = _Report(validation, run, keep), 0, 0
+    report, latest, done, passes = _Report(validation, run, keep), Latest(keep.state), 0, 0
     progress = Progress.at(torch.zeros(train.width, n_classes, device=device))
-    if found := load_state(keep.state, device):
+    shapes = dict.fromkeys(("weight", "previous"), progress.weight.shape)
+    if found := keep.state.load(device, shapes, ("progress",)):
         tensors, about = found[0], found[1]["progress"]
         progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
         report.rows, done, passes = about["log"], about["step"], about["passes"]
-    with closing(CrossEntropy(train, device)) as loss, tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar:
+    with (
+        latest.saved_if_interrupted(),
+        closing(CrossEntropy(train, device)) as loss,
+        tqdm(desc=f"probe on {run.inputs}", initial=passes, unit="pass") as bar,
+    ):
         curvature = loss.curvature()
         lambdas = falling_lambdas(largest_lambda(loss, n_classes), run.sparsity_lambda, PATH_RATIO)
 
@@ -125,7 +128,7 @@ def fit_prox(
             bar.set_postfix(report.after(passes, now.weight, values, last=last))
             about = {"step": step, "passes": passes, "momentum": now.momentum, "objectives": now.objectives}
             tensors = {"weight": now.weight, "previous": now.previous}
-            report.save(tensors, {"progress": about | {"log": report.rows}}, last=last)
+            latest.keep(tensors, {"progress": about | {"log": list(report.rows)}}, last=last)
 
         def on_pass(now: Progress, step: int) -> None:
             nonlocal passes
@@ -139,15 +142,18 @@ def fit_prox(
             if step > done:
                 progress = Progress.at(progress.weight)
             final = step + 1 == len(lambdas)
+            most = [min(run.epochs, PATH_PASSES)] * (len(lambdas) - 1 - step) + [run.epochs]
+            bar.total = passes + sum(most) - len(progress.objectives)  # at most: a lambda may be solved in fewer
             progress = minimise(
                 loss,
                 curvature,
                 progress,
                 lambdas[step],
-                max_passes=run.epochs if final else min(run.epochs, PATH_PASSES),
+                max_passes=most[0],
                 tolerance=TOLERANCE if final else PATH_TOLERANCE,
                 on_pass=partial(on_pass, step=step),
             )
+        bar.total = passes
         record(progress, len(lambdas), last=True)
     report.write()
     return progress.weight
@@ -155,14 +161,13 @@ def fit_prox(
 
 @dataclass
 class _Report:
-    """Evaluates, logs and saves a probe while it is trained."""
+    """Evaluates and logs a probe while it is trained."""
 
     validation: ProbeData
     run: ProbeRun
     keep: Keep
     rows: list[dict[str, float]] = field(default_factory=list)
     """One per evaluation."""
-    saved_at: float = field(default_factory=time.monotonic)
 
     def after(self, epoch: int, weight: torch.Tensor, values: dict[str, float], *, last: bool) -> dict[str, str]:
         """Do what the schedule asks for after an epoch. Returns the latest evaluation in short, for a progress bar."""
@@ -180,12 +185,6 @@ class _Report:
         if not self.rows:
             return {}
         return {"loss": f"{self.rows[-1]['train_loss']:.3f}", "top1": f"{self.rows[-1]['top1']:.1%}"}
-
-    def save(self, tensors: dict[str, torch.Tensor], about: dict[str, Any], *, last: bool) -> None:
-        """Save the state if it is the last one, or if the previous save is long ago."""
-        if last or time.monotonic() - self.saved_at > STATE_EVERY_S:
-            save_state(self.keep.state, tensors, about)
-            self.saved_at = time.monotonic()
 
     def write(self) -> None:
         """Write the rows as CSV."""
@@ -214,21 +213,6 @@ def _stepper(
         return
     with closing(SparseAdamStep(weight, optimizer, sparsity_lambda)) as step:
         yield lambda rows: step(matrix, rows, train.labels[torch.from_numpy(rows)])
-
-
-def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Save the state of unfinished work: tensors, and values as JSON."""
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
-    write_safetensors(copies, path, {name: json.dumps(value) for name, value in about.items()})
-
-
-def load_state(path: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The tensors and values that `save_state` saved; None if there is no such file."""
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, {name: json.loads(value) for name, value in file.metadata().items()}
 
 
 def save_probe(weight: torch.Tensor, path: Path) -> None:

@@ -130,26 +130,37 @@ def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
     return padded
 
 
+def true_class_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many classes come before the true one of each row, int64: 0 if the prediction is correct.
+
+    Of equal logits the class with the lower number comes first, as for `argmax`. A logit that is NaN comes before all others,
+    and makes a true class the last.
+    """
+    own = logits.gather(1, labels[:, None])
+    first = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return (~(logits <= own) | ((logits == own) & first)).sum(dim=1)
+
+
 @torch.inference_mode()
 def evaluate_probe(
     weight: torch.Tensor, data: ProbeData, sparsity_lambda: float, *, coverage: bool = False, batch_size: int = 4096
 ) -> dict[str, float]:
-    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe; with `coverage`, its mean image-wise coverage."""
-    n_classes = weight.shape[1]
-    ce = top1 = top5 = 0.0
-    covered = torch.zeros(2, len(COVERAGES), dtype=torch.float64)
+    """Loss, cross-entropy, top-1 and top-5 accuracy (fractions) of a probe; with `coverage`, its mean image-wise coverage.
+
+    With five classes or fewer, top-5 is 1: the true class is always among the first five.
+    """
+    sums, covered = [], torch.zeros(2, len(COVERAGES), dtype=torch.float64)
     for batch, labels in data.batches(batch_size, weight.device):
         logits = linear(batch, weight)
-        ce += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        ranked = logits.topk(min(5, n_classes), dim=1).indices == labels[:, None]
-        top1 += float(ranked[:, 0].sum())
-        top5 += float(ranked.any(dim=1).sum())
+        ranks = true_class_ranks(logits, labels)
+        ce = functional.cross_entropy(logits, labels, reduction="sum")
+        sums.append(torch.stack([ce, (ranks < 1).sum(), (ranks < 5).sum()]))  # on the device, which is not waited for
         if coverage:
             for i, absolute in enumerate((False, True)):
                 covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0).cpu()
     n = len(data)
-    penalty = sparsity_lambda * float(weight.abs().mean())
-    metrics = {"loss": ce / n + penalty, "ce": ce / n, "top1": top1 / n, "top5": top5 / n}
+    ce_mean, top1, top5 = (torch.stack(sums).cpu().double().sum(dim=0) / n).tolist()
+    metrics = {"loss": ce_mean + sparsity_lambda * float(weight.abs().mean()), "ce": ce_mean, "top1": top1, "top5": top5}
     if coverage:
         for kind, counts in zip(("positive", "absolute"), covered.tolist(), strict=True):
             metrics |= {f"coverage_{kind}_{share:.0%}": count / n for share, count in zip(COVERAGES, counts, strict=True)}
@@ -165,5 +176,5 @@ def accuracy_of_groups(
     `groups` has the int64 group of every image; if it is the labels, a group is a class.
     """
     batches = data.batches(batch_size, weight.device)
-    right = torch.cat([(linear(batch, weight).argmax(dim=1) == labels).cpu() for batch, labels in batches])
+    right = torch.cat([(true_class_ranks(linear(batch, weight), labels) == 0).cpu() for batch, labels in batches])
     return groups.bincount(minlength=n_groups), groups[right].bincount(minlength=n_groups)

@@ -7,11 +7,11 @@ measured in the same way.
 """
 
 import csv
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,17 +22,18 @@ from dncbm.concepts.sae import SAE, load_sae, sae_path
 from dncbm.concepts.strengths import STRENGTHS, encode_in_memory, finished_strengths
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names
 from dncbm.features.store import FeatureStore
-from dncbm.probe.fit import load_state, save_state
 from dncbm.probe.model import ProbeData, evaluate_probe
 from dncbm.probe.solvers import CrossEntropy, Progress, largest_lambda, minimise, root_mean_square
 from dncbm.probe.stage import load_probe_data
+from dncbm.probe.state import Latest, StateFile, Terminated
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ProbeDataset, ProbeRun, SAERun
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.manifests import Outcome, check_chain, making
-from dncbm.runs.results import NECS, append_result, result_row, write_csv
+from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path
+from dncbm.runs.results import NECS, check_results, result_row, save_results, write_csv
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
 from sparse_autoencoder import ReLU, SparseAutoencoder
 from sparse_autoencoder.declare import values
 
@@ -81,7 +82,7 @@ def nec_points(
     splits: dict[str, ProbeData],
     n_classes: int,
     device: torch.device,
-    state_path: Path,
+    state: StateFile,
     on_step: Callable[[int], None] | None = None,
 ) -> list[NECPoint]:
     """Accuracy at each of NECS, from a path of lambdas.
@@ -95,22 +96,38 @@ def nec_points(
         splits: train, train_val and val.
         n_classes: C.
         device: where to solve.
-        state_path: the state of an interrupted path, saved after each lambda.
+        state: the state of an interrupted path, saved after each lambda, and within one now and then and on Ctrl-C.
         on_step: called after each lambda with the number of solutions so far.
+
+    Raises UserError if the state is damaged or of another path (`StateFile.load`).
     """
     train = splits["train"]
     scale = root_mean_square(train, device)
-    step, points, weight = 0, list[NECPoint](), torch.zeros(train.width, n_classes, device=device)
-    if found := load_state(state_path, device):
-        weight, about = found[0]["weight"], found[1]["path"]
+    step, points, progress = 1, list[NECPoint](), Progress.at(torch.zeros(train.width, n_classes, device=device))
+    latest, shapes = Latest(state), dict.fromkeys(("weight", "previous"), progress.weight.shape)
+    if found := state.load(device, shapes, ("path",)):
+        tensors, about = found[0], found[1]["path"]
         step, points = about["step"], [NECPoint(**point) for point in about["points"]]
-    with closing(CrossEntropy(train, device, scale)) as loss, tqdm(desc=f"NEC on {on}", initial=step, unit="lambda") as bar:
+        progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
+
+    def keep(now: Progress, *, last: bool = False) -> None:
+        """The state is that of the path: what is solved again for a NEC starts anew."""
+        about = {"step": step, "points": [asdict(point) for point in points], "momentum": now.momentum}
+        tensors = {"weight": now.weight, "previous": now.previous}
+        latest.keep(tensors, {"path": about | {"objectives": now.objectives}}, last=last)
+
+    most = math.ceil(math.log(PATH_END) / math.log(PATH_RATIO))
+    with (
+        latest.saved_if_interrupted(),
+        closing(CrossEntropy(train, device, scale)) as loss,
+        tqdm(desc=f"NEC on {on}", initial=step - 1, total=most, unit="lambda") as bar,
+    ):
         first = largest_lambda(loss, n_classes)
         solve = partial(minimise, loss, loss.curvature(), max_passes=MAX_PASSES, tolerance=TOLERANCE)
         while len(points) < len(NECS):
-            step += 1
             path_lambda = first * PATH_RATIO**step
-            weight = solve(Progress.at(weight), path_lambda).weight
+            progress = solve(progress, path_lambda, on_pass=keep)
+            weight = progress.weight
             path_nonzero = float((weight != 0).sum()) / n_classes
             ended = path_lambda <= PATH_END * first or path_nonzero == len(weight)
             for nec in NECS[len(points) :]:
@@ -121,12 +138,15 @@ def nec_points(
                 top1 = [evaluate_probe(kept / scale[:, None], splits[s], 0.0)["top1"] for s in ("train_val", "val")]
                 nonzero = float((kept != 0).sum()) / n_classes
                 points.append(NECPoint(on, nec, nonzero, path_lambda, path_nonzero, *top1))
-            path = {"step": step, "points": [asdict(point) for point in points]}
-            save_state(state_path, {"weight": weight}, {"path": path})
+                keep(progress)
+            step, progress = step + 1, Progress.at(weight)
+            keep(progress, last=True)
             bar.update()
             bar.set_postfix(nonzero=f"{path_nonzero:.1f}")
             if on_step is not None:
-                on_step(step)
+                on_step(step - 1)
+        bar.total = bar.n  # it may reach the last NEC before the last lambda
+        bar.refresh()
     return points
 
 
@@ -158,10 +178,10 @@ def accuracy_at_nec(
     """Stage 10: accuracy at a number of effective concepts, on the SAE's concepts, raw features and random directions.
 
     There are as many random directions as latents, and each is active on as many images as a latent is on average. Writes a
-    CSV, and appends a row per kind of input to `probe_results.csv`. An interrupted run resumes at the next lambda.
+    CSV, and a row per kind of input of `probe_results.csv`. An interrupted run resumes.
 
-    Raises UserError if the SAE, its concept strengths, the features or the labels are missing; StaleArtifact if a table from
-    other inputs exists.
+    Raises UserError if the SAE, its concept strengths, the features or the labels are missing or damaged, or rows cannot be
+    written; StaleArtifact if a table from other inputs exists.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
     folder, table = artifacts.nec(run, dataset), artifacts.nec_table(run, dataset)
@@ -170,8 +190,10 @@ def accuracy_at_nec(
     for split, store in stores.items():
         inputs[f"{split} concepts"] = finished_strengths(settings, run, dataset, split)
         inputs[f"{split} features"] = store.folder
+    check_results(artifacts.probe_results())
     seed, shown = run.training.seed, values(run) | values(images)
-    with making(folder, NEC.name, {"seed": seed}, inputs, overwrite=overwrite, run=shown) as work:
+    states = [artifacts.nec_state(run, dataset, on) for on in INPUTS]
+    with making(folder, NEC.name, {"seed": seed}, inputs, overwrite=overwrite, run=shown, scratch=states) as work:
         if not work.needed:
             return work.outcome
         torch_device = resolve_device(device)
@@ -185,7 +207,12 @@ def accuracy_at_nec(
                 splits = {split: load(ProbeRun(dataset, on_features=True), split) for split in SPLITS}
             elif on == "random":
                 splits = _random_strengths(load_sae(settings, run, torch_device), concepts, stores, seed)
-            points += nec_points(on, splits, n_classes, torch_device, artifacts.nec_state(run, dataset, on))
+            state = StateFile.of_work(artifacts.nec_state(run, dataset, on), {"on": on, "seed": seed}, inputs, overwrite)
+            try:
+                points += nec_points(on, splits, n_classes, torch_device, state)
+            except Terminated:
+                print(f"stopped: the same command resumes from {state.path}")
+                return Outcome.STOPPED
         write_csv(table, list(asdict(points[0])), (asdict(point).values() for point in points))
         rows = []
         for on in INPUTS:
@@ -193,29 +220,35 @@ def accuracy_at_nec(
             anec = {"val_anec_5": curve["val_nec_5"], "val_anec_avg": float(np.mean(list(curve.values())))}
             print(f"{on:<9} ANEC-5 {anec['val_anec_5']:.1%}, ANEC-avg {anec['val_anec_avg']:.1%} on val of {dataset}")
             described = {"probe_dataset": dataset, "method": "nec", "on": on, "encoder": run.encoder, "hook": run.hook}
-            described |= {"sae_dataset": run.dataset, "sae": run.config_name, "solver": "prox", "seed": str(seed)}
+            described |= {"sae_dataset": run.dataset, "sae": run.config_name, "sae_type": run.sparsity.kind}
+            described |= {"solver": "prox", "seed": str(seed)}
             rows.append(result_row(described, curve | anec))
-        append_result(artifacts.probe_results(), *rows)
+        save_results(artifacts.probe_results(), *rows)
         said = f"accuracy at {NECS[0]} to {NECS[-1]} effective concepts"
         work.done([table], said, device=str(torch_device), classes=n_classes)
-    for on in INPUTS:
-        artifacts.nec_state(run, dataset, on).unlink(missing_ok=True)
     return work.outcome
 
 
 def read_nec(settings: Settings, run: SAERun, dataset: str) -> dict[str, dict[int, float]]:
     """Accuracy on `val` (a fraction) at each number of effective concepts, for each kind of input.
 
-    Raises UserError if the table is missing; StaleArtifact if the SAE, the strengths or the features have changed since.
+    Raises UserError if the table is missing, unfinished or damaged; StaleArtifact if the SAE, the strengths, the features or
+    the labels have changed since.
     """
     path = Artifacts(settings).nec_table(run, dataset)
-    if not path.is_file():
-        raise NEC.missing("the table", path, "with the SAE's flags")
+    if not manifest_path(path.parent).is_file():
+        raise NEC.missing("the accuracy at NEC", path.parent, "with the SAE's flags")
     check_chain(path.parent)
-    found: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["on"], {})[int(row["nec"])] = float(row["val_top1"])
+    found: dict[str, dict[int, float]] = {on: {} for on in INPUTS}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                found[row["on"]][int(row["nec"])] = float(row["val_top1"])
+        if not all(tuple(curve) == NECS and all(0 <= top1 <= 1 for top1 in curve.values()) for curve in found.values()):
+            raise ValueError("it does not hold an accuracy for each input and number")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        again = NEC.command("--overwrite")
+        raise UserError(f"{path} is damaged ({first_line(error)}): run {again} with the SAE's flags") from error
     return found
 
 
@@ -230,12 +263,9 @@ def _random_strengths(
     return {split: replace(data, inputs=encode_in_memory(model, stores[split])) for split, data in concepts.items()}
 
 
-NEC = Stage(
-    name="nec",
-    script="10_accuracy_at_nec.py",
-    summary="Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions.",
+NEC = commands.NEC.stage(
     function=accuracy_at_nec,
-    takes=(SAERun, ProbeDataset),
     inputs=(SAE, STRENGTHS, PROBE_FEATURES),
     outputs=lambda artifacts, run, images: [artifacts.nec(run, images.dataset)],
+    makes="the accuracies",
 )

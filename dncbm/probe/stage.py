@@ -1,6 +1,7 @@
 """The probe stage: train the linear probe on concept strengths or features, evaluate it, save it, and load it again."""
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dncbm.concepts.strengths import STRENGTHS, finished_strengths, load_concept_strengths
+from dncbm.concepts.strengths import STRENGTHS, finished_strengths, load_concept_strengths, strengths_width
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names, probe_labels
+from dncbm.features.store import FeatureStore
 from dncbm.probe.fit import Keep, fit_probe, fit_prox, save_probe
 from dncbm.probe.model import Inputs, ProbeData, accuracy_of_groups, evaluate_probe, zero_counts
+from dncbm.probe.state import StateFile, Terminated
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ImageEncoder, ProbeRun, ProbeSchedule, SAERun, Tracking
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making
-from dncbm.runs.results import append_result, result_row, write_csv
+from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path
+from dncbm.runs.results import check_results, result_row, save_results, write_csv
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
 from dncbm.runs.tracking import NO_TRACKING, tracker
 from sparse_autoencoder.declare import identity, values
+
+MOST_ACTIVE = 0.2
+"""An SAE of which an image activates a larger share of the latents is not called sparse."""
+messages = logging.getLogger(__name__)
 
 
 def train_linear_probe(
@@ -39,33 +46,45 @@ def train_linear_probe(
 ) -> Outcome:
     """Stage 7: train the linear probe on concept strengths, or with `probe.on_features` the baseline on features.
 
-    Evaluates it on all three splits and appends a row to `probe_results.csv`. The accuracy to report is that on `val`, the
+    Evaluates it on all three splits and writes its row of `probe_results.csv`. The accuracy to report is that on `val`, the
     data set's own validation or test split.
 
-    Raises UserError if the strengths, the features or the labels are missing, or the loss became NaN; StaleArtifact if a
-    probe from other inputs or settings exists.
+    Raises UserError if the strengths, the features or the labels are missing or damaged, the row cannot be written, or the
+    loss became NaN; StaleArtifact if a probe from other inputs or settings exists.
     """
     artifacts = Artifacts(settings)
     target, state = artifacts.probe(run, probe), artifacts.probe_state(run, probe)
     inputs = {f"{split} {probe.inputs}": _inputs_folder(settings, run, probe, split) for split in SPLITS}
     inputs["split"] = artifacts.probe_split(probe.dataset)
 
-    def remove() -> None:
-        for path in artifacts.probe_files(run, probe):
-            path.unlink()
-
+    check_results(artifacts.probe_results())
     shown = values(ImageEncoder(run.encoder, run.hook) if probe.on_features else run) | values(probe)
-    with making(target, PROBE.name, identity(probe), inputs, overwrite=overwrite, run=shown, remove=remove) as work:
+    files = partial(artifacts.probe_files, run, probe)
+    with making(
+        target, PROBE.name, identity(probe), inputs, overwrite=overwrite, run=shown, files=files, scratch=[state]
+    ) as work:
         if not work.needed:
             return work.outcome
         class_names = probe_class_names(settings, probe.dataset)
         data = {split: load_probe_data(settings, run, probe, split) for split in SPLITS}
         torch_device = resolve_device(device)
-        with tracker(tracking, "probe", f"{probe.dataset} {probe.config_name} on {probe.inputs}") as log:
+        if probe.solver == "adam" and probe.batch_size > len(data["train"]):
+            messages.warning(
+                f"a batch of {probe.batch_size} holds all {len(data['train'])} training images, so that the probe makes only "
+                f"{probe.epochs} step{'s' if probe.epochs > 1 else ''}: lower --probe_train_bs or raise --probe_epochs"
+            )
+        name, group = f"{probe.dataset} {probe.config_name} on {probe.inputs}", f"{probe.dataset} {run.encoder} {run.hook}"
+        config = shown | {"classes": len(class_names), "inputs": data["train"].width, "train_images": len(data["train"])}
+        with tracker(tracking, "probe", name, config=config, group=group) as log:
             checkpoint = partial(artifacts.probe_intermediate, run, probe)
-            keep = Keep(state, schedule or ProbeSchedule(), checkpoint, log, artifacts.probe_log(run, probe))
+            unfinished = StateFile.of_work(state, identity(probe), inputs, overwrite)
+            keep = Keep(unfinished, schedule or ProbeSchedule(), checkpoint, log, artifacts.probe_log(run, probe))
             fit = fit_probe if probe.solver == "adam" else fit_prox
-            weight = fit(data["train"], data["train_val"], len(class_names), probe, torch_device, keep)
+            try:
+                weight = fit(data["train"], data["train_val"], len(class_names), probe, torch_device, keep)
+            except Terminated:
+                print(f"stopped: the same command resumes from {state}")
+                return Outcome.STOPPED
         metrics: dict[str, float] = dict(zero_counts(weight))
         for split in SPLITS:
             found = evaluate_probe(weight, data[split], probe.sparsity_lambda, coverage=split == "val")
@@ -73,12 +92,12 @@ def train_linear_probe(
         accuracies = artifacts.probe_accuracies(run, probe)
         metrics |= save_accuracies(settings, probe.dataset, weight, data["val"], accuracies)
         save_probe(weight, target)
-        # Before the probe counts as done: if the row cannot be appended now, the next run appends it.
-        append_result(artifacts.probe_results(), _result_row(run, probe, metrics))
+        # Before the probe counts as done: if the row cannot be written now, the next run writes it.
+        save_results(artifacts.probe_results(), _result_row(run, probe, metrics))
         said = f"probe on {probe.inputs} of {probe.dataset}, top-1 {metrics['val_top1']:.1%} on val"
         about = {"device": str(torch_device), "classes": len(class_names)}
         work.done([target, accuracies], said, metrics=metrics, **about)
-    state.unlink(missing_ok=True)
+        _warn_of_many_concepts(run, data["train"])
     return work.outcome
 
 
@@ -91,7 +110,8 @@ def _inputs_folder(settings: Settings, run: SAERun, probe: ProbeRun, split: str)
 def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> ProbeData:
     """Inputs and labels of a split: concept strengths, or features for `probe.on_features`.
 
-    Raises UserError if they are missing; StaleArtifact if what the strengths were made from has changed since.
+    Raises UserError if they are missing, damaged or do not fit together; StaleArtifact if what they were made from has changed
+    since.
     """
     inputs: Inputs
     if probe.on_features:
@@ -104,10 +124,25 @@ def load_probe_data(settings: Settings, run: SAERun, probe: ProbeRun, split: str
     return ProbeData(inputs, labels, load_groups(settings, probe.dataset, split, keys))
 
 
+def _make_again(dataset: str) -> str:
+    return PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
+
+
 def load_groups(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> torch.Tensor | None:
-    """int64 group of the rows with these keys (indices in the data set's own split); None if it has no groups."""
+    """int64 group of the rows with these keys (indices in the data set's own split); None if it has no groups.
+
+    Raises UserError if the file of groups is damaged.
+    """
     path = Artifacts(settings).groups(dataset, settings.own_split(dataset, split))
-    return torch.from_numpy(np.load(path)[keys]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        groups = np.load(path)
+        if groups.ndim != 1 or groups.dtype.kind not in "iu" or not len(groups) or groups.min() < 0:
+            raise ValueError("it does not hold numbers of groups")
+        return torch.from_numpy(groups.astype(np.int64)[keys])
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): run {_make_again(dataset)}") from error
 
 
 def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data: ProbeData, path: Path) -> dict[str, float]:
@@ -118,12 +153,12 @@ def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data
 
     Returns:
         The mean and the worst accuracy of each kind, as columns of the results; those without images do not count.
+
+    Raises UserError if `split.json` is damaged.
     """
-    named: dict[str, list[str]] = json.loads(Artifacts(settings).probe_split(dataset).read_text(encoding="utf-8"))
-    kinds = {"class": (data.labels, named["class_names"])}
+    kinds = {"class": (data.labels, probe_class_names(settings, dataset))}
     if data.groups is not None:
-        n_groups = int(data.groups.max()) + 1
-        kinds["group"] = (data.groups, named.get("group_names") or [str(group) for group in range(n_groups)])
+        kinds["group"] = (data.groups, _group_names(settings, dataset, int(data.groups.max()) + 1))
     rows: list[tuple[Any, ...]] = []
     found: dict[str, float] = {}
     for kind, (membership, names) in kinds.items():
@@ -137,12 +172,36 @@ def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data
     return found
 
 
+def _group_names(settings: Settings, dataset: str, least: int) -> list[str]:
+    path = Artifacts(settings).probe_split(dataset)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")).get("group_names") or [str(group) for group in range(least)]
+        if not isinstance(names, list) or len(names) < least or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"it does not name {least} groups")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): run {_make_again(dataset)}") from error
+    return names
+
+
+def _warn_of_many_concepts(run: SAERun, data: ProbeData) -> None:
+    """Warn if the concepts that a probe reads are not sparse: it can be accurate all the same."""
+    if isinstance(data.inputs, FeatureStore) or data.inputs.nnz <= MOST_ACTIVE * len(data) * data.width:
+        return
+    known = list(values(run.sparsity))
+    change = "a smaller --k" if "k" in known else f"a larger --{known[0]}" if known else "other settings"
+    l0 = data.inputs.nnz / len(data)
+    messages.warning(
+        f"an image has {l0:.0f} of the {data.width} concepts on average ({l0 / data.width:.0%}), which is not sparse: a probe "
+        f"on them can be accurate without their meaning anything; train the SAE with {change}"
+    )
+
+
 def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict[str, Any]:
     described: dict[str, Any] = {"probe_dataset": probe.dataset, "method": "probe", "on": probe.inputs}
     described |= {"encoder": run.encoder, "hook": run.hook, "probe": probe.config_name, "solver": probe.solver}
     described |= {"probe_epochs": probe.epochs, "probe_lambda": probe.sparsity_lambda, "seed": probe.seed}
     if not probe.on_features:
-        described |= {"sae_dataset": run.dataset, "sae": run.config_name}
+        described |= {"sae_dataset": run.dataset, "sae": run.config_name, "sae_type": run.sparsity.kind}
     if probe.solver == "adam":
         described |= {"probe_lr": probe.lr, "probe_batch_size": probe.batch_size}
     return result_row(described, metrics)
@@ -151,26 +210,41 @@ def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict
 def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor:
     """The weights of a trained probe, inputs x C.
 
-    Raises UserError if the probe is missing or malformed; StaleArtifact if its inputs have changed since.
+    Raises UserError if the probe is missing or damaged, or does not fit the classes or the inputs; StaleArtifact if its inputs
+    have changed since.
     """
     path = Artifacts(settings).probe(run, probe)
     if not path.is_file():
         raise PROBE.missing("the probe", path, "with these flags")
     check_chain(path)
     try:
-        return load_file(path)["weight"].T.contiguous()
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is not a probe: {error}; remove it and train again") from error
+        weight = load_file(path)["weight"]
+        wanted = (len(probe_class_names(settings, probe.dataset)), _width(settings, run, probe) or weight.shape[-1])
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"its weights are {list(weight.shape)}, not {list(wanted)}, classes x {probe.inputs}")
+        if weight.dtype != torch.float32 or not bool(torch.isfinite(weight).all()):
+            raise ValueError("its weights are not all numbers of type float32")
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        again = PROBE.command("--overwrite")
+        raise UserError(f"{path} is not the probe ({first_line(error)}): run {again} with the same flags") from error
+    return weight.T.contiguous()
 
 
-PROBE = Stage(
-    name="probe",
-    script="07_train_linear_probe.py",
-    summary="Train and evaluate the sparse linear probe on concept strengths, or with --probe_on_features the baseline.",
+def _width(settings: Settings, run: SAERun, probe: ProbeRun) -> int | None:
+    """Number of inputs; None if they have been moved away."""
+    artifacts = Artifacts(settings)
+    if probe.on_features:
+        folder = artifacts.features(probe.dataset, run.encoder, run.hook, "val")
+        is_there = manifest_path(folder).is_file()
+        return open_features(settings, probe.dataset, run.encoder, run.hook, "val").width if is_there else None
+    folder = artifacts.strengths(run, probe.dataset, "val")
+    return strengths_width(folder) if manifest_path(folder).is_file() else None
+
+
+PROBE = commands.PROBE.stage(
     function=train_linear_probe,
-    takes=(SAERun, ProbeRun, ProbeSchedule, Tracking),
-    trains=(ProbeRun,),
     inputs=(STRENGTHS, PROBE_FEATURES),
     outputs=lambda artifacts, run, probe, *_: [artifacts.probe(run, probe)],
     made=Artifacts.probes,
+    makes="probe",
 )

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import scipy.sparse
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from sparse_autoencoder.compiled import compiled
 from sparse_autoencoder.workers import Workers
 
 Array: TypeAlias = np.ndarray
@@ -25,30 +25,45 @@ PIECES_PER_THREAD = 4
 """Ranges of inputs per thread in a step: several, so that no thread waits long for another."""
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def gather_rows(
-    rows: Array, indptr: Array, indices: Array, data: Array, start: Array, to_indices: Array, to_data: Array
-) -> None:
-    """Copy some rows of a CSR matrix, each to its `start` (rows + 1)."""
+    rows: Array, indptr: Array, indices: Array, data: Array, n_columns: int, start: Array, to_indices: Array, to_data: Array
+) -> bool:
+    """Copy some rows of a CSR matrix, each to its `start` (rows + 1). Returns False at an entry that does not exist."""
     for i in range(rows.shape[0]):
         first, to = indptr[rows[i]], start[i]
-        for p in range(start[i + 1] - to):
-            to_indices[to + p] = indices[first + p]
+        n = start[i + 1] - to
+        if first < 0 or n < 0 or first + n > min(indices.shape[0], data.shape[0]) or to + n > to_indices.shape[0]:
+            return False
+        for p in range(n):
+            column = indices[first + p]
+            if column < 0 or column >= n_columns:
+                return False
+            to_indices[to + p] = column
             to_data[to + p] = data[first + p]
+    return True
 
 
 def take_rows(
     matrix: scipy.sparse.csr_matrix, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Some rows of a CSR matrix: the first entry of each (rows + 1), and the column and value of every entry."""
+    """Some rows of a CSR matrix: the first entry of each (rows + 1), and the column and value of every entry.
+
+    Raises IndexError if there is no such row, or the matrix is malformed: what comes out can be used without looking.
+    """
+    if len(rows) and rows.min() < 0:
+        raise IndexError(f"row {rows.min()} of a matrix of {matrix.shape[0]}")
     start = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(matrix.indptr[rows + 1] - matrix.indptr[rows], out=start[1:])
-    indices, data = np.empty(start[-1], dtype=np.int64), np.empty(start[-1], dtype=np.float32)
-    gather_rows(rows, matrix.indptr, matrix.indices, matrix.data, start, indices, data)
-    return start, indices, data
+    np.cumsum(matrix.indptr[rows + 1].astype(np.int64) - matrix.indptr[rows], out=start[1:])
+    n_entries = max(int(start[-1]), 0)
+    if n_entries <= len(matrix.indices) * max(len(rows), 1):  # no more than rows can have
+        indices, data = np.empty(n_entries, dtype=np.int64), np.empty(n_entries, dtype=np.float32)
+        if gather_rows(rows, matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], start, indices, data):
+            return start, indices, data
+    raise IndexError(f"the CSR matrix of shape {matrix.shape} is malformed: its row pointers or columns are out of range")
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def sort_by_input(
     start: Array, indices: Array, data: Array, input_start: Array, item: Array, value: Array, cursor: Array
 ) -> None:
@@ -71,7 +86,7 @@ def sort_by_input(
             value[to] = data[p]
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+@compiled(fastmath=FASTMATH, error_model="numpy")
 def update_inputs(
     input_start: Array, item: Array, value: Array, slopes: Array, weight: Array, mean: Array, variance: Array,
     rates: tuple[np.float32, ...], first: int, last: int,
@@ -108,7 +123,7 @@ def update_inputs(
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def add_gradient(input_start: Array, item: Array, value: Array, slopes: Array, gradient: Array, first: int, last: int) -> None:
     """Add the gradient of the cross-entropy by the weights of inputs `first` to `last` - 1; arguments as above."""
     for f in range(first, last):
@@ -155,7 +170,12 @@ class BatchSlopes:
         labels: torch.Tensor,
         divisor: int,
     ) -> Slopes:
-        """The slopes of some rows with their labels, for the sum of their cross-entropies / `divisor`."""
+        """The slopes of some rows with their labels, for the sum of their cross-entropies / `divisor`.
+
+        Raises IndexError if the matrix is malformed or has other inputs than the weights.
+        """
+        if matrix.shape[1] != len(weight) or len(weight) != len(self._cursor):
+            raise IndexError(f"{matrix.shape[1]} inputs for weights of {len(weight)}")
         start, indices, data = take_rows(matrix, rows)
         slopes = np.empty((len(rows), weight.shape[1]), dtype=np.float32)
         item, value = np.empty(len(indices), dtype=np.int32), np.empty(len(indices), dtype=np.float32)

@@ -4,6 +4,7 @@ The layout is that of the paper's code, so that its published files are found wh
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,10 +22,19 @@ def encoder_folder(encoder: str) -> str:
     """
     if encoder.startswith(LOCAL_DIR):
         folder = Path(encoder.removeprefix(LOCAL_DIR)).absolute()
-        return f"local-dir_{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+        return _short(f"local-dir_{folder.name}_{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}")
     if encoder.startswith(OPEN_CLIP):
-        return re.sub(r"[^\w.-]+", "_", encoder)
+        return _short(re.sub(r"[^\w.-]+", "_", encoder))
     return encoder.replace("/", "")
+
+
+def _short(name: str) -> str:
+    """A name; if it is too long for a part of a file's name, its two ends and a hash of the whole."""
+    written = os.fsencode(name)
+    if len(written) <= 120:
+        return name
+    first, last = (end.decode(errors="ignore") for end in (written[:50], written[-50:]))
+    return f"{first}_{hashlib.sha256(written).hexdigest()[:16]}_{last}"
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,15 @@ class Artifacts:
 
     def concept_names(self, run: SAERun) -> Path:
         return self._sae_checkpoints(run) / "concept_names.csv"
+
+    def published_names(self, run: SAERun) -> Path:
+        """Where the names that the authors' code writes are looked for."""
+        return self._sae_checkpoints(run).parent / "concept_names.csv"
+
+    def concept_names_in_use(self, run: SAERun) -> Path:
+        """The names given here where there are any, else published ones."""
+        published = self.published_names(run)
+        return published if published.is_file() and not self.concept_names(run).is_file() else self.concept_names(run)
 
     def _sae_checkpoints(self, run: SAERun) -> Path:
         return self.settings.sae_dir / "SAEImg" / self._run(run) / "sae_checkpoints"

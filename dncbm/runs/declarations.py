@@ -6,20 +6,28 @@ Flags, `--help`, the defaults of config.py, presets, run names, recipes and mani
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dncbm.runs.devices import default_cores, default_workers
 from dncbm.runs.errors import UserError
 from sparse_autoencoder import DEFAULT_SEED, VARIANTS, Sparsity, TrainingSettings
 from sparse_autoencoder.declare import check, choice, flags, run_name, setting
-from sparse_autoencoder.model import INPUT_TRANSFORMS
+from sparse_autoencoder.settings import INPUT_TRANSFORMS
 
 SPLITS = ("train", "train_val", "val")
 HOOKS = ("out",)
 """Points of the image encoder that features are taken from: `out`, the output of `encode_image`."""
 PRECISIONS = ("fp32", "fp16", "bf16")
+BACKGROUNDS = ("none", "white", "black")
 FOLDER = ""
 """How a setting stands in a run's name if it is a folder of its own."""
+NAME = r"(?!\.{1,2}\Z)(?=.*\S)[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,100}"
+"""What the name of a data set or a vocabulary must match, which becomes the name of a folder or a file."""
+NAMED = "be a name of at most 100 bytes, without slashes and control characters"
+MOST_PROCESSES = 1024
+MOST_BYTES = 255
+"""Longest name of a file that common file systems allow."""
 
 
 class _Checked:
@@ -34,10 +42,14 @@ class _Checked:
 
 @dataclass(frozen=True)
 class Execution(_Checked):
-    """How any stage runs; its fields are keyword arguments of every stage function."""
+    """How any stage runs."""
 
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting(
+        "auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d{1,3})?",
+        called="be auto, cpu, cuda, cuda:N or mps",
+    )  # fmt: skip
     overwrite: bool = setting(False, "replace outputs that were made from other inputs or settings")
+    verify: bool = setting(False, "compare files by their hashes, not only by their sizes")
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,26 @@ class Tracking(_Checked):
 
 
 @dataclass(frozen=True)
+class Download:
+    """Which images are downloaded, and how. The defaults are the paper's."""
+
+    train_tsv: Path = setting(Path(), "the training TSV, as downloaded", positional=True)
+    val_tsv: Path = setting(Path(), "the validation TSV", positional=True)
+    output: Path = setting(Path("datasets/cc3m"), "folder of the shards", flag="output_folder")
+    image_size: int = setting(256, "pixels per side of the square that images are fitted into", least=1)
+    processes: int = setting(16, "processes that download", flag="processes_count", least=1)
+    threads: int = setting(64, "connections at a time, over all processes", flag="thread_count", least=1)
+    shard_size: int = setting(10_000, "image addresses per shard", flag="number_sample_per_shard", least=1)
+
+
+@dataclass(frozen=True)
 class NamedEncoder(_Checked):
     """A CLIP-like encoder."""
 
     encoder: str = setting(
         "clip_RN50", "encoder: a name from config.py, openclip:MODEL/PRETRAINED or local-dir:FOLDER", flag="img_enc_name",
-        in_name=FOLDER, identifies="never",
+        in_name=FOLDER, identifies="never", pattern=r"(?![./]*\Z)(?=.*\S)[^\x00-\x1f\x7f]+",
+        called="name an encoder",
     )  # fmt: skip
 
 
@@ -76,15 +102,19 @@ class SAEFeatures(ImageEncoder):
     """The features that an SAE is trained on."""
 
     dataset: str = setting(
-        "cc3m", "a name from sae_datasets in config.py", flag="sae_dataset", in_name=FOLDER, identifies="never"
-    )
+        "cc3m", "a name from sae_datasets in config.py", flag="sae_dataset", in_name=FOLDER, identifies="never", pattern=NAME,
+        called=NAMED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ProbeDataset(_Checked):
     """A labelled data set."""
 
-    dataset: str = setting("places365", "a name from probe_datasets in config.py", flag="probe_dataset", in_name=FOLDER)
+    dataset: str = setting(
+        "places365", "a name from probe_datasets in config.py", flag="probe_dataset", in_name=FOLDER, pattern=NAME,
+        called=NAMED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,16 +136,22 @@ class Splits(_Checked):
 
 @dataclass(frozen=True)
 class Extraction(_Checked):
-    """How features are extracted. Only the precision changes what they are."""
+    """How features are extracted. Only the precision and the background change what they are."""
 
     batch_size: int | None = setting(
-        None, "images encoded at a time; by default 256 on a GPU, else 32", least=1, identifies="never"
+        None, "images encoded at a time; by default 256 on a GPU, else 32", least=1, most=65_536, identifies="never"
     )
     precision: str | None = setting(None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS)
-    num_workers: int = setting(None, "processes that decode images", factory=default_workers, least=0, identifies="never")
-    max_bad_fraction: float = setting(
-        0.05, "fraction of unreadable images above which the stage fails", least=0, identifies="never"
+    num_workers: int = setting(
+        None, "processes that decode images", factory=default_workers, least=0, most=MOST_PROCESSES, identifies="never"
     )
+    max_bad_fraction: float = setting(
+        0.05, "fraction of unreadable images above which the stage fails", least=0, most=1, identifies="never"
+    )
+    background: str = setting(
+        "none", "colour put behind transparent images; none: their hidden colours show, as in the paper's code",
+        choices=BACKGROUNDS, identifies="changed",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- SAE
@@ -126,7 +162,7 @@ class SAERun(SAEFeatures):
     """What identifies a trained SAE: its features, its shape, and how it is trained (METHOD section 2)."""
 
     sparsity: Sparsity = choice(VARIANTS, "relu", "how the code is kept sparse", flag="sae_type", in_name="_{}", place=2)
-    expansion_factor: int = setting(8, "latents per input dimension", least=1, in_name="_ef{}", place=3)
+    expansion_factor: int = setting(8, "latents per input dimension", least=1, most=4096, in_name="_ef{}", place=3)
     input_transform: str = setting(
         "none", "transform of the SAE's inputs", choices=INPUT_TRANSFORMS, in_name="_input{}", place=8, name_default=False
     )
@@ -136,10 +172,28 @@ class SAERun(SAEFeatures):
     )  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (size := len(self.config_name.encode())) > MOST_BYTES:
+            raise UserError(
+                f"--save_suffix: the run's folder would have a name of {size} bytes, and file systems allow {MOST_BYTES}: "
+                "shorten it"
+            )
+
     @property
     def config_name(self) -> str:
         """Folder name of the run, as in the paper's code, with whatever differs from the paper's settings appended."""
         return run_name(self)
+
+
+@dataclass(frozen=True)
+class NamedSAE(_Checked):
+    """Which trained SAE is meant, where its flags leave it open."""
+
+    name: str | None = setting(
+        None, "the SAE with this folder name, instead of its flags", flag="sae", pattern=NAME.replace("100", "255"),
+        called="be the name of a folder", configurable=False,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- probe
@@ -153,6 +207,7 @@ PAPER_PROBES = {
     "waterbirds100": (0.1, 10.0),
 }
 """Data set -> the paper's learning rate and lambda of the probe (METHOD section 4)."""
+_SEED, _BATCH = (flags(TrainingSettings)[name].setting for name in ("seed", "train_sae_bs"))
 ADAM = ("solver", "adam")
 """Settings that only Adam reads."""
 
@@ -166,7 +221,8 @@ class ProbeRun(ProbeDataset):
         presets={dataset: lr for dataset, (lr, _) in PAPER_PROBES.items()},
     )  # fmt: skip
     batch_size: int = setting(
-        512, "batch size of the probe (adam)", flag="probe_train_bs", least=1, in_name="_bs{}", place=2, when=ADAM,
+        512, "batch size of the probe (adam)", flag="probe_train_bs", least=1, most=_BATCH.most, in_name="_bs{}", place=2,
+        when=ADAM,
         presets=dict.fromkeys(PAPER_PROBES, 512),
     )  # fmt: skip
     epochs: int = setting(
@@ -179,7 +235,7 @@ class ProbeRun(ProbeDataset):
     )  # fmt: skip
     on_features: bool = setting(False, "the baseline: probe raw features, not concepts", flag="probe_on_features")
     seed: int = setting(
-        DEFAULT_SEED, flags(TrainingSettings)["seed"].setting.help, least=0, in_name="_seed{}", place=8, name_default=False,
+        DEFAULT_SEED, _SEED.help, least=_SEED.least, most=_SEED.most, in_name="_seed{}", place=8, name_default=False,
         when=ADAM,
     )  # fmt: skip
     solver: str = setting(
@@ -232,6 +288,16 @@ class Preset(_Checked):
 
 
 @dataclass(frozen=True)
+class NamedProbe(_Checked):
+    """Which trained probe is meant, where its flags leave it open."""
+
+    name: str | None = setting(
+        None, "the probe with this folder name, instead of its flags", flag="probe", pattern=NAME.replace("100", "255"),
+        called="be the name of a folder", configurable=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ProbeSchedule(_Checked):
     """When the training of a probe reports and saves; none of it changes the probe."""
 
@@ -254,6 +320,16 @@ class Prompts(_Checked):
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class BestRuns(_Checked):
+    """Which of our runs the results table shows, if a method has several on a data set; never by their accuracy on val."""
+
+    best_by: str = setting(
+        "train_val", "the one with the best top-1 on train_val, the last, or (none) all of them",
+        choices=("train_val", "last", "none"),
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------- explanations
 
 
@@ -272,7 +348,7 @@ class ShownDatasets(_Checked):
 
     datasets: tuple[str, ...] = setting(
         (), "names from probe_datasets in config.py, separated by commas; by default all that have strengths",
-        flag="probe_dataset", configurable=False,
+        flag="probe_dataset", configurable=False, pattern=NAME, called=NAMED,
     )  # fmt: skip
 
 
@@ -281,7 +357,11 @@ class Clusters(_Checked):
     """How many meta clusters there are."""
 
     n_clusters: int | None = setting(
-        None, "clusters of K-means; by default the paper's for the data set, else two per class", least=1, in_name=FOLDER
+        None,
+        "clusters of K-means; by default the paper's for the data set, else two per class",
+        least=1,
+        most=100_000,
+        in_name=FOLDER,
     )
 
 
@@ -309,7 +389,9 @@ class Drawing(_Checked):
     """How figures are drawn."""
 
     use_latex: bool = setting(False, "let LaTeX typeset the text; it must be installed")
-    workers: int = setting(None, "processes that draw", flag="num_workers", factory=default_cores, least=0)
+    workers: int = setting(
+        None, "processes that draw", flag="num_workers", factory=default_cores, least=0, most=MOST_PROCESSES
+    )
 
 
 @dataclass(frozen=True)
@@ -320,3 +402,16 @@ class Ranking(_Checked):
         "contribution", "mean contribution; or mean-centred strength, the authors' ranking, which ignores the probe's weights",
         choices=("contribution", "strength"),
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the authors' flags
+
+
+@dataclass(frozen=True)
+class Unused(_Checked):
+    """Flags of the paper's code that every script accepts and none reads."""
+
+    modality: str = setting("img", "img, what is encoded", choices=("img",))
+    vocab_type: str | None = setting(None, "`vocabulary` in config.py names the words")
+    probe_nclasses: int | None = setting(None, "the data set itself says how many classes it has", least=1)
+    probe_save_dir: str | None = setting(None, "`probe_dir` in config.py says where probes are saved")

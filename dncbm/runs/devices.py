@@ -2,24 +2,30 @@
 
 import ctypes
 import os
+from typing import TYPE_CHECKING
 
-import torch
+from dncbm.runs.errors import UserError, first_line
 
-from dncbm.runs.errors import UserError
+if TYPE_CHECKING:
+    import torch
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> "torch.device":
     """The device of a name; `auto` is the first available of cuda, mps and cpu.
 
-    Raises UserError if torch knows no such device, or this machine lacks it.
+    Raises UserError if there is no such device, or this machine lacks it.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # meta, for one, computes nothing
+            raise RuntimeError("nothing is computed there")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name} is not available: {reason}; use auto, cpu, cuda or mps") from error
     return device
 

@@ -11,3 +11,8 @@ class StaleArtifact(UserError):
     def __init__(self, message: str, differences: list[str]) -> None:
         super().__init__(message)
         self.differences = differences
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop, or the name of an error that has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

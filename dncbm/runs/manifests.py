@@ -8,19 +8,22 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dncbm.runs.errors import StaleArtifact, UserError
-from sparse_autoencoder.files import whole_file
+from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.locks import lock_path, locked
+from sparse_autoencoder.files import remove_leftovers, whole_file
 
 PACKAGES = ("torch", "open_clip_torch", "webdataset", "numpy", "scipy", "dncbm", "sparse_autoencoder")
 
@@ -70,28 +73,34 @@ def making(
     *,
     overwrite: bool,
     run: Mapping[str, Any] | None = None,
-    remove: Callable[[], None] | None = None,
+    files: Callable[[], Iterable[Path]] | None = None,
+    scratch: Iterable[Path] = (),
     parts_hold: Callable[[], bool] = lambda: False,
 ) -> Iterator[Work]:
     """Make an artifact unless it exists already, made from the same settings and inputs.
 
     Nothing has to be loaded to find out. The block does the work if `work.needed` and ends with `work.done(...)`, after which
-    the manifest is written. The parts of a block that raises or does not finish stay for the next run.
+    the manifest is written. The parts of a block that raises or does not finish stay for the next run. Meanwhile no other
+    process can make the same artifact.
 
     Args:
         artifact: file or folder.
         stage: the stage's name.
         settings: the settings that the result depends on.
         inputs: name -> an artifact, whose own inputs are checked too (`check_chain`), or a fingerprint.
-        overwrite: replace an artifact made from other settings or inputs instead of refusing.
+        overwrite: replace an artifact made from other settings or inputs, or damaged, instead of refusing.
         run: flag -> value of every setting of the run, by which the artifact can be found.
-        remove: clears the old artifact away; by default the file or folder itself is removed.
+        files: returns everything that making the artifact leaves, which is removed before it is made from something else; by
+            default the file, or what is in the folder.
+        scratch: the state of unfinished work, removed as soon as the artifact is finished.
         parts_hold: whether the parts of an interrupted run stay valid although the inputs have changed, because each part
             records what it was made from.
 
     Raises:
         StaleArtifact: the artifact exists, finished or not, but was made from other settings or inputs, or was edited, and
             `overwrite` is off; or an input was made from something that has changed since.
+        UserError: an input is missing or damaged; a manifest cannot be read, and `overwrite` is off; or another process makes
+            the artifact.
     """
     sources = {name: source for name, source in inputs.items() if isinstance(source, Path)}
     for source in sources.values():
@@ -99,57 +108,94 @@ def making(
     prints = {name: source if isinstance(source, str) else fingerprint(source) for name, source in inputs.items()}
     # Through JSON, so that it compares with a recipe that was read: tuples become lists.
     recipe = json.loads(json.dumps({"stage": stage, "settings": dict(settings), "inputs": prints}))
-    work = Work(_begin(artifact, recipe, overwrite, remove or (lambda: _remove(artifact)), remove is not None, parts_hold))
-    yield work
-    if not (work.needed and work.outputs):
+    unfinished, scratch = unfinished_path(artifact), tuple(scratch)
+    if _is_done(artifact, recipe):  # asked without the lock, which a folder that cannot be written does not allow
+        print(f"already done: {artifact}")
+        with suppress(OSError):  # what a process left that was killed after it had finished
+            for path in (unfinished, *scratch):
+                path.unlink(missing_ok=True)
+        yield Work(Outcome.ALREADY_DONE)
         return
-    manifest, unfinished = manifest_path(artifact), unfinished_path(artifact)
-    made = recipe | {
-        "run": dict(run or {}),
-        "sources": {name: os.path.relpath(path, manifest.parent) for name, path in sources.items()},
-        "outputs": {
-            os.path.relpath(path, manifest.parent): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            for path in work.outputs
-        },
-        "details": work.details | {"seconds": round(time.time() - unfinished.stat().st_mtime, 1)},
-        "versions": package_versions(),
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    write_json(manifest, made)
-    unfinished.unlink(missing_ok=True)
+    with locked(artifact):
+        work = Work(_begin(artifact, recipe, overwrite, files, parts_hold))
+        yield work
+        if not (work.needed and work.outputs):
+            return
+        manifest = manifest_path(artifact)
+        made = recipe | {
+            "run": dict(run or {}),
+            "sources": {name: os.path.relpath(path, manifest.parent) for name, path in sources.items()},
+            "outputs": {
+                os.path.relpath(path, manifest.parent): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+                for path in work.outputs
+            },
+            "details": work.details | {"seconds": round(time.time() - unfinished.stat().st_mtime, 1)},
+            "versions": package_versions(),
+            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_json(manifest, made)
+        for path in (unfinished, *scratch):
+            path.unlink(missing_ok=True)
     if work.message:
         print(f"{work.message}: {artifact}")
+
+
+def _is_done(artifact: Path, recipe: dict[str, Any]) -> bool:
+    """Whether an artifact is finished, made from this recipe, and whole."""
+    if not manifest_path(artifact).is_file():
+        return False
+    try:
+        made = read_manifest(artifact)
+    except UserError:
+        return False
+    return not _differences(made, recipe) and not any(_damaged(manifest_path(artifact), made))
 
 
 def _begin(
     artifact: Path,
     recipe: dict[str, Any],
     overwrite: bool,
-    remove: Callable[[], None],
-    has_parts_elsewhere: bool,
+    files: Callable[[], Iterable[Path]] | None,
     parts_hold: Callable[[], bool],
 ) -> Outcome:
-    """Decide whether an artifact has to be made; if so, save its recipe, which the manifest replaces at the end."""
+    """Prepare to make an artifact and save its recipe, which the manifest replaces at the end."""
     finished, unfinished = manifest_path(artifact), unfinished_path(artifact)
     found = finished if finished.is_file() else unfinished if unfinished.is_file() else None
+    made: dict[str, Any] | None = None
+    try:
+        made = None if found is None else _read(found)
+    except UserError as error:
+        if not overwrite:
+            raise UserError(f"{error}; pass --overwrite to make {artifact} again, or delete the file") from error
     if found is None:
         if artifact.is_file() and not overwrite:
             print(f"using the file supplied: {artifact}")
             return Outcome.PROVIDED
-    elif differences := _differences(_read(found), recipe):
-        if found == unfinished and _read(found)["settings"] == recipe["settings"] and parts_hold():
+    elif made is None or _differences(made, recipe):
+        differences = [] if made is None else _differences(made, recipe)
+        if made and found == unfinished and made["settings"] == recipe["settings"] and parts_hold():
             write_json(unfinished, recipe)
             return Outcome.RAN
-        if not overwrite and (found == finished or has_parts_elsewhere or _has_parts(artifact)):
+        # An unfinished run that failed at once has nothing to lose.
+        if not overwrite and (found == finished or any(_parts(artifact, files))):
             raise StaleArtifact(
                 f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "
                 "pass --overwrite to replace it, or move it away",
                 differences,
             )
-        remove()
-    elif found == finished and _is_intact(finished, overwrite):
-        print(f"already done: {artifact}")
-        return Outcome.ALREADY_DONE
+        # The old recipe stays until all is removed: if that is interrupted, the rest does not pass for parts of the new one.
+        os.replace(found, unfinished)
+        for path in _parts(artifact, files):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    elif found == finished:
+        missing, changed = _damaged(finished, made)
+        if changed and not overwrite:
+            raise _changed(artifact, changed[0], "pass --overwrite to make it again")
+        if not missing and not changed:  # another process has just finished it
+            return Outcome.ALREADY_DONE
+        for path in changed:  # or a stage would take it for a finished part
+            path.unlink()
+    _remove_leftovers(artifact)
     finished.unlink(missing_ok=True)
     write_json(unfinished, recipe)
     return Outcome.RAN
@@ -159,74 +205,126 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """One phrase for each setting or input in which two recipes differ."""
 
     def differing(part: str) -> list[str]:
-        keys = made.get(part, {}).keys() | wanted[part].keys()
-        return sorted(key for key in keys if made.get(part, {}).get(key) != wanted[part].get(key))
+        keys = made[part].keys() | wanted[part].keys()
+        return sorted(key for key in keys if made[part].get(key) != wanted[part].get(key))
 
     settings = [f"{k} was {made['settings'].get(k)!r}, now {wanted['settings'].get(k)!r}" for k in differing("settings")]
     return settings + [f"{key} has changed" for key in differing("inputs")]
 
 
-def _is_intact(manifest: Path, overwrite: bool) -> bool:
-    """Whether every output exists in its recorded size; an edited one is removed only if `overwrite` says so."""
-    sizes = {manifest.parent / name: output["bytes"] for name, output in _read(manifest)["outputs"].items()}
-    changed = [path for path, size in sizes.items() if path.is_file() and path.stat().st_size != size]
-    if changed and not overwrite:
-        raise StaleArtifact(
-            f"{changed[0]} has changed since it was made: pass --overwrite to make it again, or remove {manifest} to use it "
-            "as it is",
-            [f"{path.name} has changed" for path in changed],
-        )
-    for path in changed:  # or a stage would take it for a finished part
-        path.unlink()
-    return all(path.is_file() for path in sizes)
+def _parts(artifact: Path, files: Callable[[], Iterable[Path]] | None) -> list[Path]:
+    """What exists of an artifact, apart from its recipe."""
+    found = files() if files is not None else artifact.iterdir() if artifact.is_dir() else [artifact]
+    kept = (unfinished_path(artifact), lock_path(artifact))
+    return [path for path in list(found) if path not in kept and path.exists()]
 
 
-def _has_parts(artifact: Path) -> bool:
-    """Whether an unfinished run left something to lose; a run that failed at once did not."""
-    if artifact.is_dir():
-        return any(path != unfinished_path(artifact) for path in artifact.iterdir())
-    return artifact.exists()
-
-
-def _remove(artifact: Path) -> None:
-    if artifact.is_dir():
-        shutil.rmtree(artifact)
+def _remove_leftovers(artifact: Path) -> None:
+    """Remove the temporary files of killed processes from an artifact's folder, and from those in a folder artifact."""
+    if not artifact.is_dir():
+        remove_leftovers(artifact.parent)
         return
-    for path in (artifact, manifest_path(artifact), unfinished_path(artifact)):
-        path.unlink(missing_ok=True)
+    for folder, _, _ in os.walk(artifact):
+        remove_leftovers(Path(folder))
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+_hashing = False
+
+
+@contextmanager
+def verifying_hashes() -> Iterator[None]:
+    """In this block, files are compared with their manifests by their hashes, not only by their sizes."""
+    global _hashing
+    before, _hashing = _hashing, True
+    try:
+        yield
+    finally:
+        _hashing = before
+
+
+def verifying() -> bool:
+    """Whether the contents of files are compared, not only their sizes."""
+    return _hashing
 
 
 def check_chain(artifact: Path) -> None:
-    """Compare an artifact's manifest, and those of everything it was made from, with what exists now.
+    """Compare an artifact and everything it was made from with their manifests.
 
-    An input that was moved away is not compared: nothing is known to have changed.
+    The artifact's own files must exist, in the recorded sizes (if `verifying`, with the recorded hashes). An input that was
+    moved away is not compared: nothing is known to have changed.
 
-    Raises StaleArtifact if an input has changed since the artifact was made from it.
+    Raises:
+        StaleArtifact: a file has changed since it was made, or since the artifact was made from it.
+        UserError: a file of the artifact is missing, or a manifest cannot be read.
     """
-    if not manifest_path(artifact).is_file():
+    _check_chain(artifact, set())
+
+
+def _check_chain(artifact: Path, checked: set[Path]) -> None:
+    manifest = manifest_path(artifact)
+    if artifact in checked or not manifest.is_file():
         return
-    manifest = read_manifest(artifact)
-    for name, place in manifest.get("sources", {}).items():
-        source = Path(os.path.normpath(manifest_path(artifact).parent / place))
+    made = read_manifest(artifact)
+    missing, changed = _damaged(manifest, made)
+    if missing and not checked:
+        raise UserError(f"{missing[0]} is missing: {_again(made)}")
+    checked.add(artifact)
+    if changed:
+        raise _changed(artifact, changed[0], _again(made))
+    for name, place in made["sources"].items():
+        source = Path(os.path.normpath(manifest.parent / place))
         if not manifest_path(source).is_file() and not source.is_file():
             continue
-        check_chain(source)
-        if fingerprint(source) != manifest["inputs"][name]:
+        _check_chain(source, checked)
+        if fingerprint(source) != made["inputs"][name]:
             raise StaleArtifact(
-                f"{artifact} is out of date: {name} ({source}) has changed since it was made; make it again with `python "
-                f"scripts/run_pipeline.py --from {manifest['stage']} --to {manifest['stage']} --overwrite` and the same flags",
+                f"{artifact} is out of date: {name} ({source}) has changed since it was made; {_again(made)}",
                 [f"{name} has changed"],
             )
+
+
+def _damaged(manifest: Path, made: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
+    """The files of a finished artifact that are missing, and those that are not what was written; foreign parts count too."""
+    missing, changed = [], []
+    outputs = {manifest.parent / name: output for name, output in made["outputs"].items()}
+    for path, output in outputs.items():
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(path)
+            continue
+        if size != output["bytes"] or (_hashing and _hash_of(path) != output["sha256"]):
+            changed.append(path)
+    if manifest.name == MANIFEST:
+        changed += sorted(path for path in manifest.parent.iterdir() if _PART.fullmatch(path.name) and path not in outputs)
+    return missing, changed
+
+
+def _changed(artifact: Path, path: Path, again: str) -> StaleArtifact:
+    keep = "" if artifact.is_dir() else f", or remove {manifest_path(artifact)} to use the file as it is"
+    return StaleArtifact(f"{path} has changed since it was made: {again}{keep}", [f"{path.name} has changed"])
+
+
+def _again(made: Mapping[str, Any]) -> str:
+    stage = made["stage"]
+    return f"make it again with `python scripts/run_pipeline.py --from {stage} --to {stage} --overwrite` and the same flags"
 
 
 # -------------------------------------------------------------------------------------------- manifests, fingerprints
 
 
+MANIFEST = "manifest.json"
+_PART = re.compile(r"\d+(\.keys)?\.np[yz]")
+"""The numbered files of a folder artifact, whose readers take all that are there."""
+
+
 def manifest_path(artifact: Path) -> Path:
     """`manifest.json` inside a folder artifact (its name has no file suffix), `<file>.manifest.json` beside a file."""
     if artifact.suffix in (".safetensors", ".npy", ".csv", ".json", ".pt", ".pth"):
-        return artifact.with_name(artifact.name + ".manifest.json")
-    return artifact / "manifest.json"
+        return artifact.with_name(f"{artifact.name}.{MANIFEST}")
+    return artifact / MANIFEST
 
 
 def unfinished_path(artifact: Path) -> Path:
@@ -235,16 +333,44 @@ def unfinished_path(artifact: Path) -> Path:
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """The manifest of an artifact. Raises UserError if it is missing or unreadable."""
+    """The manifest of an artifact. Raises UserError if it is missing or damaged."""
     return _read(manifest_path(artifact))
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A manifest, or the recipe of an unfinished artifact. Raises UserError if it is neither."""
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return loaded
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the manifest {path}: {error}") from error
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        is_sound = _is_recipe(loaded) and (path.suffix == ".unfinished" or _is_manifest(loaded))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the manifest {path}: {first_line(error)}") from error
+    if not is_sound:
+        raise UserError(f"cannot read the manifest {path}: it lacks what a manifest holds")
+    found: dict[str, Any] = loaded
+    return found
+
+
+def _is_recipe(loaded: Any) -> bool:
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("stage"), str):
+        return False
+    return all(isinstance(loaded.get(part), dict) for part in ("settings", "inputs"))
+
+
+def _is_manifest(loaded: dict[str, Any]) -> bool:
+    """Whether a recipe is followed by what was made; outputs lie beside their manifest, since changed ones are removed."""
+    parts = [loaded.setdefault(part, {}) for part in ("run", "sources", "outputs", "details")]
+    if not all(isinstance(part, dict) for part in parts) or not loaded["sources"].keys() <= loaded["inputs"].keys():
+        return False
+    if not all(isinstance(place, str) for place in loaded["sources"].values()):
+        return False
+    return bool(loaded["outputs"]) and all(
+        isinstance(about, dict)
+        and isinstance(about.get("bytes"), int)
+        and isinstance(about.get("sha256"), str)
+        and not os.path.isabs(name)
+        and ".." not in Path(name).parts
+        for name, about in loaded["outputs"].items()
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -274,6 +400,17 @@ def file_hash(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    """The hash of a file, computed once per command as long as the file stays the same."""
+    stat = path.stat()
+    return _hash_of_version(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hash_of_version(path: Path, size: int, time_ns: int) -> str:
+    return file_hash(path)
 
 
 def text_hash(lines: Iterable[str]) -> str:

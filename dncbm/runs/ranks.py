@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-from torch import distributed
-
-from dncbm.runs.errors import UserError
+from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import Outcome, Work
 
 T = TypeVar("T")
@@ -28,6 +25,8 @@ class Ranks:
         """Return in every process what `make` returns in the process of rank 0."""
         if self.size == 1:
             return make()
+        from torch import distributed
+
         made = [make() if self.rank == 0 else None]
         _or_leave(lambda: distributed.broadcast_object_list(made))
         return made[0]  # type: ignore[return-value]
@@ -46,6 +45,8 @@ class Ranks:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
+            from torch import distributed
+
             _or_leave(distributed.barrier)
 
     def share_of(self, items: list[T]) -> list[T]:
@@ -74,11 +75,14 @@ def joined() -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    from torch import distributed
+
     try:
         distributed.init_process_group("gloo", timeout=timedelta(days=30))  # work is unevenly divided
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the processes of this run cannot reach each other: {reason}; start them with torchrun") from error
+        raise UserError(
+            f"the processes of this run cannot reach each other: {first_line(error)}; start them with torchrun"
+        ) from error
     try:
         yield Ranks(distributed.get_rank(), size)
     except UserError:
@@ -90,6 +94,8 @@ def joined() -> Iterator[Ranks]:
 
 def device_name(name: str, ranks: Ranks) -> str:
     """The device of this process for `auto` and `cuda`: a GPU of its own, if there are as many as processes."""
+    import torch
+
     if ranks.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{int(os.environ.get('LOCAL_RANK', ranks.rank)) % torch.cuda.device_count()}"

@@ -1,26 +1,31 @@
-"""`probe_results.csv`: one row per evaluation of any kind, with its settings and its metrics."""
+"""`probe_results.csv`: one row per run and kind of evaluation, with its settings and its metrics."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dncbm.runs.declarations import SPLITS
-from dncbm.runs.errors import UserError
-from sparse_autoencoder.files import whole_file
+from dncbm.runs.errors import UserError, first_line
+from sparse_autoencoder.files import remove_leftovers, whole_file
 
 ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
 COVERAGES = (0.90, 0.95, 0.99)
 NECS = (5, 10, 15, 20, 25, 30)
 """Numbers of effective concepts, i.e. mean numbers of non-zero weights per class, at which accuracy is reported."""
 SETTINGS = (
-    "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "probe_lr",
-    "probe_batch_size", "probe_epochs", "probe_lambda", "seed",
+    "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "sae_type", "probe", "solver",
+    "probe_lr", "probe_batch_size", "probe_epochs", "probe_lambda", "seed",
 )  # fmt: skip
 """`method` is `probe`, `nec` or `zero_shot`; `on` is its input: `concepts`, `features` or `random` directions."""
+KEY = ("probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "seed")
+"""What a run is. It has one row, which running it again replaces; the names of its SAE and probe hold the other settings."""
 METRICS = (
     *(f"zeros_{tolerance:g}" for tolerance in ZERO_TOLERANCES),
     *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "ce", "top1", "top5")),
@@ -31,59 +36,137 @@ METRICS = (
     "val_anec_avg",
 )
 """Accuracies are fractions. Columns that do not apply to a method are blank."""
+COLUMNS = (*SETTINGS, *METRICS)
+LEAST_COLUMNS = {"probe_dataset", "on", "encoder"}
+"""Columns that every version has written."""
+LOCK_S = 60.0
+"""Seconds after which a lock that is still held is ignored; writing takes a fraction of one."""
+messages = logging.getLogger(__name__)
+
+Row = dict[str, str]
 
 
-def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> Row:
     """A row with every column, from values of some of SETTINGS (the time is added) and of METRICS.
 
     Raises KeyError if there is no such column.
     """
-    row: dict[str, Any] = dict.fromkeys((*SETTINGS, *METRICS), "")
     given = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **settings}
-    given |= {key: f"{value:.6g}" for key, value in metrics.items()}
-    if unknown := given.keys() - row.keys():
+    texts = {key: " ".join(str(value).splitlines()) for key, value in given.items()}  # a row is a line
+    texts |= {key: f"{value:.6g}" for key, value in metrics.items()}
+    if unknown := texts.keys() - set(COLUMNS):
         raise KeyError(f"no column of the results: {sorted(unknown)}")
-    return row | given
+    return dict.fromkeys(COLUMNS, "") | texts
 
 
-def append_result(path: Path, *rows: dict[str, Any]) -> None:
-    """Append rows with the same columns to a CSV, under a lock, so that jobs of a cluster can share the file.
+def save_results(path: Path, *rows: Row) -> None:
+    """Add rows, each in the place of an earlier row of the same run (KEY), whole or not at all.
 
-    If the file was written by an older version and lacks some of the columns, they are added, blank.
+    The file is written anew under a lock, so that jobs of a cluster can share it. What an older version wrote gets the columns
+    that it lacks, blank; rows that are damaged are dropped with a warning.
 
-    Raises UserError if the file has other columns.
+    Raises UserError if the file is not one of results.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(rows[0])
-    with FileLock(f"{path}.lock"):
-        is_new = not path.is_file()
-        if not is_new:
-            header, old = _read(path)
-            if set(header) < set(columns):
-                write_csv(path, columns, ([row.get(column, "") for column in columns] for row in old))
-            elif header != columns:
-                raise UserError(f"the columns of {path} are not those of this version: move it away and run again")
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(
-                [*([columns] if is_new else []), *([row[column] for column in columns] for row in rows)]
-            )
+    with _locked(path):
+        remove_leftovers(path.parent)
+        kept = {_key(row): row for row in (_read(path) if path.is_file() else [])}
+        for row in rows:
+            kept.pop(_key(row), None)  # so that the last row is that of the last run
+            kept[_key(row)] = row
+        write_csv(path, COLUMNS, ([row[column] for column in COLUMNS] for row in kept.values()))
 
 
-def read_results(path: Path) -> list[dict[str, str]]:
-    """Every row of the results. Raises UserError if there are none."""
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file. Where the file system has none, or somebody keeps it, go on without."""
+    lock = FileLock(f"{path}.lock", timeout=LOCK_S)
+    try:
+        lock.acquire()
+    except (Timeout, NotImplementedError):
+        messages.warning("%s.lock cannot be locked: if other jobs write now, rows may be missing", path)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_results(path: Path) -> None:
+    """Raises UserError if rows cannot be added to the file: for stages to ask before they work for hours."""
+    if path.exists():
+        _read(path, said=False)
+
+
+def read_results(path: Path) -> list[Row]:
+    """Every row of the results, one per run. Raises UserError if there are none, or the file is not one of results."""
     if not path.is_file():
-        raise UserError(f"no results {path}: scripts 07, 08 and 10 append to it")
-    return _read(path)[1]
+        raise UserError(f"no results {path}: scripts 07, 08 and 10 write it")
+    rows = list({_key(row): row for row in _read(path)}.values())
+    if not rows:
+        raise UserError(f"no results in {path}: scripts 07, 08 and 10 write them")
+    return rows
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        return list(reader.fieldnames or ()), rows
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in KEY)
+
+
+def _read(path: Path, *, said: bool = True) -> list[Row]:
+    """The rows of a file, with every column. Those that are damaged are left out, and unless `said` is False that is said."""
+    problem = f"{path} is not a results file of this version"
+    again = "move it away; the next run starts a new one"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # Line by line, since no value holds a line break: a quote that a killed process left open then ends with its line.
+        lines = [next(csv.reader([line]), []) for line in text.split("\n")]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{problem} ({first_line(error)}): {again}") from error
+    if not text.strip():
+        return []
+    header = lines[0]
+    if not LEAST_COLUMNS <= set(header) <= set(COLUMNS) or len(set(header)) < len(header):
+        raise UserError(f"{problem} (its first line is {','.join(header)[:60]!r}, not the names of its columns): {again}")
+    rows, damaged = [], list[str]()
+    for number, values in enumerate(lines[1:], start=2):
+        if not values:
+            continue
+        # Only the last line of an older version may lack its end; then its last value may be cut.
+        is_cut = number == len(lines) and bool(values[-1])
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, values, strict=False))
+        if len(values) != len(header) or is_cut or not all(_is_number(row[column]) for column in METRICS):
+            damaged.append(str(number))
+            continue
+        rows.append(_as_now(row))
+    if damaged and said:
+        which = f"line{'s' if len(damaged) > 1 else ''} {', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}"
+        messages.warning("%s: left out %s, only part of which was written", path, which)
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return not text or isinstance(float(text), float)
+    except ValueError:
+        return False
+
+
+def _as_now(row: Row) -> Row:
+    """A row of an older version, as this one writes it.
+
+    Before there were other methods and solvers, their columns were missing; and the row of a probe on raw features named the
+    SAE whose flags were given, on which it does not depend.
+    """
+    method = row["method"] or "probe"
+    row |= {"method": method, "solver": row["solver"] or ("adam" if method == "probe" else "")}
+    return row | ({"sae_dataset": "", "sae": ""} if (method, row["on"]) == ("probe", "features") else {})
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV with a header, whole or not at all."""
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    with whole_file(path) as temporary:
+        # Names of files need not be UTF-8: what is not is written as its escape.
+        temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")

@@ -2,15 +2,17 @@
 
 import difflib
 import os
+import re
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dncbm.runs.declarations import SPLITS
-from dncbm.runs.errors import UserError
+from dncbm.runs.declarations import NAME, NAMED, SPLITS, NamedEncoder
+from dncbm.runs.errors import UserError, first_line
+from sparse_autoencoder.declare import flags
 
 ROOTS = ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")
 LOCAL_DIR = "local-dir:"
@@ -36,6 +38,8 @@ class ProbeSource:
     """How the folder is laid out; by default the data set's own name, if there is such a reader, else `folder`."""
     splits: Mapping[str, str]
     """Our split -> the data set's own; empty: the reader's. With `train_val`, nothing is held out of `train`."""
+    names_reader: bool = False
+    """Whether the entry names the reader, which must then exist."""
 
     @property
     def own_splits(self) -> tuple[str, ...]:
@@ -113,6 +117,8 @@ def config_path() -> Path:
     """The config file in use: the one $DNCBM_CONFIG names, else config.py beside the dncbm package."""
     named = os.environ.get("DNCBM_CONFIG")
     path = Path(named).absolute() if named else Path(__file__).resolve().parents[2] / "config.py"
+    if path.is_dir():
+        raise UserError(f"DNCBM_CONFIG names the folder {path}: name the config file in it, for example {path / 'config.py'}")
     if not path.is_file():
         source = "the environment variable DNCBM_CONFIG names it" if named else "set DNCBM_CONFIG to your config file"
         raise UserError(f"the config file {path} is missing: {source}")
@@ -132,9 +138,9 @@ def load_settings(path: Path | None = None) -> Settings:
     try:
         names = runpy.run_path(str(path)).items()
         found = {k: v for k, v in names if not k.startswith("_") and not isinstance(v, ModuleType)}
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path} does not run: {type(error).__name__}: {reason}") from error
+    except (Exception, SystemExit) as error:
+        encoding = "; save it as UTF-8" if "codec can't decode" in str(error) else ""
+        raise UserError(f"{path} does not run: {type(error).__name__}: {first_line(error)}{encoding}") from error
     return _checked(path, found)
 
 
@@ -151,6 +157,10 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
         wanted: tuple[type, ...] = (str, Path) if key in ROOTS else (str,) if key == "vocabulary" else (dict,)
         if not isinstance(found[key], wanted):
             raise UserError(f"{path}: `{key}` must be a {wanted[0].__name__}, not {found[key]!r}")
+    _check_names(path, found)
+    for where, text in _paths(found):
+        if not str(text) or "\0" in str(text):
+            raise UserError(f"{path}: {where} must be a path, not {str(text)!r}")
 
     base = path.parent
     roots = {key: base / found[key] for key in ROOTS}
@@ -158,6 +168,8 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
         if not root.parent.is_dir():
             value = str(found[key])
             raise UserError(f"the folder {root.parent} is missing: `{key}` in {path} is {value!r}; make it or correct the key")
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is not a folder: `{key}` in {path} names it; correct the key, or move the file away")
     for name, source in found["sae_datasets"].items():
         if not isinstance(source, str | Path) and (
             not isinstance(source, dict) or set(source) != set(SPLITS) or not all(isinstance(p, str) for p in source.values())
@@ -188,6 +200,30 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
     )
 
 
+def _check_names(path: Path, found: Mapping[str, Any]) -> None:
+    """Refuse names that are no names of folders: some would lead out of the roots."""
+    slashes_too = flags(NamedEncoder)["img_enc_name"].setting.pattern  # encoder_folder takes them out
+    names = [("`vocabulary`", found["vocabulary"], NAME)]
+    names += [(f"a key of `{key}`", name, NAME) for key in ("sae_datasets", "probe_datasets") for name in found[key]]
+    names += [("a key of `encoders`", name, slashes_too) for name in found["encoders"]]
+    for what, name, pattern in names:
+        if not isinstance(name, str) or not re.fullmatch(pattern, name) or len(os.fsencode(name)) > 100:
+            shown = name if not isinstance(name, str) or len(name) <= 100 else f"{name[:60]}..."
+            raise UserError(f"{path}: {what} must {NAMED}, not {shown!r}")
+
+
+def _paths(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every path in a config, and where it stands."""
+    yield from ((f"`{key}`", found[key]) for key in ROOTS)
+    for key in ("sae_datasets", "probe_datasets"):
+        for name, entry in found[key].items():
+            where = f"{key}[{name!r}]"
+            if isinstance(entry, dict):
+                yield from ((f"{where}[{one!r}]", value) for one, value in entry.items() if isinstance(value, str | Path))
+            elif isinstance(entry, str | Path):
+                yield where, entry
+
+
 def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
     where = f"{path}: probe_datasets[{name!r}]"
     if isinstance(entry, str | Path):
@@ -200,9 +236,14 @@ def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
     complete = isinstance(splits, dict) and (not splits or {"train", "val"} <= set(splits) <= set(SPLITS))
     if not complete or not all(isinstance(own, str) for own in splits.values()):
         raise UserError(f"{where}: splits must name the data set's own train, val and, if it has one, train_val: {splits!r}")
+    if splits and splits["train"] == splits.get("train_val"):
+        raise UserError(
+            f"{where}: train and train_val are the same split, {splits['train']!r}: leave train_val out, and a tenth of train "
+            "is held out for it"
+        )
     if not isinstance(reader, str):
         raise UserError(f"{where}: reader must be a name, not {reader!r}")
-    return ProbeSource(path.parent / entry["path"], reader, splits)
+    return ProbeSource(path.parent / entry["path"], reader, splits, names_reader="reader" in entry)
 
 
 def _encoder_entry(path: Path, name: str, entry: Any) -> EncoderEntry:

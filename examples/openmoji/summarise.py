@@ -13,6 +13,7 @@ from PIL import Image
 
 from dncbm.cli import main
 from dncbm.concepts.naming import read_names
+from dncbm.concepts.sae import describe_metrics, sae_metrics
 from dncbm.concepts.strengths import load_concept_strengths
 from dncbm.explain.explanations import top_activating
 from dncbm.features.datasets.probe import display_name, probe_images
@@ -27,7 +28,7 @@ from dncbm.runs.declarations import NamedEncoder, ProbeDataset, ProbeFeatures, P
 from dncbm.runs.manifests import Outcome, read_manifest, write_json
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
-from dncbm.stages import PIPELINE_STAGES
+from dncbm.stages import PIPELINE_COMMANDS
 from sparse_autoencoder.declare import setting
 from sparse_autoencoder.files import whole_file
 
@@ -81,7 +82,9 @@ def stage_seconds(settings: Settings, *declared: Any) -> dict[str, float]:
     """Seconds that each stage up to the probe took, from the manifests."""
     given = {type(one): one for one in declared}
     seconds = {}
-    for stage in PIPELINE_STAGES[: PIPELINE_STAGES.index(PROBE) + 1]:
+    last = [command.name for command in PIPELINE_COMMANDS].index(PROBE.name)
+    for command in PIPELINE_COMMANDS[: last + 1]:
+        stage = command.load()
         made = stage.outputs(Artifacts(settings), *(given.get(cls) or cls() for cls in stage.takes))
         seconds[stage.name] = round(sum(read_manifest(path)["details"]["seconds"] for path in made), 1)
     return seconds
@@ -106,9 +109,11 @@ def summarise(
     pictures = [[images.image(key).convert("RGB").resize((96, 96)) for key in name["top_keys"]] for name in names]
     for name in names:
         name["top_images"] = [emoji_name(images.image_name(key)) for key in name.pop("top_keys")]
-    sae = read_manifest(artifacts.sae(run))["details"]["metrics"]
     summary = {
-        "sae": {key: sae[key] for key in ("l0", "explained_variance", "dead_fraction")},
+        "sae": {
+            split: {key: metrics[key] for key in ("l0", "explained_variance", "dead_fraction")}
+            for split, metrics in sae_metrics(settings, run).items()
+        },
         "names": names,
         "probe": probe_accuracies(settings, run, probe, on_features),
         "nec": read_nec(settings, run, probe.dataset),
@@ -159,8 +164,9 @@ def emoji_name(path: str) -> str:
 
 def print_summary(summary: dict) -> None:
     sae, probe, encoder = summary["sae"], summary["probe"], summary["encoder"]
-    print(f"\nSAE      L0 {sae['l0']:.1f}, explained variance {sae['explained_variance']:.2f}, ", end="")
-    print(f"dead latents {sae['dead_fraction']:.1%}")
+    print()
+    for head, (split, metrics) in zip(("SAE", ""), sae.items(), strict=True):
+        print(f"{head:<9}{f'on {split}:':<14}{describe_metrics(metrics, digits=2)}")
     print("Encoder  held-out retrieval R@1/5/10: ", end="")
     print(" / ".join(f"{encoder[f'retrieval_r{k}']:.0%}" for k in (1, 5, 10)))
     print("Probe    top-1 on held-out emoji, 9 categories")
@@ -181,4 +187,5 @@ def print_summary(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Stage("summary", "", __doc__ or "", summarise, (SAERun, ProbeRun, Baseline)))
+    summary = __doc__ or ""
+    main(Stage(name="summary", script="", summary=summary, function=summarise, takes=(SAERun, ProbeRun, Baseline)))

@@ -1,5 +1,7 @@
 """Checkpoints of the model: safetensors files, and the PyTorch files that DN-CBM's authors publish."""
 
+import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -8,10 +10,12 @@ from torch import Tensor
 
 from sparse_autoencoder.errors import CheckpointError
 from sparse_autoencoder.files import write_safetensors
-from sparse_autoencoder.model import INPUT_TRANSFORMS, SparseAutoencoder
+from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.settings import INPUT_TRANSFORMS
 from sparse_autoencoder.variants import ReLU, Sparsity, sparsity_from_json, sparsity_to_json
 
 SCHEMA_VERSION = "1"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RESERVED = ("format", "schema_version", "sparsity", "input_transform")
 
 PUBLISHED_NAMES = {
@@ -57,7 +61,7 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> Sparse
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint" if not path.exists() else f"{path}: not a file")
     if path.suffix == ".pt":
         return _build(path, _read_published(path), ReLU(), "none").to(device)
     tensors, header = read_safetensors(path)
@@ -82,24 +86,31 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)})") from error
 
 
 def _read_published(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises anything from EOFError to UnpicklingError for a damaged file
-        raise CheckpointError(f"{path}: not a readable PyTorch state dict ({_one_line(error)})") from error
+        with path.open("rb") as file:
+            is_legacy = not file.read(4).startswith(b"PK")
+        with warnings.catch_warnings():  # torch warns of what it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({_one_line(error)})") from error
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load the file all the same, which runs any code that is in it.
+        holds = "damaged, or not a PyTorch file" if is_legacy else "damaged, or it holds more than tensors"
+        raise CheckpointError(f"{path}: not a published DN-CBM checkpoint ({holds}); nothing in it was run") from error
+    except Exception as error:  # torch raises anything from EOFError to RuntimeError for a damaged file
+        raise CheckpointError(f"{path}: not a published DN-CBM checkpoint (damaged, or not a PyTorch file)") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a state dict of tensors")
     missing = [name for name in PUBLISHED_NAMES if name not in state]
     unknown = sorted(str(name) for name in state if name not in (*PUBLISHED_NAMES, *PUBLISHED_ALIASES))
     if missing or unknown:
-        raise CheckpointError(
-            f"{path}: not a published DN-CBM checkpoint (missing: {', '.join(missing) or 'nothing'};"
-            f" unknown: {', '.join(unknown) or 'nothing'})"
-        )
+        raise CheckpointError(f"{path}: not a published DN-CBM checkpoint ({_unlike(missing, unknown)})")
     for name, tensor in state.items():
         if tensor.ndim < 2 or tensor.shape[0] != 1:
             raise CheckpointError(f"{path}: {name} has shape {_shape(tensor)}, without the leading 1 of the format")
@@ -122,18 +133,26 @@ def _build(path: Path, tensors: dict[str, Tensor], sparsity: Sparsity, transform
     state = model.state_dict()
     missing, unknown = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
     if missing or unknown:
-        raise CheckpointError(
-            f"{path}: missing tensors: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-        )
+        raise CheckpointError(f"{path}: not the tensors of this sparsity ({_unlike(missing, unknown)})")
     for name, own in state.items():
         tensor = tensors[name]
         want = own.t() if name == "decoder_weight" else own
         if tensor.shape != want.shape:
             raise CheckpointError(f"{path}: {name} has shape {_shape(tensor)}; it must be {_shape(want)}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {name} must be finite floating-point numbers")
         own.copy_(tensor.t() if name == "decoder_weight" else tensor)
     return model
+
+
+def _unlike(missing: list[str], unknown: list[str], most: int = 8) -> str:
+    """Which tensors a file lacks and which do not belong there; of many, the first."""
+    said = []
+    for what, names in (("missing", missing), ("unknown", unknown)):
+        if names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            said.append(f"{what}: {', '.join(ascii(name)[1:-1][:60] for name in names[:most])}{more}")
+    return "; ".join(said)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -141,4 +160,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

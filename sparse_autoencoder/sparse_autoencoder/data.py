@@ -66,6 +66,17 @@ def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) 
     raise NonFiniteError(f"{when}: features hold NaN or infinity (item {index}{where})")
 
 
+def is_constant(features: Features, batch_size: int = 4096) -> bool:
+    """Whether all items are the same, up to the rounding of float32. Reads only as far as the first that differs.
+    Raises NonFiniteError if an item read holds NaN or infinity."""
+    first: Tensor | None = None
+    for batch in in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"reading, batch {i}"):
+        first = batch[0] if first is None else first
+        if bool(((batch - first).abs() > 1e-6 * first.abs().max()).any()):
+            return False
+    return True
+
+
 def checksum(features: Features) -> str:
     """The CRC-32 of 64 items spread over the data: enough to detect different data of the same size."""
     indices = np.linspace(0, len(features) - 1, num=min(64, len(features))).astype(np.int64)

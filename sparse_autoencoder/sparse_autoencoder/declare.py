@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+_MOST_INTEGER = 2**63 - 1  # what files and libraries can hold
 _NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 
 
@@ -30,10 +31,13 @@ class Setting:
     flag: str = ""  # the flag's name without dashes; by default the field's name
     alias: str = ""  # a second flag with the same meaning, where no other setting of the command line has it
     least: float | None = None  # the smallest value allowed
+    most: float | None = None  # the largest value allowed
     above: float | None = None  # values must be above this
     below: float | None = None  # values must be below this
     choices: tuple[str, ...] = ()  # the only values allowed
+    units: tuple[str, ...] = ()  # units that may follow a whole number (50000items); the first is that of a plain number
     pattern: str = ""  # a regular expression that the whole text must match
+    called: str = ""  # what a text must do to match the pattern, in words: "be a name"
     place: int = 0  # parts of a run's name are joined in the order of their places
     # The part of the run's name, with `{}` for the value; "" if the value is a folder of its own; None if neither.
     in_name: str | None = None
@@ -97,8 +101,13 @@ class Flag:
         Raises ValueError, which says what it must be, if it is not of the setting's type or not allowed."""
         if self.type is bool:
             if text not in ("True", "False"):
-                raise ValueError(f"must be True or False, not {text!r}")
+                raise ValueError(f"must be True or False, not {_shown(text)}")
             return text == "True"
+        if self.setting.units:
+            number, unit = in_unit(text, self.setting.units)
+            if complaint := _complaint(self.setting, number):
+                raise ValueError(complaint)
+            return number if unit == self.setting.units[0] else f"{number}{unit}"
         kind = typing.get_args(self.type)[0] if self.is_tuple else self.type
         split = self.is_tuple and not self.setting.separate
         texts = [part.strip() for part in text.split(",") if part.strip()] if split else [text]
@@ -106,11 +115,21 @@ class Flag:
             values = [kind(part) for part in texts]
         except ValueError:
             what = "whole numbers separated by commas" if self.is_tuple else _NUMBERS[kind][1]
-            raise ValueError(f"must be {what}, not {text!r}") from None
+            raise ValueError(f"must be {what}, not {_shown(text)}") from None
         for value in values:
             if complaint := _complaint(self.setting, value):
                 raise ValueError(complaint)
         return tuple(dict.fromkeys(values)) if self.is_tuple else values[0]
+
+
+def in_unit(value: int | str, units: tuple[str, ...]) -> tuple[int, str]:
+    """The number and the unit of a setting that has units: 3 or "3" (in the first unit), or "50000items".
+    Raises ValueError, which says what it must be, if it is anything else."""
+    text = _shown(value) if isinstance(value, int) else value.strip() if isinstance(value, str) else ""
+    found = re.fullmatch(rf"([+-]?[0-9]{{1,20}})\s*({'|'.join(units)})?", text)
+    if found is None:
+        raise ValueError(f"must be a whole number, alone or followed by {' or '.join(units)}, not {_shown(value)}")
+    return int(found[1]), found[2] or units[0]
 
 
 @cache
@@ -206,8 +225,16 @@ def check(declared: Any) -> None:
         value = getattr(declared, one.name)
         if about is None or "variants" in one.metadata or value is None or isinstance(value, tuple):
             continue
+        if about.units:
+            try:
+                complaint = _complaint(about, in_unit(value, about.units)[0])
+            except ValueError as error:
+                complaint = str(error)
+            if complaint:
+                raise ValueError(f"{type(declared).__name__}: {one.name} {complaint}")
+            continue
         number, what = _NUMBERS.get(_plain_type(type(declared), one.name), (object, ""))
-        complaint = _complaint(about, value) if isinstance(value, number) else f"must be {what}, not {value!r}"
+        complaint = _complaint(about, value) if isinstance(value, number) else f"must be {what}, not {_shown(value)}"
         if complaint:
             raise ValueError(f"{type(declared).__name__}: {one.name} {complaint}")
 
@@ -232,27 +259,41 @@ def _applies(declared: Any, about: Setting) -> bool:
 
 
 def _plain_type(cls: Any, name: str) -> Any:
-    """The type of a field without `| None`."""
+    """The type of a field without `| None`, and of a number with units without `| str`."""
     hint = typing.get_type_hints(cls)[name]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
 
 
 def _complaint(about: Setting, value: Any) -> str | None:
     """What a value must be, if it is not allowed."""
     if about.choices and value not in about.choices:
-        return f"must be {' or '.join(about.choices)}, not {value!r}"
-    if about.pattern and not re.fullmatch(about.pattern, value):
-        return f"must match {about.pattern}, not {value!r}"
+        return f"must be {' or '.join(about.choices)}, not {_shown(value)}"
+    if about.pattern and not (isinstance(value, str) and re.fullmatch(about.pattern, value)):
+        return f"must {about.called or f'match {about.pattern}'}, not {_shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, not {value}"
+    least, most = about.least, about.most
+    if isinstance(value, int):
+        least = -_MOST_INTEGER if least is None and value < -_MOST_INTEGER else least
+        most = _MOST_INTEGER if most is None and value > _MOST_INTEGER else most
     bounds = [
-        (about.least is None or value >= about.least, f"at least {about.least}"),
+        (least is None or value >= least, f"at least {least}"),
+        (most is None or value <= most, f"at most {most}"),
         (about.above is None or value > about.above, f"above {about.above}"),
         (about.below is None or value < about.below, f"below {about.below}"),
     ]
     asked = [text for _, text in bounds if "None" not in text]
-    if not math.isfinite(value):
-        return f"must be finite, not {value}"
-    return None if all(holds for holds, _ in bounds) else f"must be {' and '.join(asked)}, not {value}"
+    return None if all(holds for holds, _ in bounds) else f"must be {' and '.join(asked)}, not {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message shows it: on one line, and not longer than one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

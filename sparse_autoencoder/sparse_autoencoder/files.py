@@ -1,17 +1,27 @@
 """Files that appear whole or not at all."""
 
+import errno
 import json
 import os
+import re
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # whoever has tensors to write has imported torch
+    from torch import Tensor
 
 _UMASK = os.umask(0)  # the only way to read the umask is to set it
 os.umask(_UMASK)
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_TEMPORARY = re.compile(rf"\..*-{_HOST}-(\d+)-\w{{8}}(\..*)?")
+"""A temporary file of this machine, with the process that writes it."""
 
 
 @contextmanager
@@ -21,11 +31,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     The content reaches the disk before the rename, so a killed process or a power cut leaves the old file or the new one,
     never a part. If the block raises (full disk, interrupt), the temporary file is removed and `path` is untouched.
     Missing parent folders are made.
+
+    Raises OSError that names `path` if the block, whatever writes there, or the system fails to write.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept because numpy and others append theirs to a name that lacks it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix is kept because numpy and others append theirs to a name that lacks it.
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem[:40]}-{_HOST}-{os.getpid()}-", suffix=path.suffix
+        )
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -34,8 +51,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if (failure := _failure(error, path, temporary)) is not None:
+            raise failure from error
         raise
     if hasattr(os, "O_DIRECTORY"):  # flushes the rename itself, which Windows neither allows nor needs
         folder = os.open(path.parent, os.O_DIRECTORY)
@@ -45,9 +64,42 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.close(folder)
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _failure(error: BaseException, path: Path, temporary: Path) -> OSError | None:
+    """The OSError that names `path` for an error of the system that names nothing, or only the temporary file.
+
+    safetensors wraps the system's error in its own, and numpy reports a short write without a number.
+    """
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+        return OSError(number, os.strerror(number), str(path))
+    if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
+        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that killed processes of this machine left in a folder."""
+    for path in folder.glob(".*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        pass
+    return True
+
+
+def write_safetensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all, whose bytes depend only on its content.
     The library writes the metadata in an order that changes from call to call; here it is sorted."""
+    from safetensors.torch import save_file
+
     with whole_file(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         with open(temporary, "rb+") as file:

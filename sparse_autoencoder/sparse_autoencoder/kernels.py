@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numba import njit
 
+from sparse_autoencoder.compiled import compiled
+
 Array: TypeAlias = np.ndarray
 Rates: TypeAlias = tuple[np.float32, ...]
 Selection: TypeAlias = tuple[Array, Array, Array]  # memory to select in: latents, values (both n x F), row starts (n + 1)
@@ -96,7 +98,7 @@ def _dot(a: Array, b: Array) -> np.float32:
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def select_above(pre: Array, bias: Array, offset: Array, level: float, latent: Array, value: Array, row_start: Array) -> None:
     """`_scan` of each row of pre (n x F) into the rows of latent and value (n x F); row_start (n + 1) sums the counts."""
     row_start[0] = 0
@@ -129,7 +131,7 @@ def _kth_largest(values: Array, n: int, k: int) -> np.float32:
     return values[want]
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array, row_start: Array) -> None:
     """Like `select_above`, for the k largest positive values of each row. Of equal values at the edge, the first win.
 
@@ -176,7 +178,7 @@ def select_largest(pre: Array, bias: Array, k: int, latent: Array, value: Array,
         row_start[i + 1] = row_start[i] + count
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
     """The entries that a selection left in working memory (latent and value: n x F), copied to arrays of their own."""
     total = row_start[-1]
@@ -189,7 +191,7 @@ def packed(latent: Array, value: Array, row_start: Array) -> ItemMajor:
     return ItemMajor(row_start.copy(), packed_latent, packed_value, np.empty(total, np.float32))
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def decode(
     x: Array, tied_bias: Array, decoder: Array, entries: ItemMajor, ends: Array, scale: float, residual: Array, error: Array
 ) -> float:
@@ -231,7 +233,7 @@ def decode(
     return objective
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def decode_left_over(decoder: Array, entries: ItemMajor, scale: float, coeff: float, residual: Array, left: Array) -> float:
     """AuxK: the entries of dead latents reconstruct x - x_hat, a fixed target equal to -residual / scale (n x D).
 
@@ -254,7 +256,7 @@ def decode_left_over(decoder: Array, entries: ItemMajor, scale: float, coeff: fl
     return error
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def item_sums(entries: ItemMajor) -> tuple[Array, Array]:
     """For each item, the sum of its entries' values and the number of non-zero ones (both n, float32)."""
     n = entries.row_start.shape[0] - 1
@@ -266,7 +268,7 @@ def item_sums(entries: ItemMajor) -> tuple[Array, Array]:
     return total, active
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def histogram(latent: Array, count: Array) -> None:
     """count[f] (F) becomes the number of entries of latent f."""
     count[:] = 0
@@ -274,7 +276,7 @@ def histogram(latent: Array, count: Array) -> None:
         count[latent[p]] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: LatentMajor) -> None:
     """Copies entries to their latent-major places; place (F) points to the place of each latent's next entry."""
     for i in range(entries.row_start.shape[0] - 1):
@@ -286,7 +288,7 @@ def scatter(entries: ItemMajor, first_item: int, place: Array, sorted_entries: L
             sorted_entries.slope[q] = entries.slope[p]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def learn_thresholds(
     entries: LatentMajor, threshold: Array, bandwidth: float, l0_slope: float, gradient: Array, active: Array
 ) -> None:
@@ -322,7 +324,7 @@ def _adam(p: Array, g: Array, mean: Array, variance: Array, rates: Rates) -> Non
         p[d] -= lr * m / (math.sqrt(v) * inverse_root + epsilon)
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def update_vector(vector: Trained, gradient: Array, rates: Rates) -> None:
     """One step of Adam on a vector."""
     _adam(vector.value, gradient, vector.mean, vector.variance, rates)
@@ -340,7 +342,7 @@ def _add_entries(entries: LatentMajor, f: int, x: Array, residual: Array, by_enc
     return slope_sum
 
 
-@njit(nogil=True, cache=True, fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH)
 def update_latents(
     first: int,
     last: int,

@@ -69,11 +69,13 @@ class RunningVariance:
         self.count = 0
         self.mean: Tensor | None = None
         self.total = 0.0
+        self.squares = 0.0  # sum of squares, about 0
 
     def add(self, x: Tensor) -> None:
         """Adds a batch (B x D)."""
         batch_mean = x.mean(dim=0)
         self.total += float((x - batch_mean).square().sum())
+        self.squares += float(x.square().sum())
         mean = batch_mean.double().cpu()
         if self.mean is None:
             self.mean, self.count = mean, len(x)
@@ -84,7 +86,12 @@ class RunningVariance:
         self.mean += gap * (len(x) / count)
         self.count = count
 
+    @property
+    def varies(self) -> bool:
+        """Whether the items differ by more than float32 rounds."""
+        return self.total > self.squares * (16 * torch.finfo(torch.float32).eps) ** 2
 
-def explained_variance(squared_error_sum: float, variance_sum: float) -> float:
+
+def explained_variance(squared_error_sum: float, variance: RunningVariance) -> float:
     """1 - sum (x - x_hat)^2 / sum (x - mean)^2; NaN if the data does not vary."""
-    return 1 - squared_error_sum / variance_sum if variance_sum > 0 else float("nan")
+    return 1 - squared_error_sum / variance.total if variance.varies else float("nan")

@@ -28,7 +28,8 @@ def evaluate(
     Returns:
         loss (= l2_loss + l1_loss), l2_loss (the squared error, averaged over items and inputs), l1_loss (the sparsity
         term with its coefficient, averaged over items), l0 (mean number of active latents per item), explained_variance
-        (1 - sum (x - x_hat)^2 / sum (x - mean)^2) and dead_fraction (the fraction of latents that no item activates).
+        (1 - sum (x - x_hat)^2 / sum (x - mean)^2; NaN if all items are the same) and dead_fraction (the fraction of latents
+        that no item activates).
         Errors are measured in the transformed space.
 
     Raises:
@@ -71,7 +72,7 @@ def measure(
         "l2_loss": l2 / n,
         "l1_loss": penalty / n,
         "l0": float(fired.sum()) / n,
-        "explained_variance": explained_variance(l2 * model.n_inputs, variance.total),
+        "explained_variance": explained_variance(l2 * model.n_inputs, variance),
         "dead_fraction": count_dead(fired, n)[0] / model.n_latents,
     }
     return metrics, fired.cpu()

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from sparse_autoencoder.settings import DEFAULT_SEED, INPUT_TRANSFORMS
 from sparse_autoencoder.variants import ReLU, Sparsity
-
-INPUT_TRANSFORMS = ("none", "centre", "unit_norm")
-DEFAULT_SEED = 49  # the seed of DN-CBM's runs
 
 
 class SAEOutput(NamedTuple):

@@ -19,11 +19,6 @@ from sparse_autoencoder.workers import Workers
 ENCODER_SCALE = 0.2  # the norm of new encoder rows, relative to the mean of the alive latents
 
 
-def is_resampling_epoch(epoch: int, resample_freq: int, epochs: int) -> bool:
-    """Whether resampling follows epoch `epoch` (from 0): every `resample_freq` epochs, but not in the last ones."""
-    return resample_freq > 0 and (epoch + 1) % resample_freq == 0 and epoch + resample_freq < epochs - 1
-
-
 def sampling_probability(losses: Tensor) -> Tensor:
     """Each item's probability (N, float64) of restarting a dead latent: proportional to its loss (N) squared.
     If every loss is 0, the probabilities are uniform."""

@@ -44,10 +44,12 @@ class Stepper:
             result, is_sparse = self._sparse(x, dead), True
         else:
             result, is_sparse = dense_step(model, self.adam, x, dead, bf16=self.bf16), False
-        if is_sparse != self.was_sparse:
+        if self.was_sparse is not None and is_sparse != self.was_sparse:
             kind = "sparse" if is_sparse else "dense"
-            log.info("step %d: %s of the latents active, %s steps from here", self.adam.steps, f"{active:.1%}", kind)
-            self.was_sparse = is_sparse
+            log.info(
+                "step %d: %s of the latents are active, so steps are %s from here", self.adam.steps, f"{active:.1%}", kind
+            )
+        self.was_sparse = is_sparse
         if self._sparse is not None:  # otherwise the density is unused, and reading it would wait for the device
             self.density = float(result.fired.sum()) / (len(x) * model.n_latents)
         return result

@@ -3,31 +3,36 @@
 import csv
 import json
 import logging
+import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_autoencoder.advice import advice_after, advice_before
 from sparse_autoencoder.checkpoint import read_safetensors
 from sparse_autoencoder.data import Features, as_features, checksum, epoch_order, geometric_median, in_batches, resident
-from sparse_autoencoder.declare import check, identity, setting
+from sparse_autoencoder.declare import identity
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.files import whole_file, write_safetensors
 from sparse_autoencoder.losses import RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
-from sparse_autoencoder.model import DEFAULT_SEED, SparseAutoencoder
+from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
-from sparse_autoencoder.resampler import is_resampling_epoch, resample
+from sparse_autoencoder.resampler import resample
+from sparse_autoencoder.settings import TrainingSettings, is_resampling_epoch, learning_rate
+from sparse_autoencoder.signals import stopping
 from sparse_autoencoder.stepper import Stepper
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.variants import sparsity_to_json
@@ -35,42 +40,7 @@ from sparse_autoencoder.workers import Workers
 
 messages = logging.getLogger(__name__)
 
-SEED_HELP = f"seed of the SAE and the probe; part of their names when not {DEFAULT_SEED}"
 CENTRE_SAMPLE = 100_000  # the geometric median is taken of at most this many random items
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The training schedule. The defaults are DN-CBM's. Raises ValueError, naming the field, if a value is not allowed."""
-
-    epochs: int = setting(200, "epochs of the SAE", flag="num_epochs", least=1, in_name="_epo{}", place=7)
-    batch_size: int = setting(4096, "batch size of the SAE", flag="train_sae_bs", least=1, in_name="_bs{}", place=6)
-    lr: float = setting(5e-4, "learning rate of the SAE", above=0, in_name="_lr{}", place=1)
-    adam_beta_1: float = setting(0.9, "decay rate of Adam's first moment", least=0, below=1)
-    adam_beta_2: float = setting(0.999, "decay rate of Adam's second moment", least=0, below=1)
-    adam_epsilon: float = setting(1e-8, "term that Adam adds to the denominator", above=0)
-    adam_weight_decay: float = setting(0.0, "L2 penalty that Adam adds to the gradient", least=0)
-    resample_freq: int = setting(10, "epochs between resamplings of dead latents; 0: never", least=0, in_name="_rf{}", place=4)
-    resample_dataset_size: int = setting(819_200, "items whose losses decide where dead latents restart", least=1)
-    val_freq: int = setting(1, "epochs between validations of the SAE; 0: never", least=0, identifies="never")
-    ckpt_freq: int = setting(
-        0, "training items between checkpoints of the SAE; 0: only the final one", least=0, identifies="never"
-    )
-    seed: int = setting(DEFAULT_SEED, SEED_HELP, least=0, in_name="_seed{}", place=9, name_default=False)
-    log_every: int = setting(100, "steps between rows of the training log", least=1, identifies="never")
-    lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0, linearly", least=0)
-    lr_decay_steps: int = setting(0, "final steps over which the learning rate falls to 0, linearly", least=0)
-    bf16: bool = setting(False, "matrix products in bfloat16, for GPUs")
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `total_steps`."""
-    warmup = min(1.0, (step + 1) / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
-    decay = min(1.0, (total_steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
-    return settings.lr * warmup * decay
 
 
 @dataclass(frozen=True)
@@ -79,10 +49,17 @@ class TrainingResult:
 
     steps: int
     """Optimiser steps made in total, including those before the run resumed."""
-    stopped_early: bool
-    """Whether SIGTERM stopped the run. The state is saved if there is a `state_path`."""
     metrics: dict[str, float]
     """`evaluate` of the final model over the training features; after an early stop, the last row logged."""
+    validation: dict[str, float] | None = None
+    """`evaluate` of the final model over the validation features, if there are any; None after an early stop."""
+    stopped_by: signal.Signals | None = None
+    """SIGTERM or SIGINT, if it stopped the run. The state is saved if there is a `state_path`."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a signal stopped the run."""
+        return self.stopped_by is not None
 
 
 class _State:
@@ -128,18 +105,26 @@ class _State:
             raise NonFiniteError(f"step {self.adam.steps}: {', '.join(bad)} hold NaN or infinity")
         own = {name: getattr(self, name) for name in self.COUNTERS}
         counters = {"steps": self.adam.steps, **own, "density": self.stepper.density}
-        write_safetensors(tensors, path, {"run": json.dumps(run), "counters": json.dumps(counters)})
+        header = {"run": json.dumps(run), "counters": json.dumps(counters)}
+        copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_safetensors(copies, path, header | {"checksum": _checksum(copies, header)})
 
     def load(self, path: Path, run: dict[str, object]) -> None:
         """Restores a saved state. Raises CheckpointError if the state is damaged, or its run differs from `run`; the message
         names every difference."""
-        saved, header = read_safetensors(path)
+        restart = "delete it to start from scratch"
         try:
-            saved_run, counters = json.loads(header["run"]), json.loads(header["counters"])
+            saved, header = read_safetensors(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {restart}") from error
+        try:
+            saved_run, counters, checksum = dict(json.loads(header["run"])), json.loads(header["counters"]), header["checksum"]
             own_counters = {name: int(counters[name]) for name in self.COUNTERS}
             steps, density = int(counters["steps"]), float(counters["density"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a training state ({error})") from error
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a training state; {restart}") from error
+        if checksum != _checksum(saved, header):
+            raise CheckpointError(f"{path}: this training state is damaged (its checksum is wrong); {restart}")
         differences = [
             f"{name} is {run.get(name)} now, {saved_run.get(name)} there"
             for name in sorted({*run, *saved_run})
@@ -148,13 +133,13 @@ class _State:
         if differences:
             raise CheckpointError(
                 f"{path}: this training state belongs to another run ({'; '.join(differences)}); use its settings to"
-                " resume it, or delete it to start from scratch"
+                f" resume it, or {restart}"
             )
         own = self.tensors()
         wrong = sorted(own.keys() ^ saved.keys())
-        wrong += [name for name in own if name in saved and own[name].shape != saved[name].shape]
+        wrong += [name for name in own if name in saved and not _fits(saved[name], own[name])]
         if wrong:
-            raise CheckpointError(f"{path}: not a training state of this model (wrong tensors: {', '.join(wrong)})")
+            raise CheckpointError(f"{path}: not a training state of this model (wrong tensors: {', '.join(wrong)}); {restart}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
@@ -163,28 +148,36 @@ class _State:
             setattr(self, name, value)
 
 
+def _fits(saved: Tensor, own: Tensor) -> bool:
+    """Whether a saved tensor can take the place of one of the run's."""
+    return saved.shape == own.shape and saved.dtype == own.dtype and bool(torch.isfinite(saved).all())
+
+
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    """The CRC-32 of a state's tensors and of what its header says: no bit of them may change without notice."""
+    found = zlib.crc32((header["run"] + header["counters"]).encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
+
+
 _MEASURES = ("loss", "l2_loss", "l1_loss", "l0", "explained_variance")
-_COUNTS = ("dead", "almost_dead", "items_per_second", "learning_rate", "sparse_step")
-LOG_COLUMNS = ("step", "epoch", *_MEASURES, *_COUNTS, *(f"val_{name}" for name in _MEASURES))
+_COUNTS = ("dead", "almost_dead", "items_per_second", "learning_rate", "sparse_step", "resampled")
+_WHOLE = tuple(f"{part}_{name}" for part in ("val", "train") for name in (*_MEASURES, "dead_fraction"))
+LOG_COLUMNS = ("step", "epoch", *_MEASURES, *_COUNTS, *_WHOLE)
 
 
 class _Log:
     """Sends each row to the CSV file, the caller's function and the progress bar."""
 
     def __init__(
-        self, path: Path | None, function: Callable[[dict[str, float], int], None] | None, bar: "tqdm[None]", state: _State
+        self, path: Path | None, function: Callable[[dict[str, Any], int], None] | None, bar: "tqdm[None]", state: _State
     ) -> None:
         self.path, self.function, self.bar = path, function, bar
         self.last: dict[str, float] = {}
-        self.rows: list[dict[str, float]] = []
+        self.rows = _rows_until(path, state.adam.steps) if path is not None and state.adam.steps else []
         self.time, self.items = time.monotonic(), state.items_seen
-        if path is not None:
-            rows = _rows_until(path, state.adam.steps) if state.adam.steps else []
-            self.rows = [{name: float(value) for name, value in zip(LOG_COLUMNS, row, strict=True) if value} for row in rows]
-            with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(LOG_COLUMNS)
-                writer.writerows(rows)
+        self._write_all()
 
     def training_row(self, state: _State, result: StepResult, x: Tensor, epoch: int) -> dict[str, float]:
         """The row of a step on transformed inputs x (B x D)."""
@@ -198,7 +191,7 @@ class _Log:
             "l2_loss": l2,
             "l1_loss": float(result.penalty),
             "l0": float(result.fired.sum()) / len(x),
-            "explained_variance": explained_variance(l2 * x.numel(), variance.total),
+            "explained_variance": explained_variance(l2 * x.numel(), variance),
             "dead": dead,
             "almost_dead": almost_dead,
             "items_per_second": (state.items_seen - self.items) / max(time.monotonic() - self.time, 1e-9),
@@ -206,41 +199,58 @@ class _Log:
             "sparse_step": float(bool(state.stepper.was_sparse)),
         }
 
-    def write(self, row: dict[str, float], step: int, items_seen: int) -> None:
+    def write(self, row: dict[str, float], step: int, items_seen: int, density: np.ndarray | None) -> None:
+        """Adds a row. `density` (F) is the share of the step's items that activate each latent; None: `finish` follows."""
         self.last, self.time, self.items = row, time.monotonic(), items_seen
         self.rows.append({"step": step, **row})
         if self.path is not None:
-            values = (f"{row[name]:.8g}" if name in row else "" for name in LOG_COLUMNS[1:])
             with open(self.path, "a", newline="") as file:
-                csv.writer(file).writerow([step, *values])
-        if self.function is not None:
-            self.function(row, step)
+                csv.writer(file).writerow(_line(self.rows[-1]))
+        if self.function is not None and density is not None:
+            self.function(row | {"feature_density": density}, step)
         self.bar.set_postfix({name: row[name] for name in ("loss", "l2_loss", "l1_loss", "l0", "dead")})
 
+    def finish(self, step: int, epoch: int, whole: dict[str, float], density: np.ndarray) -> None:
+        """Adds the final model's figures to the last step's row; a run that was killed just before it may lack that row."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step, "epoch": epoch})
+        self.rows[-1].update(whole)
+        self._write_all()
+        if self.function is not None:
+            self.function({**{k: v for k, v in self.rows[-1].items() if k != "step"}, "feature_density": density}, step)
 
-def _rows_until(path: Path, steps: int) -> list[list[str]]:
+    def _write_all(self) -> None:
+        if self.path is None:
+            return
+        with whole_file(self.path) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([LOG_COLUMNS, *map(_line, self.rows)])
+
+
+def _line(row: dict[str, float]) -> list[str]:
+    return [f"{row[name]:.8g}" if name in row else "" for name in LOG_COLUMNS]
+
+
+def _rows_until(path: Path, steps: int) -> list[dict[str, float]]:
     """The complete rows of an earlier log up to a step: a killed run may have logged steps after its last state."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or rows[0] != list(LOG_COLUMNS):
-        return []
-    return [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and int(row[0]) <= steps]
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process. In threads other than the main one it is never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error):
+        header, lines = [], []
+    if header != list(LOG_COLUMNS):
+        messages.warning("%s is not the log of this run or is damaged: it starts again after step %d", path, steps)
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = {name: float(value) for name, value in zip(LOG_COLUMNS, line, strict=True) if value}
+        except ValueError:  # a torn row
+            continue
+        if row.get("step", math.inf) <= steps:
+            rows.append(row)
+    return rows
 
 
 def train(
@@ -252,7 +262,7 @@ def train(
     state_path: Path | None = None,
     state_every: float = 300.0,
     on_checkpoint: Callable[[SparseAutoencoder, int], None] | None = None,
-    log: Callable[[dict[str, float], int], None] | None = None,
+    log: Callable[[dict[str, Any], int], None] | None = None,
     log_path: Path | None = None,
     figure_path: Path | None = None,
     device: str | torch.device = "cpu",
@@ -267,12 +277,13 @@ def train(
         model: a model of D inputs. With the transform "centre", its centre is first fitted to the data.
         data: Features, or a tensor (N x D).
         settings: the schedule.
-        validation: features whose mean losses are logged every `val_freq` epochs.
-        state_path: a safetensors file for the state of the run, written every `state_every` seconds, on SIGTERM and
-            at the end. If it exists at the start, training resumes from it.
+        validation: features whose mean losses are logged every `val_freq` epochs and at the end.
+        state_path: a safetensors file for the state of the run, written every `state_every` seconds, on SIGTERM or
+            SIGINT and at the end. If it exists at the start, training resumes from it.
         state_every: seconds between writes of the state.
         on_checkpoint: called with the model and the number of items seen, every `ckpt_freq` items.
-        log: called with each row of the log and its step: every `log_every` steps and after each validation.
+        log: called with each row of the log and its step: every `log_every` steps, after each validation and at the end.
+            Its `feature_density` (F) is the share of the step's items, at the end of all, that activate each latent.
         log_path: a CSV file for the same rows (training_log.csv).
         figure_path: where to draw the curves and the feature-density histogram at the end (.png, .pdf or .svg), if
             matplotlib is installed.
@@ -282,6 +293,7 @@ def train(
     Raises:
         NonFiniteError: the features or the loss are NaN or infinite. The state on disk is the last good one.
         CheckpointError: the state at `state_path` is damaged or belongs to another run.
+        KeyboardInterrupt: Ctrl-C was pressed a second time. The state on disk is the last one saved.
         ValueError: the data has no items, or its items are not D wide.
     """
     device = torch.device(device)
@@ -313,7 +325,12 @@ def train(
         stack.callback(reader.close)
         steps_per_epoch = -(-len(features) // batch_size)
         total_steps = settings.epochs * steps_per_epoch
-        stop = stack.enter_context(_sigterm())
+        last_epoch = settings.epochs - 1
+        val_epochs, ckpt_items = settings.validation_epochs(len(features)), settings.checkpoint_items(len(features))
+        shape = {"n_items": len(features), "n_inputs": model.n_inputs, "n_latents": model.n_latents}
+        for line in advice_before(settings, model.sparsity, validates=held_out is not None, **shape):
+            messages.warning(line)
+        stop = stack.enter_context(stopping())
         bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
         stack.callback(bar.close)
         logger = _Log(log_path, log, bar, state)
@@ -326,14 +343,16 @@ def train(
                 state.save(state_path, run)
 
         measure_all = partial(
-            measure, model, batch_size=batch_size, device=device, losses=stepper.losses, reader=reader, stop=stop.is_set
+            measure, model, batch_size=batch_size, device=device, losses=stepper.losses, reader=reader, stop=stop
         )
+        last_validation: dict[str, float] | None = None
 
-        def resample_after(epoch: int) -> None:
-            """Resamples once if due after this epoch. If SIGTERM stops it, the resumed run starts with it."""
+        def resample_after(epoch: int) -> int | None:
+            """Resamples once if due after this epoch, and returns how many latents restart. If a signal stops it, the resumed
+            run starts with it."""
             due = is_resampling_epoch(epoch, settings.resample_freq, settings.epochs)
             if not model.sparsity.resamples or not due or state.resampled_after == epoch:
-                return
+                return None
             restarted = resample(
                 model,
                 adam,
@@ -344,15 +363,18 @@ def train(
                 batch_size=batch_size,
                 generator=np.random.default_rng([settings.seed, epoch, 1]),
                 reader=reader,
-                stop=stop.is_set,
+                stop=stop,
             )
-            if restarted is not None:
-                messages.info("step %d: resampled %d dead latents", adam.steps, len(restarted))
-                state.start_window(epoch)
+            if restarted is None:
+                return None
+            n = len(restarted)
+            messages.info("step %d: resampled %d dead latent%s", adam.steps, n, "" if n == 1 else "s")
+            state.start_window(epoch)
+            return n
 
         if adam.steps > 0 and adam.steps % steps_per_epoch == 0:
             resample_after(adam.steps // steps_per_epoch - 1)
-        while adam.steps < total_steps and not stop.is_set():
+        while adam.steps < total_steps and not stop():
             epoch, first = divmod(adam.steps, steps_per_epoch)
             order = epoch_order(len(features), settings.seed, epoch)
 
@@ -369,43 +391,65 @@ def train(
 
                 step = adam.steps
                 end_of_epoch = step % steps_per_epoch == 0
-                validate = held_out is not None and end_of_epoch and settings.val_freq > 0
-                validate = validate and (epoch + 1) % settings.val_freq == 0
+                validate = held_out is not None and end_of_epoch and val_epochs > 0 and (epoch + 1) % val_epochs == 0
                 row = None
                 if step % settings.log_every == 0 or validate or step == total_steps:
                     losses.check()
                     row = logger.training_row(state, result, x, epoch)
-                if end_of_epoch:
-                    resample_after(epoch)
+                resampled = resample_after(epoch) if end_of_epoch else None
                 if row is not None:
+                    if resampled is not None:
+                        row["resampled"] = resampled
                     if validate:
                         assert held_out is not None
                         measured = measure_all(held_out)
-                        row.update({f"val_{name}": value for name, value in (measured[0] if measured else {}).items()})
-                    logger.write(row, step, state.items_seen)
-                if on_checkpoint is not None and settings.ckpt_freq > 0:
-                    before = (state.items_seen - len(x)) // settings.ckpt_freq
-                    if before != state.items_seen // settings.ckpt_freq:
+                        last_validation = measured[0] if measured else None
+                        row.update(_named("val", last_validation or {}))
+                    final = step == total_steps
+                    density = None if final else (result.fired.double() / len(x)).cpu().numpy()
+                    logger.write(row, step, state.items_seen, density)
+                if on_checkpoint is not None and ckpt_items > 0:
+                    before = (state.items_seen - len(x)) // ckpt_items
+                    if before != state.items_seen // ckpt_items:
                         losses.check()
                         on_checkpoint(model, state.items_seen)
-                if stop.is_set():
+                if stop():
                     break
                 if time.monotonic() - last_save >= state_every:
                     save()
                     last_save = time.monotonic()
         save()
-        measured = measure_all(features) if adam.steps == total_steps else None
-        if measured is None:
+        measured = validated = None
+        if adam.steps == total_steps:
+            measured = measure_all(features)
+            if held_out is not None and measured is not None:
+                ends_validated = val_epochs > 0 and settings.epochs % val_epochs == 0
+                validated = (last_validation if ends_validated else None) or (measure_all(held_out) or (None,))[0]
+        if measured is None or (held_out is not None and validated is None):
+            assert stop.by is not None
             saved = f"saved its state in {state_path}" if state_path is not None else "saved no state to resume from"
-            messages.warning("SIGTERM: training stopped after step %d of %d and %s", adam.steps, total_steps, saved)
-            return TrainingResult(adam.steps, True, logger.last)
+            messages.warning("%s: training stopped after step %d of %d and %s", stop.by.name, adam.steps, total_steps, saved)
+            return TrainingResult(adam.steps, logger.last, stopped_by=stop.by)
         metrics, fired = measured
+        shares = fired.numpy() / len(features)
+        logger.finish(total_steps, last_epoch, _named("val", validated or {}) | _named("train", metrics), shares)
         if figure_path is not None:
+            resamplings = [
+                (epoch + 1) * steps_per_epoch
+                for epoch in range(settings.epochs if model.sparsity.resamples else 0)
+                if is_resampling_epoch(epoch, settings.resample_freq, settings.epochs)
+            ]
             try:
-                draw_training(logger.rows, fired.numpy() / len(features), figure_path)
+                draw_training(logger.rows, shares, figure_path, resamplings)
             except ImportError:
                 messages.warning("did not draw %s: matplotlib is not installed", figure_path)
-        return TrainingResult(adam.steps, False, metrics)
+        for line in advice_after(model.sparsity, n_latents=model.n_latents, train=metrics, validation=validated):
+            messages.warning(line)
+        return TrainingResult(adam.steps, metrics, validated)
+
+
+def _named(part: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{part}_{name}": value for name, value in metrics.items()}
 
 
 class _LossCheck:

@@ -1,9 +1,11 @@
 """Names of latents: the nearest words, the stage, the file."""
 
+import csv
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from dncbm.concepts.vocabulary import Vocabulary
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
 from dncbm.runs.errors import StaleArtifact
-from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.manifests import Outcome, making, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder, load_checkpoint, save_checkpoint
 
@@ -153,7 +155,7 @@ def test_nothing_is_loaded_if_there_is_nothing_to_do(settings: Settings, monkeyp
 
 def test_missing_embeddings_are_made_first(settings: Settings, monkeypatch, refusal) -> None:
     Artifacts(settings).published_embeddings("enc").unlink()
-    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name})
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name, *made: {"encoder": name})
     with refusal("--device nonsense"):
         assign_names(settings, RUN, device="nonsense")
 
@@ -187,13 +189,54 @@ def test_names_survive_the_file(settings: Settings) -> None:
     assert read_names(settings, RUN) == names
 
 
-def test_the_authors_file_has_no_header(settings: Settings) -> None:
-    Artifacts(settings).concept_names(RUN).write_text("0,dog\n1,index\n2,dog\n")
+@pytest.mark.parametrize("place", ["published_names", "concept_names"])
+def test_the_authors_file_has_no_header_and_no_quotes(settings: Settings, place: str) -> None:
+    """It is found where the authors' code writes it, in the run's folder, and beside the SAE."""
+    path = getattr(Artifacts(settings), place)(RUN)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('0,index\n1,dog\n2,dog\n3,sea, the\n4,a "quoted" word\n5,"\n')
     names = read_names(settings, RUN)
-    assert [(name.index, name.name) for name in names] == [(0, "dog"), (1, "index"), (2, "dog")]
+    assert [name.index for name in names] == list(range(6))
+    assert [name.name for name in names] == ["index", "dog", "dog", "sea, the", 'a "quoted" word', '"']
     assert all(math.isnan(name.similarity) for name in names)
     assert assign_names(settings, RUN) is Outcome.PROVIDED
-    assert len(read_names(settings, RUN)) == 3
+
+
+def test_our_names_win_over_the_authors(settings: Settings) -> None:
+    Artifacts(settings).published_names(RUN).write_text("".join(f"{i},theirs\n" for i in range(6)))
+    write_names(Artifacts(settings).concept_names(RUN), [ConceptName(i, "ours", 0.5) for i in range(6)])
+    assert {name.name for name in read_names(settings, RUN)} == {"ours"}
+
+
+@pytest.mark.parametrize("place", ["published_names", "concept_names"])
+def test_given_names_must_fit_the_sae(settings: Settings, refusal, place: str) -> None:
+    path = getattr(Artifacts(settings), place)(RUN)
+    path.write_text("".join(f"{i},dog\n" for i in range(5)))
+    with refusal(path, "5 latents", "has 6"):
+        assign_names(settings, RUN)
+
+
+def test_rows_belong_to_latents_by_their_index(settings: Settings) -> None:
+    """A file that was sorted by name in a spreadsheet, its columns too, and saved with a byte order mark."""
+    names = [ConceptName(i, word, 0.25 * i) for i, word in enumerate([*WORDS, "apple"])]
+    path = Artifacts(settings).concept_names(RUN)
+    write_names(path, names)
+    header, *rows = list(csv.reader(path.open(newline="", encoding="utf-8")))
+    for order in ([0, 1, 2], [2, 0, 1]):
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            shuffled = sorted(rows, key=lambda row: row[1])
+            csv.writer(file).writerows([row[column] for column in order] for row in [header, *shuffled])
+        assert read_names(settings, RUN) == names
+
+
+def test_a_header_and_similarities_may_be_left_out(settings: Settings) -> None:
+    path = Artifacts(settings).concept_names(RUN)
+    path.write_text('1,"sea, the",0.5\n0,dog,0.25\n')
+    assert read_names(settings, RUN) == [ConceptName(0, "dog", 0.25), ConceptName(1, "sea, the", 0.5)]
+    path.write_text("index,name,similarity\n0,dog,\n")
+    (name,) = read_names(settings, RUN)
+    assert name.name == "dog"
+    assert math.isnan(name.similarity)
 
 
 def test_similarities_that_the_file_leaves_out_are_computed(settings: Settings, refusal) -> None:
@@ -213,12 +256,70 @@ def test_labels_tell_latents_of_one_name_apart() -> None:
     assert concept_labels(names) == ["dog #0", "sea", "dog #2"]
 
 
-@pytest.mark.parametrize("text", ["0\n", "zero,dog\n", "0,dog,near\n"])
-def test_a_malformed_row_is_named(settings: Settings, refusal, text: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"0\n", "has no name"),
+        (b"0,\n", "has no name"),
+        (b"", "no latent"),
+        (b"zero,dog\n", "no latent"),
+        (b"zero,dog\n1,cat\n", "line 2 lacks an index"),
+        (b"index,name,similarity\nzero,dog,1\n", "'zero'"),
+        (b"index,name,similarity\n0,dog,near\n", "'near'"),
+        (b"index,name,similarity\n0\n", "line 2 lacks"),
+        (b"index;name;similarity\n0;dog;1\n", "lacks an index"),
+        (b"0,dog\n0,cat\n", "latent 0 twice"),
+        (b"0,dog\n2,cat\n", "none for latent 1"),
+        (b"1,dog\n2,cat\n", "none for latent 0"),
+        (b"index,name\n0,caf\xe9\n", "UTF-8"),
+        (b'index,name\n0,"' + b"x" * 200_000 + b'"\n', "limit"),
+        (b"\x00\x93\xff", "UTF-8"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_malformed_file_is_named(settings: Settings, refusal, content: bytes, said: str) -> None:
     path = Artifacts(settings).concept_names(RUN)
-    path.write_text(text)
-    with refusal(path):
+    path.write_bytes(content)
+    with refusal(path, said):
         read_names(settings, RUN)
+
+
+OLD = {"encoder": "enc", "model": "m", "pretrained": "file", "weights": {"w.pt": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("new", "differing"),
+    [
+        ({"model": "n"}, "model"),
+        ({"weights": {"w.pt": "2"}}, "weights"),
+        ({"weights": {"w.bin": "2"}}, "weights"),
+        ({"weights": {"w.pt": "1", "tokenizer.json": "3"}}, None),  # older recipes name fewer files
+        ({"encoder": "of another name"}, None),
+    ],
+)
+def test_words_embedded_with_other_weights_name_nothing(
+    settings: Settings, refusal, new: dict[str, Any], differing: str | None
+) -> None:
+    """The SAE is of an encoder whose weights were replaced before its words were embedded."""
+    artifacts = Artifacts(settings)
+    artifacts.published_embeddings("enc").unlink()
+    features, embeddings = artifacts.features("cc3m", "enc", "out", "train"), artifacts.embeddings("enc")
+    with making(features, "sae_features", OLD, {}, overwrite=True) as work:
+        np.save(features / "00000.npy", np.ones((2, 3)))
+        work.done([features / "00000.npy"])
+    artifacts.sae(RUN).unlink()
+    with making(artifacts.sae(RUN), "sae", {}, {"train features": features}, overwrite=True) as work:
+        save_checkpoint(SparseAutoencoder(3, 6, seed=1), artifacts.sae(RUN))
+        work.done([artifacts.sae(RUN)])
+    with making(embeddings, "vocabulary", OLD | new, {"words": artifacts.words()}, overwrite=True) as work:
+        np.save(embeddings, np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32))
+        work.done([embeddings])
+    if differing is None:
+        assert assign_names(settings, RUN) is Outcome.RAN
+        return
+    with refusal(artifacts.sae(RUN), embeddings, "different encoders", differing, "--overwrite"):
+        assign_names(settings, RUN)
+    assert not artifacts.concept_names(RUN).exists()
 
 
 def test_missing_names_name_the_command(settings: Settings, refusal) -> None:

@@ -1,7 +1,10 @@
 """Concept strengths: what they are, how they lie on disk, and the stage."""
 
+import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ import scipy.sparse
 import torch
 
 import dncbm.concepts.strengths
+from dncbm.concepts.naming import ConceptName, read_names, write_names
+from dncbm.concepts.sae import load_sae
 from dncbm.concepts.strengths import (
     encode_in_memory,
     load_concept_strengths,
@@ -18,7 +23,7 @@ from dncbm.concepts.strengths import (
 )
 from dncbm.features.stage import open_features
 from dncbm.runs.declarations import SPLITS, ProbeDataset, SAERun, Splits
-from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.manifests import Outcome, making, read_manifest
 from sparse_autoencoder import (
     BatchTopK,
     JumpReLU,
@@ -32,6 +37,7 @@ from sparse_autoencoder import (
     train,
 )
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 N = 17
 """Rows, in shards of 7, 1 and 9."""
 
@@ -190,6 +196,26 @@ def test_done_stale_and_loaded_only_to_be_encoded(mine, monkeypatch, refusal) ->
     np.testing.assert_allclose(load(mine).matrix.toarray(), model.encode(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_strengths_and_names_of_a_published_sae_are_not_those_of_one_trained_later(mine, refusal) -> None:
+    """Both lie in one folder, and the one trained here is in use. Its names may be its own."""
+    published = mine.artifacts.published_sae(mine.run)
+    mine.artifacts.sae(mine.run).unlink()
+    published.write_bytes((FIXTURES / "published_format_sparse_autoencoder_final.pt").read_bytes())
+    x = np.ones((2, load_sae(mine.settings, mine.run).n_inputs), dtype=np.float32)
+    mine.make_store(mine.artifacts.features("mine", "enc", "out", "val"), [x])
+    save(mine)
+    names = mine.artifacts.concept_names(mine.run)
+    with making(names, "names", {}, {"SAE": published}, overwrite=True) as work:
+        write_names(names, [ConceptName(0, "dog", 0.5)])
+        work.done([names])
+    load(mine)
+    read_names(mine.settings, mine.run)
+    mine.replace_sae()
+    for read in (lambda: load(mine), lambda: read_names(mine.settings, mine.run)):
+        with refusal("SAE in use", mine.artifacts.sae(mine.run), "--overwrite"):
+            read()
+
+
 def test_parts_are_merged_as_scipy_stacks_them(mine) -> None:
     save(mine)
     found = load(mine).matrix
@@ -217,12 +243,94 @@ def test_a_part_that_was_compressed_is_named(mine, refusal) -> None:
     save(mine)
     part = folder(mine) / "00001.npz"
     matrix = scipy.sparse.load_npz(part)
-    scipy.sparse.save_npz(part, matrix)
-    with refusal(part, "compressed", "--overwrite"):
+    for compressed, said in ((True, "compressed"), (False, "no 'keys'")):
+        scipy.sparse.save_npz(part, matrix, compressed=compressed)
+        with refusal(part, said, "--overwrite"):
+            map_part(part)
+        with refusal(part, "--overwrite"):
+            load(mine)
+
+
+def write_artifact(
+    artifact: Path, contents: dict[Path, bytes], settings: dict[str, Any] | None = None, inputs: dict[str, Path] | None = None
+) -> None:
+    """An artifact with these files and a manifest of its own, as if another program or a broken disk had made it."""
+    with making(artifact, "a stage", settings or {"made": "by hand"}, inputs or {}, overwrite=True) as work:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        work.done(contents)
+
+
+def rewritten(part: Path, change: Callable[[dict[str, np.ndarray]], None]) -> bytes:
+    """A part with other arrays."""
+    with np.load(part) as loaded:
+        arrays = dict(loaded)
+    change(arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
+    "column too large": lambda part: part["indices"].__setitem__(0, 20),
+    "column negative": lambda part: part["indices"].__setitem__(-1, -1),
+    "pointers fall": lambda part: part["indptr"].__setitem__(1, part["indptr"][2] + 1),
+    "pointers start late": lambda part: part["indptr"].__setitem__(0, 1),
+    "pointers end late": lambda part: part["indptr"].__setitem__(-1, part["indptr"][-1] + 1),
+    "pointers too few": lambda part: part.update(indptr=part["indptr"][:-1]),
+    "values too few": lambda part: part.update(data=part["data"][:-1]),
+    "values of another kind": lambda part: part.update(data=part["data"].astype(np.int32)),
+    "values of two axes": lambda part: part.update(data=part["data"][None]),
+    "value NaN": lambda part: part["data"].__setitem__(0, np.nan),
+    "value infinite": lambda part: part["data"].__setitem__(0, np.inf),
+    "value negative": lambda part: part["data"].__setitem__(0, -1),
+    "keys too few": lambda part: part.update(keys=part["keys"][:-1]),
+    "key negative": lambda part: part["keys"].__setitem__(0, -1),
+    "keys missing": lambda part: part.pop("keys"),
+    "rows too many": lambda part: part["shape"].__setitem__(0, 18),
+    "latents too many": lambda part: part["shape"].__setitem__(1, 21),
+    "objects": lambda part: part.update(data=part["data"].astype(object)),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_what_compiled_code_would_read_astray_is_refused(mine, refusal, damage: str) -> None:
+    save(mine)
+    part = folder(mine) / "00002.npz"
+    damaged = rewritten(part, DAMAGE[damage])
+    write_artifact(folder(mine), {path: path.read_bytes() for path in folder(mine).glob("*.npz")} | {part: damaged})
+    with refusal(part, "06_save_concept_strengths.py --overwrite"):
         load(mine)
-    scipy.sparse.save_npz(part, matrix, compressed=False)  # and without keys
-    with refusal(part.parent, "keys"):
-        load(mine)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x05\x06" + bytes(18)])
+def test_a_part_of_an_interrupted_run_that_is_damaged_is_made_again(mine, monkeypatch, content: bytes) -> None:
+    save(mine)
+    parts = folder(mine)
+    whole = {path.name: path.read_bytes() for path in parts.glob("*.npz")}
+    shutil.copy(parts / "manifest.json", parts / "manifest.unfinished")
+    (parts / "manifest.json").unlink()
+    (parts / "00000.npz").write_bytes(content)
+    (parts / "00002.npz").write_bytes(rewritten(parts / "00002.npz", DAMAGE["column too large"]))
+    assert save(mine) is Outcome.RAN
+    assert {path.name: path.read_bytes() for path in parts.glob("*.npz")} == whole
+
+
+def test_strengths_of_features_by_other_weights_than_the_saes_are_refused(mine, refusal) -> None:
+    """The encoder's weights were replaced, and stage 5 run again, but not stages 1 and 2."""
+    features, of_sae = (mine.artifacts.features(name, "enc", "out", "train") for name in ("mine", "cc3m"))
+    for weights, refused in (("new", True), ("old", False)):
+        store = {path: path.read_bytes() for path in features.glob("*.npy")}
+        write_artifact(features, store, {"model": "m", "weights": {"w.pt": weights}})
+        write_artifact(of_sae, {of_sae / "00000.npy": b"features"}, {"model": "m", "weights": {"w.pt": "old"}})
+        sae = mine.artifacts.sae(mine.run)
+        write_artifact(sae, {sae: sae.read_bytes()}, inputs={"train features": of_sae})
+        if refused:
+            with refusal(features, mine.artifacts.sae(mine.run), "different encoders", "weights"):
+                save(mine, "train")
+        else:
+            assert save(mine, "train") is Outcome.RAN
 
 
 def test_an_sae_of_another_width_is_refused(mine, refusal) -> None:

@@ -1,5 +1,6 @@
 """The vocabulary: its words, their embeddings, ours and the published ones."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def settings(make_settings: Callable[..., Settings], tmp_path: Path, monkeypatch
     """Four words, and an encoder of texts."""
     encoder = Encoder("letters", LetterCounts(), lambda image: image, letters, torch.device("cpu"))
     monkeypatch.setattr(dncbm.concepts.vocabulary, "load_encoder", lambda *_: encoder)
-    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name})
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name, *made: {"encoder": name})
     settings = make_settings()
     (tmp_path / "vocab_dir").mkdir()
     Artifacts(settings).words().write_text("\n".join(WORDS), encoding="utf-8")
@@ -46,9 +47,26 @@ def save(settings: Settings, **options) -> Outcome:
     return save_vocabulary_embeddings(settings, NamedEncoder("enc"), **{"device": "cpu"} | options)
 
 
-def test_words_are_lines(settings: Settings) -> None:
-    Artifacts(settings).words().write_text("dog \r\n\n traffic light\n  \ncafé", encoding="utf-8")
-    assert read_words(settings) == ["dog", "traffic light", "café"]
+LONG = "long " * 500
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("dog \r\n\n traffic light\n  \ncafé".encode(), ["dog", "traffic light", "café"]),
+        ("dog\r\ncafé\r\n".encode("utf-8-sig"), ["dog", "café"]),
+        (b"dog", ["dog"]),
+        (b'sea, the\n"quoted"\n=1+1\n@home\n', ["sea, the", '"quoted"', "=1+1", "@home"]),
+        (b"dog\ndog\n", ["dog", "dog"]),
+        (LONG.encode(), [LONG.strip()]),
+    ],
+    ids=["blank lines", "byte order mark", "one word", "marks", "twice", "long"],
+)
+def test_words_are_lines(settings: Settings, content: bytes, words: list[str]) -> None:
+    Artifacts(settings).words().write_bytes(content)
+    assert read_words(settings) == words
+    save(settings)
+    assert load_vocabulary(settings, "enc").words == words
 
 
 def test_a_missing_or_broken_vocabulary_is_named(settings: Settings, refusal) -> None:
@@ -59,6 +77,14 @@ def test_a_missing_or_broken_vocabulary_is_named(settings: Settings, refusal) ->
             path.write_bytes(content)
         with refusal(path):
             save(settings)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_named_with_its_line(settings: Settings, refusal, encoding: str) -> None:
+    path = Artifacts(settings).words()
+    path.write_bytes("dog\n\ncafé\n".encode(encoding))
+    with refusal(path, "not UTF-8", "line 3" if encoding == "latin-1" else "line 1", "iconv"):
+        save(settings)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -103,7 +129,9 @@ def test_an_encoder_that_could_not_be_loaded_leaves_nothing_to_overwrite(setting
         patched.setattr(dncbm.concepts.vocabulary, "load_encoder", fail)
         with pytest.raises(UserError, match="no weights"):
             save(settings)
-    monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name: {"encoder": name, "weights": "others"})
+    monkeypatch.setattr(
+        dncbm.concepts.vocabulary, "describe_encoder", lambda _, name, *made: {"encoder": name, "weights": "others"}
+    )
     assert save(settings) is Outcome.RAN
 
 
@@ -124,9 +152,42 @@ def test_the_authors_file_is_never_unpickled(settings: Settings, tmp_path: Path,
 
     path = Artifacts(settings).published_embeddings("enc")
     torch.save(Evil(), path)
-    with refusal(path):
-        load_vocabulary(settings, "enc")
+    for use in (save, lambda settings: load_vocabulary(settings, "enc")):
+        with refusal(path, "run code", "remove the file"):
+            use(settings)
     assert not (tmp_path / "ran").exists()
+
+
+WHOLE = np.ones((4, 6), dtype=np.float32)
+
+
+def bytes_of(array: object, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array) if suffix == ".npy" else torch.save(array, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pth"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole, _: b"",
+        lambda whole, _: whole[:-10],
+        lambda whole, _: whole[::-1],
+        lambda whole, _: b"<html>404</html>",
+        lambda _, suffix: bytes_of(np.array(["a"] * 4) if suffix == ".npy" else {"a": 1}, suffix),
+        lambda _, suffix: bytes_of(np.ones((4, 6), int) if suffix == ".npy" else torch.ones(4, 6, dtype=int), suffix),
+        lambda _, suffix: bytes_of(np.full((4, 6), np.nan) if suffix == ".npy" else torch.full((4, 6), torch.inf), suffix),
+    ],
+    ids=["empty", "truncated", "reversed", "html", "foreign", "integers", "not finite"],
+)
+def test_damaged_embeddings_are_refused_by_both_stages(settings: Settings, refusal, damage: Callable, suffix: str) -> None:
+    path = Artifacts(settings).embeddings("enc").with_suffix(suffix)
+    path.write_bytes(damage(bytes_of(WHOLE if suffix == ".npy" else torch.ones(4, 6), suffix), suffix))
+    do = "03_save_vocab_embeddings.py" if suffix == ".npy" else "remove the file"
+    for use in (save, lambda settings: load_vocabulary(settings, "enc")):
+        with refusal(path, do):
+            use(settings)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dncbm.cli import main
 from dncbm.concepts import strengths as concepts
 from dncbm.concepts.naming import ConceptName, write_names
 from dncbm.explain.dumps.dump import Dump, Kind
+from dncbm.features.datasets.probe import probe_images
 from dncbm.probe.fit import save_probe
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Clusters, Explained, ProbeDataset, ProbeRun, SAERun, ShownDatasets
@@ -49,13 +50,15 @@ def colour_of(images: str, index: int) -> tuple[int, int, int]:
     return (220 - 20 * index, 20, 20 * index) if images == "mine val" else (20 * index, 20 * index, 0)
 
 
-def make(artifact: Path, write: Callable[[], object], run: Mapping[str, Any] | None = None) -> None:
+def make(
+    artifact: Path, write: Callable[[], object], run: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None
+) -> None:
     """Make an artifact with its manifest, as a stage would; an earlier one is replaced."""
     manifest_path(artifact).unlink(missing_ok=True)
     if artifact.is_dir():
         shutil.rmtree(artifact)
     artifact.unlink(missing_ok=True)
-    with making(artifact, "tests", {}, {}, overwrite=True, run=run) as work:
+    with making(artifact, "tests", {}, inputs or {}, overwrite=True, run=run) as work:
         write()
         work.done([artifact] if artifact.is_file() else artifact.glob("*.npz"))
 
@@ -100,6 +103,12 @@ class World:
         path = self.artifacts.concept_names(run)
         write_names(path, [ConceptName(i, name, self.similarity[i]) for i, name in enumerate(names)])
 
+    def make_names(self, names: list[str]) -> Path:
+        """The same with a manifest, as stage 4 makes them."""
+        path = self.artifacts.concept_names(self.run)
+        make(path, lambda: self.save_names(names))
+        return path
+
     def save_strengths(
         self, z: np.ndarray, keys: np.ndarray, dataset: str = "places365", split: str = "val", run: SAERun = RUN
     ) -> None:
@@ -112,8 +121,10 @@ class World:
         make(folder, write)
 
     def save_classes(self, dataset: str, classes: list[str], labels: np.ndarray) -> None:
+        """As stage 5 would: the manifest knows the images as they are now."""
         path = self.artifacts.probe_split(dataset)
-        make(path, lambda: write_json(path, {"class_names": classes}))
+        prints = {"val images of mine": probe_images(self.settings, "mine", "val").content_hash} if dataset == "mine" else {}
+        make(path, lambda: write_json(path, {"class_names": classes}), inputs=prints)
         np.save(self.artifacts.labels(dataset, "val"), labels)
 
     def save_probe(self, weight: np.ndarray, probe: ProbeRun = PROBE, run: SAERun = RUN) -> None:
@@ -201,6 +212,6 @@ def dumped(world: World) -> Callable[..., Dump]:
         given |= {Clusters: Clusters(k), ShownDatasets: ShownDatasets(datasets)}
         declared = [given[cls] for cls in (*kind.takes, *kind.dump_takes)]
         module.DUMP.function(world.settings, *declared, kind.selects(**selection), overwrite=overwrite)
-        return Dump(kind.files(world.artifacts, *declared))
+        return Dump(kind.files(world.artifacts, *declared), kind)
 
     return dump

@@ -583,7 +583,7 @@ class TestFolder:
 
     def test_a_probe_of_another_width_is_refused(self, world, dumped, refusal) -> None:
         world.save_probe(world.weight[:-1])
-        with refusal("13 concepts", "14", "07_train_linear_probe.py --overwrite"):
+        with refusal("13", "14", "07_train_linear_probe.py --overwrite"):
             dumped(local_explanations)
 
     @pytest.mark.parametrize("module", KINDS)

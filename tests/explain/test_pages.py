@@ -1,13 +1,16 @@
 """Which pages a plot draws, keeps and removes, and its contact sheet."""
 
-import json
 import re
 import shutil
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,16 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dncbm.explain.dumps import local_explanations
+from dncbm.explain.dumps import global_explanations, local_explanations, task_agnosticity
 from dncbm.explain.dumps.dump import Dump
+from dncbm.explain.plotting import global_explanations as draw_global
 from dncbm.explain.plotting import pages
+from dncbm.explain.plotting import task_agnosticity as draw_latents
 from dncbm.explain.plotting.canvas import Canvas
 from dncbm.explain.plotting.local_explanations import PLOT
 from dncbm.explain.plotting.local_explanations import draw as draw_local
 from dncbm.runs.artifacts import ExplanationFolder
-from dncbm.runs.declarations import Drawing, Explained, Selection
+from dncbm.runs.declarations import Drawing, Explained, ProbeRun, Ranking, Selection
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +52,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         about = PngInfo()
         about.add_text("Description", description)
         pdf.parent.mkdir(exist_ok=True)
-        pdf.write_bytes(b"%PDF")
+        pdf.write_bytes(b"%PDF%%EOF")
         Image.new("RGB", (8, 8)).save(png, pnginfo=about)
         names.append(png.stem)
 
@@ -90,9 +95,12 @@ def test_a_page_is_drawn_once(files, drawn, draw, capsys) -> None:
     assert "0 pages drawn, 6 already drawn" in capsys.readouterr().out
     files.page(all_pages[2], "pdf").unlink()
     files.page(all_pages[4], "png").write_bytes(b"damaged")
+    for page, suffix in ((all_pages[0], "png"), (all_pages[5], "pdf")):
+        path = files.page(page, suffix)
+        path.write_bytes(path.read_bytes()[:-8])
     draw()
-    assert drawn == [all_pages[2], all_pages[4]]
-    assert "2 pages drawn, 4 already drawn" in capsys.readouterr().out
+    assert drawn == [all_pages[place] for place in (0, 2, 4, 5)]
+    assert "4 pages drawn, 2 already drawn" in capsys.readouterr().out
     drawn.clear()
     draw(Selection(limit=1), overwrite=True)
     assert drawn == all_pages[:1]
@@ -278,24 +286,146 @@ def test_the_contact_sheet_shows_all_in_order_and_links(dumped, files, drawn, dr
     draw()
     draw(Selection(limit=1))  # which does not shorten it
     html = files.contact_sheet.read_text()
-    tiles = re.findall(r'<a href="(.*?)"><img src="(.*?)" loading="lazy" alt=""><span>(.*?)</span></a>', html)
+    tiles = re.findall(r'<a href="(.*?)"><img src="(.*?)" loading="lazy" alt="(.*?)"><span>(.*?)</span></a>', html)
     shown = local_explanations.KIND.pages(Dump(files), chosen)
-    assert tiles == [(f"{page.name}.pdf", f"{page.name}.png", page.title) for page in shown]
+    assert [tile[:2] + tile[3:] for tile in tiles] == [(f"{page.name}.pdf", f"{page.name}.png", page.title) for page in shown]
+    for page, alt in zip(shown, (unescape(tile[2]) for tile in tiles), strict=True):
+        verdict = "right" if page.right else f"wrong: it is {page.true}"
+        assert alt.startswith(
+            f"Image {page.index}, predicted {page.predicted} with probability {page.probability:.0%}, which is"
+        )
+        assert verdict in alt
+        assert f"{page.concepts[0][0]} {page.concepts[0][1]:+.3g}" in alt
     assert html.count("<title>local explanations, clip_RN50</title>") == 1
     assert "<h1>local explanations, clip_RN50</h1>" in html
     assert f"{len(chosen)} pages" in html
     assert "<script" not in html
 
 
-def test_titles_are_escaped(files, drawn, draw) -> None:
-    texts = json.loads(files.about.read_text())
-    files.about.write_text(json.dumps(texts | {"classes": ["<b>beach</b>", "a & b", "c"], "encoder": "<i>"}))
+def test_names_are_escaped(world, dumped, drawn, draw) -> None:
+    """Whatever a class is called; names that are not UTF-8 included."""
+    classes = ["<b>beach</b>", 'a & "b"', "c\udcff"]
+    world.save_classes("places365", classes, np.zeros(61, dtype=np.int64))
+    files = dumped(local_explanations, limit=6, overwrite=True).files
     draw()
-    html = files.contact_sheet.read_text()
+    html = files.contact_sheet.read_text(encoding="utf-8")
     assert "<b>" not in html
-    assert "<i>" not in html
-    assert "&lt;b&gt;beach" in html
-    assert "a &amp; b" in html
+    assert "&lt;b&gt;beach&lt;" in html
+    predicted = {page.predicted for page in local_explanations.KIND.pages(Dump(files), Dump(files).chosen)}
+    assert ("a &amp; &quot;b&quot;" in html, "c\ufffd" in html) == (classes[1] in predicted, classes[2] in predicted)
+    assert len(predicted) > 1
+
+
+def facts(html: str) -> dict[str, str]:
+    return dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+
+
+@pytest.mark.usefixtures("drawn")
+def test_contact_sheets_say_what_they_show_and_link_to_each_other(world, dumped, files, draw) -> None:
+    plots = (local_explanations, PLOT), (global_explanations, draw_global.PLOT), (task_agnosticity, draw_latents.PLOT)
+    draw()
+    assert "<a href=" not in files.contact_sheet.read_text().partition("<main>")[0], "nothing to link to"
+    sheets = [files.contact_sheet]
+    given = {type(one): one for one in (world.run, world.probe, Explained("val"), Drawing(workers=1), Ranking())}
+    for module, plot in plots[1:]:
+        sheets.append(dumped(module, limit=1).files.contact_sheet)
+        plot.function(world.settings, *(given.get(cls) or cls() for cls in plot.takes))
+    other_sae = world.settings.analysis_dir / "local_explanations/clip_RN50/cc3m/out/another/vis/index.html"
+    other_sae.parent.mkdir(parents=True)
+    other_sae.write_text("<nav></nav>")
+    draw()
+    for sheet in sheets:
+        html = sheet.read_text()
+        head, _, body = html.partition("<main>")
+        linked = [(sheet.parent / href).resolve() for href in re.findall('<a href="(.*?)"', head)]
+        assert sorted(linked) == sorted(other for other in sheets if other != sheet)
+        assert facts(html)["split"] == "val"
+        assert facts(html)["encoder"] == "clip_RN50"
+        assert facts(html)["SAE"] == f"{world.run.config_name}, trained on cc3m"
+        assert "1 page;" in html or sheet == sheets[0]
+        assert len(re.findall('alt="[^"]{20,}"', body)) == body.count("<img")
+    assert facts(sheets[0].read_text())["probe"] == world.probe.config_name
+    assert facts(sheets[2].read_text())["data set"] == "places365, mine"
+    assert other_sae.read_text() == "<nav></nav>"
+
+
+def test_pages_of_replaced_images_are_drawn_again(world, dumped, drawn, monkeypatch) -> None:
+    """Although the numbers are the same, because the features were extracted again with the same bits."""
+    declared = (world.run, ProbeRun("mine"), Explained("val"), Selection(), Drawing(workers=1))
+    world.save_probe(world.weight, ProbeRun("mine"))
+    dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7))
+    PLOT.function(world.settings, *declared)
+    PLOT.function(world.settings, *declared)
+    assert len(drawn) == 2
+    Image.new("RGB", (99, 99)).save(world.settings.path.parent / "mine/val/a/2.png")
+    world.save_classes("mine", ["a", "b", "without images"], np.repeat([0, 1], 5))
+    dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7), overwrite=True)
+    drawn.clear()
+    PLOT.function(world.settings, *declared)
+    assert len(drawn) == 2
+
+
+def test_what_has_changed_since_is_not_drawn(world, dumped, draw, drawn, refusal) -> None:
+    """Names of the same size included; and what is not on this machine is not asked for."""
+    names = world.make_names(list(world.names))
+    dumped(local_explanations, limit=6, overwrite=True)
+    draw()
+    whole = names.read_bytes()
+    names.write_bytes(whole.replace(b"dog", b"cat"))
+    with refusal(names, "--overwrite", f"remove {names}.manifest.json"):
+        draw()
+    with refusal(names, "has changed"):
+        dumped(local_explanations, limit=6)
+    names.write_bytes(whole)
+    world.save_strengths(world.z * 2, world.keys)
+    with refusal("has changed since it was made", "local_explanations_dump", "--overwrite"):
+        draw()
+    shutil.rmtree(world.settings.sae_dir)
+    shutil.rmtree(world.settings.probe_dir)
+    assert len(draw()) == 6
+
+
+def test_edited_names_can_be_kept(world, dumped, draw, drawn, refusal) -> None:
+    """By removing their manifest; the dump is then out of date, and shows them once it is made again."""
+    names = world.make_names(list(world.names))
+    dumped(local_explanations, limit=6, overwrite=True)
+    names.write_text(names.read_text().replace("sand", "dune"))
+    names.with_name(f"{names.name}.manifest.json").unlink()
+    with refusal("names has changed", "--overwrite"):
+        dumped(local_explanations, limit=6)
+    assert dumped(local_explanations, limit=6, overwrite=True).about["labels"][0] == "dune"
+    assert len(draw()) == 6
+
+
+def test_leftovers_of_killed_runs_go(files, drawn, draw) -> None:
+    draw()
+    left = subprocess.run(
+        [sys.executable, "-c", LEAVE, files.page("image_000001", "pdf")], capture_output=True, text=True, check=False
+    ).stdout
+    assert Path(left).is_file()
+    draw()
+    assert not Path(left).exists()
+
+
+LEAVE = """
+import os, sys
+from pathlib import Path
+from sparse_autoencoder.files import whole_file
+with whole_file(Path(sys.argv[1])) as temporary:
+    print(temporary, end="", flush=True)
+    os._exit(9)
+"""
+
+
+def test_missing_glyphs_are_said_once(world, dumped, draw, caplog) -> None:
+    world.save_names([f"{name} \U000f1234" for name in world.names])
+    dumped(local_explanations, limit=2, overwrite=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw()
+    (said,) = [record.message for record in caplog.records]
+    assert "1 character " in said
+    assert "\U000f1234" in said
 
 
 def test_a_dump_without_images_is_refused(files, draw, refusal) -> None:

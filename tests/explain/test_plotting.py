@@ -1,15 +1,18 @@
 """Figures: their texts, colours and images, and that nothing overlaps."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -17,12 +20,14 @@ from PIL import Image
 from pypdf import PdfReader
 
 from dncbm.explain.dumps import global_explanations, local_explanations, meta_clusters, task_agnosticity
+from dncbm.explain.plotting import fonts
 from dncbm.explain.plotting import global_explanations as draw_global
 from dncbm.explain.plotting import local_explanations as draw_local
 from dncbm.explain.plotting import meta_clusters as draw_clusters
 from dncbm.explain.plotting import nec_curve as draw_nec
 from dncbm.explain.plotting import task_agnosticity as draw_latents
-from dncbm.explain.plotting.canvas import Canvas, decimals, fitted, fitted_label, latex_escaped, signed, text_width
+from dncbm.explain.plotting.canvas import LEAST_BAR, Bars, Canvas, decimals, latex_escaped, signed
+from dncbm.explain.plotting.fonts import text_width, wrapped
 
 LONG = "an extraordinarily long name of a class that fits no column of any paper whatsoever"
 WORD = "Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen"
@@ -155,7 +160,8 @@ class TestLocal:
     def test_every_fact_is_on_the_page(self, pictures) -> None:
         found = texts(draw_local.draw(local_page(pictures)))
         for expected in (
-            "predicted", "beach", "87%", "wrong", "true", "coast", "logit −1.50", "dog #1", "+1.50", "dog #3", "+1.25",
+            "predicted", "beach", "probability 87%", "wrong", "true", "coast", "logit −1.50", "contribution to the logit",
+            "dog #1", "+1.50", "dog #3", "+1.25",
             "sea", "−0.75", "9 others", "−0.50", "logit", "+2.25",
         ):  # fmt: skip
             assert expected in found, expected
@@ -171,7 +177,7 @@ class TestLocal:
 
     def test_each_fact_has_its_line(self, pictures) -> None:
         canvas = draw_local.draw(local_page(pictures))
-        for line in (("predicted", "beach", "87%", "wrong"), ("true", "coast", "logit −1.50"), ("logit", "+2.25")):
+        for line in (("predicted", "beach", "probability 87%", "wrong"), ("true", "coast", "logit −1.50"), ("logit", "+2.25")):
             assert len({height(canvas, text) for text in line}) == 1, line
         for label, value in (*CONCEPTS, ("9 others", -0.5)):
             assert height(canvas, label) == height(canvas, signed(value, 2)), label
@@ -258,7 +264,7 @@ class TestGlobal:
 
     def test_the_authors_ranking_is_named_and_sums_to_nothing(self, pictures) -> None:
         found = texts(draw_global.draw(global_page(pictures, rank_by="strength")))
-        assert "strength above the mean" in found
+        assert "mean-centred strength" in found
         assert "mean logit" not in found
         assert "99 others" not in found
         assert "mean contribution" not in found
@@ -267,12 +273,13 @@ class TestGlobal:
 class TestClusters:
     def test_each_cluster_has_its_own_texts_and_images(self, pictures) -> None:
         canvas = draw_clusters.draw(cluster_page(pictures))
-        block = draw_clusters.BLOCK
+        tops = [height(canvas, f"cluster {number}") for number in (7, 2, 31)] + [99.0]
+        assert texts(canvas).count("mean-centred strength") == 3
         for place, number in enumerate((7, 2, 31)):
-            about = f"{40 + number} images, {('20% coast', '30% beach', '40% sea')[place]}"
-            for text in (f"cluster {number}", about, *(f"{'abc'[place]}{i}" for i in range(6))):
-                assert block * place < height(canvas, text) < block * (place + 1), text
-            images = shown_images(canvas, below=block * place, above=block * (place + 1))
+            about = f"{40 + number} images, {('20% of them coast', '30% of them beach', '40% of them sea')[place]}"
+            for text in (about, *(f"{'abc'[place]}{i}" for i in range(6))):
+                assert tops[place] < height(canvas, text) < tops[place + 1], text
+            images = shown_images(canvas, below=tops[place], above=tops[place + 1])
             assert images == [colour(10 * place + i) for i in range(9)]
 
     def test_colours(self, pictures) -> None:
@@ -367,6 +374,7 @@ def hard_pages(pictures) -> list[Canvas]:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_overlaps_and_nothing_leaves_the_page(pictures) -> None:
     for number, canvas in enumerate(hard_pages(pictures)):
         FigureCanvasAgg(canvas.figure).draw()
@@ -399,29 +407,161 @@ def test_image_grids_are_aligned(pictures) -> None:
     assert len({(round(e[1] - e[0], 6), round(e[2] - e[3], 6)) for e in extents}) == 1
 
 
+def shown_names(canvas: Canvas) -> str:
+    """All texts of a page without spaces, which breaking lines removes."""
+    return "".join("".join(texts(canvas)).split())
+
+
+NAMES = {
+    name: name
+    for name in ("bookkeeper #323", LONG, WORD, f"{LONG} #12345", "x" * 200, "a\nb\tc", r"$x_1^2$ \frac{1}{0} 50% #1")
+} | {"\ud83d\udcffa\x07": "\ufffd\ufffda\ufffd"}
+"""Name -> what is printed of it, apart from spaces."""
+
+
+@pytest.mark.slow
+def test_names_are_not_cut(pictures) -> None:
+    """Whatever they are: all of it is on the page, in every kind of figure."""
+    for name, printed in NAMES.items():
+        expected = "".join(printed.split())
+        concepts = ((name, 0.5), ("b", -0.25))
+        cluster = replace(cluster_page(pictures, 1).clusters[0], class_name=name, concepts=concepts)
+        latents = latent_page(pictures, 2)
+        for canvas, times in (
+            (draw_local.draw(local_page(pictures, predicted=name, true=name, concepts=concepts)), 3),
+            (draw_global.draw(global_page(pictures, class_name=name, concepts=concepts)), 2),
+            (draw_clusters.draw(meta_clusters.Page("a", "a", (cluster,))), 2),
+            (draw_latents.draw(replace(latents, latents=(replace(latents.latents[0], label=name),))), 1),
+        ):
+            assert shown_names(canvas).count(expected) == times, name
+
+
+def test_bars_near_zero_are_visible() -> None:
+    bars = Bars([("a", 100.0, BLUE), ("b", 1e-5, BLUE), ("c", -1e-5, BLUE), ("d", 0.0, BLUE), ("e", -1e30, BLUE)], 2.0, 0.15)
+    assert [bars.length(value) for value in (1e-5, -1e-5, 0.0)] == [LEAST_BAR, -LEAST_BAR, 0.0]
+    assert LEAST_BAR * 200 >= 3, "pixels"
+    assert bars.label_width < bars.zero + bars.length(-1e30) < bars.zero < bars.width
+    assert (signed(1e-5, 2), signed(-1e-7, 1), signed(0.0, 2), signed(1e30, 1)) == ("+1e−05", "−1e−07", "+0.00", "+1.00e+30")
+
+
+def page_height(canvas: Canvas) -> float:
+    return float(canvas.figure.get_size_inches()[1])
+
+
+def test_pages_are_as_tall_as_what_they_show(pictures) -> None:
+    """Nothing below the last text and the last image."""
+    one = {"concepts": (("only", -2.0),), "n_remaining": 0, "remaining": 0.0, "logit": -2.0}
+    few = latent_page(pictures, 4)
+    shorter = [
+        (draw_local.draw(local_page(pictures, **one)), draw_local.draw(local_page(pictures))),
+        (draw_global.draw(global_page(pictures, concepts=())), draw_global.draw(global_page(pictures))),
+        (draw_clusters.draw(cluster_page(pictures, 1)), draw_clusters.draw(cluster_page(pictures, 2))),
+        (draw_latents.draw(replace(few, latents=few.latents[3:])), draw_latents.draw(replace(few, latents=few.latents[:1]))),
+    ]
+    for canvas, taller in shorter:
+        assert page_height(canvas) < page_height(taller) - 0.2
+        for drawn in (canvas, taller):
+            bottoms = [image.get_extent()[2] for image in drawn.axes.images]
+            bottoms += [text.get_position()[1] for text in drawn.axes.texts if text.get_text()]
+            assert page_height(drawn) - max(bottoms) < 0.25
+
+
+def test_a_class_of_one_image_shows_it_large(pictures) -> None:
+    (image,) = draw_global.draw(global_page(pictures, images=pictures(3, 1))).axes.images
+    left, right, *_ = image.get_extent()
+    assert right - left == pytest.approx(draw_global.GRID)
+
+
+class TestFonts:
+    @pytest.fixture
+    def other_font(self, tmp_path: Path) -> Iterator[str]:
+        """An installed font that has a cat and a party popper, as boxes."""
+        glyphs = {ord("猫"): "cat", ord("🎉"): "party"}
+        pen = TTGlyphPen(None)
+        pen.moveTo((100, 0))
+        for point in ((100, 700), (900, 700), (900, 0)):
+            pen.lineTo(point)
+        pen.closePath()
+        box = pen.glyph()
+        font = FontBuilder(1000, isTTF=True)
+        font.setupGlyphOrder([".notdef", *glyphs.values()])
+        font.setupCharacterMap(glyphs)
+        font.setupGlyf(dict.fromkeys([".notdef", *glyphs.values()], box))
+        font.setupHorizontalMetrics(dict.fromkeys([".notdef", *glyphs.values()], (1000, 100)))
+        font.setupHorizontalHeader(ascent=800, descent=-200)
+        font.setupNameTable({"familyName": "Cats", "styleName": "Regular", "psName": "Cats-Regular"})
+        font.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+        font.setupPost()
+        font.save(tmp_path / "cats.ttf")
+        installed = list(font_manager.fontManager.ttflist)
+        font_manager.fontManager.addfont(tmp_path / "cats.ttf")
+        self.forget()
+        yield "Cats"
+        font_manager.fontManager.ttflist[:] = installed
+        self.forget()
+
+    @staticmethod
+    def forget() -> None:
+        for cached in (fonts._family_with, fonts._families, fonts._path, fonts.text_width):
+            cached.cache_clear()
+
+    def test_another_font_has_what_ours_lacks(self, pictures, tmp_path: Path, other_font: str) -> None:
+        canvas = draw_local.draw(local_page(pictures, predicted="a 猫", concepts=(("🎉 party", 1.0),)))
+        families = {text.get_text(): text.get_fontfamily() for text in canvas.axes.texts}
+        assert families["🎉 party"] == families["a 猫"] == ["DejaVu Sans", other_font]
+        assert families["coast"] == ["DejaVu Sans"]
+        assert fonts.missing(["a 猫🎉"]) == ""
+        assert text_width("猫" * 20, 72) == pytest.approx(20, abs=1), "an em each"
+        canvas.save(tmp_path / "a.pdf", tmp_path / "a.png", "{}")
+        page = PdfReader(tmp_path / "a.pdf").pages[0]
+        assert "猫" in page.extract_text()
+        used = page["/Resources"]["/Font"]
+        assert {used[name]["/Subtype"] for name in used} <= {"/Type0", "/TrueType"}
+
+    @pytest.mark.filterwarnings("error")
+    def test_missing_glyphs_are_drawn_without_a_word(self, pictures, tmp_path: Path, caplog) -> None:
+        canvas = draw_local.draw(local_page(pictures, predicted="\U000f1234"))
+        canvas.save(tmp_path / "a.pdf", tmp_path / "a.png", "{}")
+        assert fonts.missing(["b\U000f1234a", "\U000f1233"]) == "\U000f1233\U000f1234"
+        assert not caplog.records
+
+    def test_measured_widths_are_those_drawn(self, pictures) -> None:
+        canvas = Canvas(3, 1)
+        for text in ("animals and nature", "illi", "WWW", "+1e−05"):
+            for bold in (False, True):
+                canvas.text(0, 0.5, text, bold=bold)
+                canvas.figure.set_dpi(600)
+                box = canvas.axes.texts[-1].get_window_extent(FigureCanvasAgg(canvas.figure).get_renderer())
+                assert text_width(text, 7, bold=bold) == pytest.approx(box.width / 600, rel=0.03, abs=0.005), text
+
+
 class TestFitting:
     @given(
         text=st.text(st.characters(codec="latin-1", categories=("L", "N", "P", "Zs")), max_size=80),
         width=st.floats(0.3, 3),
-        lines=st.integers(1, 3),
+        lines=st.integers(1, 30),
     )
     def test_lines_fit(self, text: str, width: float, lines: int) -> None:
-        found = fitted(text, width, lines=lines)
+        found = wrapped(text, width, lines=lines)
         assert 1 <= len(found) <= lines
         assert all(text_width(line, 7) <= width or len(line) <= 1 for line in found)
         if "…" not in found[-1]:
             assert "".join(found).replace(" ", "") == "".join(text.split())
+        else:
+            assert len(found) == lines
 
     def test_lines_break_between_words(self) -> None:
-        assert fitted("apartment building outdoor", 0.8, lines=3) == ["apartment", "building", "outdoor"]
-        assert fitted("apartment building outdoor", 0.8, lines=1)[0].startswith("apartment")
-        assert fitted("short", 2) == ["short"]
+        assert wrapped("apartment building outdoor", 0.6) == ["apartment", "building", "outdoor"]
+        assert wrapped("bookkeeper #323", 0.6) == ["bookkeeper", "#323"]
+        assert wrapped("short", 2) == ["short"]
+        assert wrapped("", 2) == [""]
 
     def test_a_shortened_label_keeps_its_index(self) -> None:
-        assert fitted_label("dog #12", 2) == "dog #12"
-        shortened = fitted_label(f"{LONG} #12345", 0.9)
-        assert shortened.endswith("… #12345")
-        assert text_width(shortened, 7) <= 0.9
+        for text in (f"{LONG} #12345", "x" * 10**6 + " #12345"):
+            shortened = wrapped(text, 0.9, lines=3)
+            assert len(shortened) == 3
+            assert shortened[-1].endswith("… #12345")
+            assert text_width(shortened[-1], 7) <= 0.9
 
     @pytest.mark.parametrize(
         ("values", "digits"),

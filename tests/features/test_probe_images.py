@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dncbm.features.datasets import SHARD_SIZE, random_split
+from dncbm.features.datasets import SHARD_SIZE, open_image, random_split
 from dncbm.features.datasets.probe import ProbeImages, ProbeShards, display_name, probe_images
 from dncbm.features.datasets.sae import WebdatasetShards
 
@@ -64,13 +64,123 @@ class TestImageFolder:
         with refusal("mine/val", "'b'", settings.path):
             probe_images(settings, "mine", "val")
 
-    def test_wordnet_folders_get_the_names_of_imagenet(self, make_settings, tmp_path: Path, put) -> None:
-        ids = [f"n{i:08d}" for i in range(1000)]
+    @pytest.mark.slow
+    def test_imagenets_folders_get_the_names_of_imagenet_and_no_others(self, make_settings, tmp_path: Path, put) -> None:
+        """timm holds the ids in the order of the classes."""
+        from timm.data import ImageNetInfo
+
+        ids = ImageNetInfo("imagenet-1k").label_names()
+        assert len(ids) == 1000
         for wordnet_id in ids:
             put(tmp_path / f"imagenet/train/{wordnet_id}/1.png", 0)
-        names = probe_images(make_settings(probe_datasets={"imagenet": "imagenet"}), "imagenet", "train").class_names
+            put(tmp_path / f"other/train/{wordnet_id}/1.png", 0)
+        (tmp_path / "other/train" / ids[500]).rename(tmp_path / "other/train/n99999999")
+        settings = make_settings(probe_datasets={"imagenet": "imagenet", "other": "other"})
+        names = probe_images(settings, "imagenet", "train").class_names
+        described = ImageNetInfo("imagenet-1k").label_descriptions()
         assert len(names) == 1000
-        assert (names[0], names[1], names[999]) == ("tench", "goldfish", "toilet paper")
+        for number in (0, 1, 402, 999):
+            assert names[number].lower() in described[number].lower()
+        assert probe_images(settings, "other", "train").class_names == (*(i for i in ids if i != ids[500]), "n99999999")
+
+    def test_images_come_in_the_order_of_torchvision(self, make_settings, tmp_path: Path, put) -> None:
+        names = ("b/2.png", "b/10.png", "b/sub/1.png", "b/sub-a/1.JPG", "b/sub/deep/0.bmp", "a/x.png", "a b/y.webp", "B/z.tif")
+        for seed, name in enumerate(names):
+            for split in ("train", "val"):
+                put(tmp_path / "mine" / split / name, seed)
+        found = probe_images(make_settings(probe_datasets={"mine": "mine"}), "mine", "train")
+        expected = torchvision.datasets.ImageFolder(str(tmp_path / "mine/train"))
+        assert list(found.class_names) == expected.classes
+        assert [
+            (str(tmp_path / "mine" / name), label) for name, label in zip(found.image_names, found.labels, strict=True)
+        ] == (expected.samples)
+
+    def test_hidden_files_and_folders_are_left_out(self, make_settings, tmp_path: Path, put) -> None:
+        for split in ("train", "val"):
+            for name in ("cat/1.png", "cat/._1.png", "cat/.thumbs/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/1.png"):
+                put(tmp_path / "mine" / split / name, 1)
+        for split in ("train", "val"):
+            found = probe_images(make_settings(probe_datasets={"mine": "mine"}), "mine", split)
+            assert found.class_names == ("cat",)
+            assert found.image_names == (f"{split}/cat/1.png",)
+
+    def test_no_image_gets_two_labels_or_splits_through_links(self, make_settings, tmp_path: Path, put) -> None:
+        for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png"):
+            put(tmp_path / "mine" / name, 1)
+        put(tmp_path / "elsewhere/5.png", 1)
+        links = {
+            "train/cat/all": "mine",
+            "train/cat/dogs": "mine/train/dog",
+            "val/dog/train": "mine/train",
+            "train/car": "elsewhere",
+        }
+        for link, target in links.items():
+            (tmp_path / "mine" / link).symlink_to(tmp_path / target)
+        settings = make_settings(probe_datasets={"mine": "mine"})
+        train, val = (probe_images(settings, "mine", split) for split in ("train", "val"))
+        assert train.image_names == ("train/car/5.png", "train/cat/1.png", "train/dog/2.png")
+        assert val.image_names == ("val/cat/3.png", "val/dog/4.png")
+
+    @pytest.mark.parametrize("within", ["train", ""])
+    def test_without_val_a_tenth_is_held_out(self, make_settings, tmp_path: Path, put, within: str) -> None:
+        """Of train/<class>, or of folders of classes."""
+        names = [f"{name}/{i:02d}.png" for name in ("cat", "dog") for i in range(20)]
+        for seed, name in enumerate(names):
+            put(tmp_path / "mine" / within / name, seed)
+        settings = make_settings(probe_datasets={"mine": "mine"})
+        train, val = (probe_images(settings, "mine", split) for split in ("train", "val"))
+        assert (len(train.labels), len(val.labels)) == (36, 4)
+        assert sorted(train.image_names + val.image_names) == sorted(str(Path(within, name)) for name in names)
+        order = np.random.default_rng(49).permutation(40)
+        assert list(val.image_names) == [str(Path(within, names[i])) for i in sorted(order[:4])]
+        for found in (train, val):
+            assert [found.class_names[label] for label in found.labels] == [
+                Path(name).parent.name for name in found.image_names
+            ]
+
+    @pytest.mark.parametrize(
+        ("folders", "problem"),
+        [
+            (("train", "validation"), "has the folder train and validation but not val"),
+            (("Training", "Test"), "has the folder Test and Training but not train"),
+            (("val", "cat"), "has the folder val but not train"),
+            ((), "neither train/<class>/<image> nor <class>/<image>"),
+        ],
+    )
+    def test_splits_of_other_names_are_no_classes(
+        self, make_settings, tmp_path: Path, put, refusal, folders: tuple[str, ...], problem: str
+    ) -> None:
+        (tmp_path / "mine").mkdir()
+        for folder in folders:
+            put(tmp_path / "mine" / folder / "a/1.png", 0)
+        settings = make_settings(probe_datasets={"mine": "mine"})
+        for split in ("train", "val"):
+            with refusal(problem, settings.path):
+                probe_images(settings, "mine", split)
+
+    def test_what_is_missing_or_passed_over_is_noted(self, make_settings, tmp_path: Path, put, refusal) -> None:
+        for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"):
+            put(tmp_path / "mine" / name, 1)
+        (tmp_path / "mine/val/dog").mkdir()
+        (tmp_path / "mine/train/cat/a.svg").write_text("<svg/>")
+        settings = make_settings(probe_datasets={"mine": "mine"})
+        train, val = (probe_images(settings, "mine", split) for split in ("train", "val"))
+        assert [note.partition("passed over: ")[2] for note in train.notes] == ["1 .svg"]
+        assert list(val.notes) == [f"1 of 2 classes without images in the val split of {tmp_path / 'mine'}: dog"]
+        (tmp_path / "mine/val/cat/1.png").rename(tmp_path / "mine/val/cat/1.svg")
+        with refusal("no images in", "passed over: 1 .svg"):
+            probe_images(settings, "mine", "val")
+
+    def test_an_image_of_another_size_is_noticed(self, make_settings, tmp_path: Path, put) -> None:
+        settings = make_settings(probe_datasets={"mine": "mine"})
+        for name in ("train/cat/1.png", "train/cat/2.png", "val/cat/1.png"):
+            put(tmp_path / "mine" / name, 1)
+        before = {split: probe_images(settings, "mine", split) for split in ("train", "val")}
+        (tmp_path / "mine/train/cat/2.png").write_bytes(b"another")
+        after = {split: probe_images(settings, "mine", split) for split in ("train", "val")}
+        assert [before[split].content_hash == after[split].content_hash for split in before] == [False, True]
+        states = [ProbeShards(images["train"], np.arange(2)).state(0, []) for images in (before, after)]
+        assert states[0] != states[1]
 
     def test_missing_folders_are_named(self, make_settings, tmp_path: Path, refusal) -> None:
         settings = make_settings(probe_datasets={"mine": "mine", "other": "other"})
@@ -200,6 +310,27 @@ class TestWaterbirds:
         settings = make_settings(probe_datasets={"waterbirds100": own})
         assert_holds(probe_images(settings, "waterbirds100", "train_val"), [(c, "waterbird")])
 
+    def test_a_table_saved_with_a_byte_order_mark_is_read(self, make_settings, root: Path, put) -> None:
+        rows = "img_filename,y,split,place\r\na.jpg,1,0,1\r\n"
+        (root / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+        image = put(root / "a.jpg", 1)
+        settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
+        assert_holds(probe_images(settings, "waterbirds100", "train"), [(image, "waterbird")])
+
+    @pytest.mark.parametrize(
+        ("row", "problem"),
+        [
+            ("caf\xe9.jpg,1,0,1", "is not UTF-8"), ("a.jpg,2,0,1", "must be 0 or 1"), ("a.jpg,1,0,", "invalid literal"),
+            ("a.jpg", "waterbirds"), ("../../a.jpg,1,0,1", "lies elsewhere"), ("/etc/passwd,1,0,1", "lies elsewhere"),
+            (f"{'a' * 200_000},1,0,1", "field larger"),
+        ],
+    )  # fmt: skip
+    def test_a_damaged_table_is_one_line(self, make_settings, root: Path, refusal, row: str, problem: str) -> None:
+        (root / "metadata.csv").write_bytes(f"img_filename,y,split,place\n{row}\n".encode("latin-1"))
+        settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
+        with refusal(problem, root, settings.path):
+            probe_images(settings, "waterbirds100", "train")
+
     def test_a_table_without_its_columns_is_refused(self, make_settings, root: Path, refusal) -> None:
         settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
         (root / "metadata.csv").write_text("file,label\na.jpg,1\n")
@@ -321,8 +452,8 @@ def test_shards_can_be_sent_to_a_spawned_process(make_settings, tmp_path: Path, 
     images = probe_images(make_settings(probe_datasets={"mine": "mine"}), "mine", "train")
     tar = write_tar(tmp_path / "0.tar", {"0": {"png": encoded(random_image(4))}})
     for shards in (ProbeShards(images, np.array([0])), WebdatasetShards((tar,))):
-        ((_, decode),) = pickle.loads(pickle.dumps(shards)).read(0, pytest.fail)
-        np.testing.assert_array_equal(pixels(decode()), pixels(image))
+        ((_, load),) = pickle.loads(pickle.dumps(shards)).read(0, pytest.fail)
+        np.testing.assert_array_equal(pixels(open_image(load())), pixels(image))
 
 
 @given(n=st.integers(0, 3000), seed=st.integers(0, 2**32))
@@ -355,8 +486,8 @@ def test_probe_images_are_cut_into_shards(random_image) -> None:
     bad: list[str] = []
     read = [key for shard in range(3) for key, _ in shards.read(shard, bad.append)]
     np.testing.assert_array_equal(read, indices)
-    _, (key, decode) = list(shards.read(2, bad.append))
-    np.testing.assert_array_equal(pixels(decode()), pixels(random_image(key)))
+    _, (key, load) = list(shards.read(2, bad.append))
+    np.testing.assert_array_equal(pixels(open_image(load())), pixels(random_image(key)))
     assert not bad
     assert len({ProbeShards(images, some).fingerprint() for some in (indices, indices[1:], indices + 1)}) == 3
 

@@ -1,8 +1,13 @@
 """The images of an SAE: webdataset shards, whole, damaged and odd, and folders of images."""
 
+import bz2
+import gzip
 import io
+import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -11,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dncbm.features.datasets import ImageShards, file_states
-from dncbm.features.datasets.sae import WebdatasetShards, sae_images
+from dncbm.features.datasets import ImageShards, file_states, open_image, reason_of, to_rgb
+from dncbm.features.datasets.sae import MAX_KEY, WebdatasetShards, expand_braces, sae_images
+from dncbm.runs.settings import load_settings
+from tests.features.test_images import at_most
 
 
 def read(shards: ImageShards) -> tuple[dict[str, np.ndarray], Counter[str]]:
@@ -25,13 +33,13 @@ def read(shards: ImageShards) -> tuple[dict[str, np.ndarray], Counter[str]]:
     images = {}
     seen = set()
     for shard in range(len(shards)):
-        for key, decode in shards.read(shard, lambda reason: bad.update([reason])):
+        for key, load in shards.read(shard, lambda reason: bad.update([reason])):
             assert key not in seen
             seen.add(key)
             try:
-                images[key] = np.asarray(decode().convert("RGB"))
+                images[key] = np.asarray(to_rgb(open_image(load()))[0])
             except Exception as error:
-                bad[type(error).__name__] += 1
+                bad[reason_of(error)] += 1
     return images, bad
 
 
@@ -58,7 +66,7 @@ def test_images_come_with_their_keys_in_order(tmp_path: Path, write_tar, random_
     samples = {f"{i:09d}": {"txt": b"a caption", suffix: encoded(random_image(i))} for i, suffix in suffixes.items()}
     images, bad = read(of(write_tar(tmp_path / "a #b?c" / "0.tar", samples)))
     assert list(images) == ["000000003", "000000001", "000000002", "000000005"]
-    assert bad == {"no image in the sample": 1}  # GIFs are not read
+    assert bad == {"no image in the sample": 1}  # files called .gif are not read
     for key, image in images.items():
         np.testing.assert_array_equal(image, np.asarray(random_image(int(key))))
 
@@ -145,6 +153,106 @@ def test_keys_are_unique_and_captions_may_lie_elsewhere(tmp_path: Path, random_i
     assert bad == ["duplicate key"]
 
 
+@pytest.fixture
+def named_tar(tmp_path: Path, random_image, encoded) -> Callable[..., WebdatasetShards]:
+    """Writes a tar whose members have these names, and the same image each."""
+
+    def write(*names: str) -> WebdatasetShards:
+        image = encoded(random_image(1))
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(image)
+                tar.addfile(member, io.BytesIO(image))
+        return of(tmp_path / "0.tar")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "bad"),
+    [
+        (["a.input.jpg", "a.txt", "b.input.JPG"], ["a", "b"], {}),
+        (["a.depth.png", "a.jpg", "a.mask.png", "b.depth.png", "b.jpg"], ["a", "b"], {}),  # a.jpg and b.jpg
+        (["mr.smith.jpg", "a.jpg", "b.jpg"], ["mr", "a", "b"], {}),
+        (["./v.1/a.jpg", "v.1/b.c/0.png"], ["./v.1/a", "v.1/b.c/0"], {}),
+        (["__MACOSX/a.jpg", ".cache/b.jpg", "x/.c.jpg", "x/._d.png", "e.jpg"], ["e"], {}),
+        (["a.left.jpg", "a.right.jpg", "b.left.jpg", "b.right.jpg"], ["a", "b"], {}),
+        (
+            [f"2024.01-{i}.jpg" for i in range(9)], ["2024"],
+            {"image with the key of another (keys end at the first dot of a name)": 8},
+        ),
+        (["a.gif", "a.txt", "b.gif"], [], {"no image in the sample, only 2 .gif, 1 .txt": 2}),
+    ],
+)  # fmt: skip
+def test_the_last_part_of_a_name_tells_an_image(named_tar, names: list[str], keys: list[str], bad: dict[str, int]) -> None:
+    images, found = read(named_tar(*names))
+    assert (list(images), found) == (keys, bad)
+
+
+def test_the_image_without_a_further_dot_is_taken(tmp_path: Path, write_tar, random_image, encoded) -> None:
+    images = {suffix: encoded(random_image(seed)) for seed, suffix in enumerate(("depth.png", "png", "mask.png"))}
+    found, _ = read(of(write_tar(tmp_path / "0.tar", {"a": images})))
+    np.testing.assert_array_equal(found["a"], np.asarray(random_image(1)))
+
+
+def test_a_key_of_many_characters_takes_no_memory(named_tar) -> None:
+    """Saved beside a thousand others, it would take as much for each."""
+    shards = named_tar("k" * 200_000 + ".jpg", "d/" + "k" * (MAX_KEY - 2) + ".png", "k" * (MAX_KEY + 1) + ".png", "b.jpg")
+    with at_most(8 << 20):
+        images, bad = read(shards)
+    assert [len(key) for key in images] == [MAX_KEY, 1]
+    assert bad == {f"key of more than {MAX_KEY} characters": 2}
+
+
+def test_a_name_of_gigabytes_is_damage(tmp_path: Path) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+    with (tmp_path / "0.tar").open("wb") as file:
+        file.write(name.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(4 << 30)
+    with at_most(8 << 20):
+        assert read(of(tmp_path / "0.tar")) == ({}, {"cut off or damaged tar": 1})
+
+
+def sparse_header(real_size: int) -> bytes:
+    """An old GNU header of a file of this size of which nothing but zeros is left."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = tarfile.itn(real_size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("is_sparse", "in_pax", "reason"),
+    [
+        (True, False, "sparse file in a tar"),
+        (False, True, "sparse file in a tar"),
+        (False, False, "file of more than 256 MiB"),
+    ],
+)
+def test_a_member_of_gigabytes_takes_no_memory(
+    tmp_path: Path, random_image, encoded, is_sparse: bool, in_pax: bool, reason: str
+) -> None:
+    image, huge = encoded(random_image(1)), 3 << 30
+    member = tarfile.TarInfo("a.jpg")
+    member.size = 0 if in_pax else huge
+    if in_pax:
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(100 << 20), "GNU.sparse.numblocks": "1"}
+    last = tarfile.TarInfo("b.png")
+    last.size = len(image)
+    with (tmp_path / "0.tar").open("wb") as file:
+        file.write(sparse_header(huge) if is_sparse else member.tobuf(tarfile.PAX_FORMAT if in_pax else tarfile.GNU_FORMAT))
+        file.seek(0 if is_sparse or in_pax else huge, os.SEEK_CUR)
+        file.write(last.tobuf() + image + bytes(-len(image) % 512 + 1024))
+    with at_most(8 << 20):
+        images, bad = read(of(tmp_path / "0.tar"))
+    assert list(images) == ["b"]
+    assert bad == {reason: 1}
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_that_are_not_utf8_are_keys_too(tmp_path: Path, random_image, encoded, format: int) -> None:
     image = encoded(random_image(1))
@@ -177,6 +285,118 @@ def test_a_fingerprint_follows_names_and_sizes(tmp_path: Path, write_tar, member
     assert of(moved).fingerprint() == fingerprints[0]
     write_tar(a, members(50))
     assert of(a).fingerprint() != fingerprints[0]
+
+
+def test_other_images_of_the_same_size_are_noticed(tmp_path: Path, write_tar) -> None:
+    contents = [np.random.default_rng(seed).bytes(20_000) for seed in range(2)]
+    prints = [
+        of(write_tar(tmp_path / "0.tar", {f"{i}": {"jpg": content} for i in range(50)})).fingerprint() for content in contents
+    ]
+    assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "empty"), (gzip.compress(bytes(9999)), "compressed with gzip"), (bz2.compress(b"x"), "compressed with bzip2"),
+        (b"\n<!DOCTYPE html><html>", "a web page"), (b"x" * 10_000, "not a tar"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_is_no_tar_is_named_before_work_starts(
+    make_settings, tmp_path: Path, write_tar, members, refusal, content: bytes, what: str
+) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", members(2))
+    settings = make_settings(sae_datasets={"mine": {"train": "{0..2}.tar", "train_val": "0.tar", "val": "0.tar"}})
+    sae_images(settings, "mine")
+    (tmp_path / "1.tar").write_bytes(content)
+    with refusal("1 of 3 shards", tmp_path / "1.tar", f"it is {what}", "sae_datasets['mine']['train']", settings.path):
+        sae_images(settings, "mine")
+
+
+def test_an_empty_tar_is_a_tar(make_settings, tmp_path: Path, write_tar, members) -> None:
+    write_tar(tmp_path / "0.tar", members(2))
+    write_tar(tmp_path / "1.tar", {})
+    settings = make_settings(sae_datasets={"mine": {"train": "{0..1}.tar", "train_val": "0.tar", "val": "0.tar"}})
+    assert read(sae_images(settings, "mine")["train"])[1] == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ patterns
+
+
+PIECES = st.sampled_from(
+    [
+        "{",
+        "}",
+        ",",
+        "a",
+        "b",
+        "{1..3}",
+        "{07..10}",
+        "{3..-2}",
+        "{0..9..4}",
+        "{a..e..2}",
+        "{c..A}",
+        "{x,y}",
+        "{q}",
+        "\\{",
+        "\\,",
+        "..",
+    ]
+)
+
+
+@settings(max_examples=400)
+@given(pattern=st.lists(PIECES, max_size=7).map("".join))
+def test_braces_stand_for_what_braceexpand_says(pattern: str) -> None:
+    opened = 0
+    for char in re.sub(r"\\.", "", pattern):
+        opened += {"{": 1, "}": -1}.get(char, 0)
+        if opened < 0:
+            break  # which braceexpand takes for text at times
+    if opened:
+        with pytest.raises(ValueError, match="not balanced"):
+            list(expand_braces(pattern))
+    else:
+        first, expected = (list(itertools.islice(expand(pattern), 300)) for expand in (expand_braces, braceexpand))
+        assert first == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..99999999}", "{0..99999}{0..99999}", "{a{0..99999}{0..99999},b}", "{{0..9},{0..99999999}}"]
+)
+def test_patterns_of_millions_are_expanded_one_by_one(pattern: str) -> None:
+    with at_most(1 << 20):
+        assert len(list(itertools.islice(expand_braces(pattern), 50))) == 50
+
+
+def test_a_pattern_of_millions_that_are_missing_is_refused(make_settings, refusal) -> None:
+    pattern = "{0..99999999}.tar"
+    settings = make_settings(sae_datasets={"mine": {"train": pattern, "train_val": "0.tar", "val": "0.tar"}})
+    with at_most(4 << 20), refusal("1000 or more shards are missing, first", "/0.tar", pattern):
+        sae_images(settings, "mine")
+
+
+@pytest.mark.parametrize("pattern", ["{0..3.tar", "0}.tar", "{{a,b}.tar", "{" * 5000, "{" * 5000 + "}" * 5000])
+def test_braces_that_are_not_balanced_are_one_line(make_settings, refusal, pattern: str) -> None:
+    settings = make_settings(sae_datasets={"mine": {"train": pattern, "train_val": "0.tar", "val": "0.tar"}})
+    with refusal("braces are not balanced", "sae_datasets['mine']['train']", settings.path):
+        sae_images(settings, "mine")
+
+
+def test_braces_in_the_folder_of_the_config_are_part_of_its_name(tmp_path: Path, write_tar, members, monkeypatch) -> None:
+    folder = tmp_path / "a{b,c}{1..2}"
+    for shard in range(2):
+        write_tar(folder / f"{shard}.tar", members(1))
+    sources = {"mine": {"train": "{0..1}.tar", "train_val": str(folder / "0.tar"), "val": "0.tar"}}
+    keys = {"data_dir": "d", "sae_dir": "s", "probe_dir": "p", "vocab_dir": "v", "analysis_dir": "a", "vocabulary": "w"}
+    lines = [
+        f"{key} = {value!r}" for key, value in (keys | {"sae_datasets": sources, "probe_datasets": {}, "encoders": {}}).items()
+    ]
+    (folder / "config.py").write_text("\n".join(lines))
+    found = sae_images(load_settings(folder / "config.py"), "mine")
+    assert found["train"].paths == (folder / "0.tar", folder / "1.tar")
+    assert found["train_val"].paths == (folder / "0.tar",)
 
 
 def test_shards_follow_the_pattern_of_the_config(make_settings, tmp_path: Path, write_tar, members, refusal) -> None:
@@ -322,7 +542,7 @@ def test_a_folder_that_cannot_be_divided_is_refused(make_settings, tmp_path: Pat
     with refusal(tmp_path / "photos", "is missing", "sae_datasets['mine']", settings.path):
         sae_images(settings, "mine")
     fill(tmp_path / "photos", ["1.png", "2.png"])
-    with refusal("no images for", "20"):
+    with refusal("no images for", "which has 2 images", "at least 11"):
         sae_images(settings, "mine")
     (tmp_path / "photos/train").mkdir()
     (tmp_path / "photos/val").mkdir()
@@ -340,3 +560,44 @@ def test_file_states_see_a_replaced_file(tmp_path: Path) -> None:
     before = file_states([path])
     os.utime(path, ns=(1, 1))
     assert file_states([path]) != before
+
+
+def test_links_put_no_image_into_two_splits(make_settings, tmp_path: Path, fill) -> None:
+    wanted = {"train": [f"{i:02d}.png" for i in range(20)], "train_val": ["a.png"], "val": ["b.png"]}
+    for split, names in wanted.items():
+        fill(tmp_path / "photos" / split, names)
+    for link, target in (("train/held out", "val"), ("train/all", "."), ("val/train", "train"), ("val/self", "val")):
+        (tmp_path / "photos" / link).symlink_to(tmp_path / "photos" / target)
+    assert keys_of(sae_images(make_settings(sae_datasets={"mine": "photos"}), "mine")) == wanted
+
+
+def test_an_image_of_another_size_changes_its_split_and_its_shard(make_settings, tmp_path: Path, fill, monkeypatch) -> None:
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 2)
+    for split in ("train", "train_val", "val"):
+        fill(tmp_path / "photos" / split, [f"{i}.png" for i in range(4)])
+    settings = make_settings(sae_datasets={"mine": "photos"})
+    before = sae_images(settings, "mine")
+    states = {split: [shards.state(i, []) for i in range(2)] for split, shards in before.items()}
+    (tmp_path / "photos/val/3.png").write_bytes(b"another")
+    after = sae_images(settings, "mine")
+    assert [split for split in before if before[split].fingerprint() != after[split].fingerprint()] == ["val"]
+    assert [i for i in range(2) if after["val"].state(i, []) != states["val"][i]] == [1]
+
+
+def test_files_that_are_passed_over_are_said(make_settings, tmp_path: Path, fill, caplog, refusal) -> None:
+    settings = make_settings(sae_datasets={"mine": "photos"})
+    fill(tmp_path / "photos", [f"{i:02d}.bmp" for i in range(20)])
+    with caplog.at_level(logging.WARNING):
+        sae_images(settings, "mine")
+    assert not caplog.messages
+    for name in ("a.svg", "b/c.SVG", "notes.txt"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_text("?")
+    with caplog.at_level(logging.WARNING):
+        sae_images(settings, "mine")
+    (said,) = caplog.messages
+    assert "passed over: 2 .svg, 1 .txt" in said
+    for image in (tmp_path / "photos").glob("*.bmp"):
+        image.unlink()
+    with refusal("which has 0 images", "passed over: 2 .svg, 1 .txt"):
+        sae_images(settings, "mine")

@@ -1,5 +1,6 @@
 """Stages 1 and 5: when features are made again, labels beside features, and data sets read as config.py says."""
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -11,15 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dncbm.features.datasets import random_split
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder
-from dncbm.features.stage import open_features, probe_class_names, probe_labels, save_probe_features, save_sae_features
+from dncbm.features.stage import (
+    features_background,
+    open_features,
+    probe_class_names,
+    probe_labels,
+    save_probe_features,
+    save_sae_features,
+)
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.manifests import Outcome, manifest_path, read_manifest, verifying_hashes
 from dncbm.runs.ranks import Ranks
 from dncbm.runs.settings import Settings
 from tests.features.conftest import N_IMAGES
@@ -53,7 +62,7 @@ def loaded(monkeypatch, make_encoder) -> Loaded:
         return make_encoder(Means())
 
     monkeypatch.setattr("dncbm.features.stage.load_encoder", load)
-    monkeypatch.setattr("dncbm.features.stage.describe_encoder", lambda _, name: {"encoder": name})
+    monkeypatch.setattr("dncbm.features.stage.describe_encoder", lambda _, name, *made: {"encoder": name})
     return loaded
 
 
@@ -68,6 +77,22 @@ def save_probe(
     """Stage 5."""
     features = ProbeFeatures(dataset, "enc", "out")
     return save_probe_features(settings, features, Splits(split), extraction, device="cpu", **execution)
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def accept_sizes(artifact: Path) -> None:
+    """Write the sizes that files have now into a manifest, as if they had been made like this."""
+    path = manifest_path(artifact)
+    made = json.loads(path.read_text())
+    for name, output in made["outputs"].items():
+        output["bytes"] = (path.parent / name).stat().st_size
+    path.write_text(json.dumps(made))
 
 
 class TestStageOfTheSAE:
@@ -109,8 +134,9 @@ class TestStageOfTheSAE:
         with pytest.raises(StaleArtifact, match="precision was"):
             save_sae(settings, replace(LOOSE, precision="fp16"))
 
-    def test_the_device_reaches_the_encoder(self, settings: Settings, loaded: Loaded) -> None:
-        save_sae_features(settings, SAEFeatures("enc", "out", "mine"), LOOSE, device="meta")
+    def test_the_device_reaches_the_encoder(self, settings: Settings, loaded: Loaded, monkeypatch) -> None:
+        monkeypatch.setattr("dncbm.features.stage.resolve_device", {"mps": torch.device("meta")}.__getitem__)
+        save_sae_features(settings, SAEFeatures("enc", "out", "mine"), LOOSE, device="mps")
         assert loaded.arguments == [("enc", torch.device("meta"), None)]
 
     @pytest.mark.parametrize(("rank", "expected"), [(0, ["load", "wait"]), (1, ["wait", "load"])])
@@ -134,7 +160,7 @@ class TestStageOfTheSAE:
 
         monkeypatch.setattr("dncbm.features.stage.load_encoder", load)
         monkeypatch.setattr("dncbm.features.stage.joined", lambda: nullcontext(Alone(rank, 2)))
-        monkeypatch.setattr("dncbm.features.encoding._count", lambda *_: {"images": 7})
+        monkeypatch.setattr("dncbm.features.encoding._count", lambda *_: {"images": 7, "transparent": 0, "warnings": {}})
         save_sae(settings)
         assert events[:2] == expected
         assert events.count("load") == 1
@@ -255,6 +281,71 @@ class TestStageOfTheProbe:
         assert save_probe(settings, overwrite=True) is Outcome.RAN
         assert sum(len(open_features(settings, "mine", "enc", "out", split)) for split in SPLITS) == 59
 
+    def test_labels_that_one_encoder_changes_are_not_read_with_anothers_features(
+        self, settings: Settings, tmp_path: Path, random_image, refusal
+    ) -> None:
+        """A class is added in front, to train alone: all labels shift, and val's images stay what they were."""
+        for encoder in ("enc", "other"):
+            save_probe_features(settings, ProbeFeatures("mine", encoder, "out"), Splits(None), LOOSE, device="cpu")
+        (tmp_path / "images/train/_first").mkdir()
+        random_image(99).save(tmp_path / "images/train/_first/099.png")
+        save_probe(settings, "train", overwrite=True)
+        assert probe_class_names(settings, "mine") == ["_first", "a", "b"]
+        assert len(open_features(settings, "mine", "enc", "out", "train"))
+        for encoder, split in (("enc", "val"), ("other", "val"), ("other", "train"), ("other", "train_val")):
+            with refusal(f"/{encoder}/", "split", "has changed", "--from probe_features", "--overwrite"):
+                open_features(settings, "mine", encoder, "out", split)
+            with pytest.raises(StaleArtifact):
+                save_probe_features(settings, ProbeFeatures("mine", encoder, "out"), Splits(split), LOOSE, device="cpu")
+
+    def test_an_image_that_is_replaced_keeps_its_label(self, settings: Settings, tmp_path: Path, random_image) -> None:
+        save_probe(settings)
+        random_image(99).save(tmp_path / "images/val/a/050.png", compress_level=0)
+        save_probe(settings, "val", overwrite=True)
+        for split in SPLITS:
+            store = open_features(settings, "mine", "enc", "out", split)
+            probe_labels(settings, "mine", split, store.keys)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda _: b"",
+            lambda b: b[:-8],
+            lambda b: b[::-1],
+            lambda _: b"<html>",
+            lambda _: array_bytes(np.zeros(50)),
+            lambda _: array_bytes(np.zeros((50, 1), int)),
+            lambda _: array_bytes(np.full(50, 2)),
+            lambda _: array_bytes(np.full(50, -1)),
+            lambda _: array_bytes(np.zeros(49, int)),
+            lambda _: array_bytes(np.array(["a"] * 50)),
+        ],
+    )
+    @pytest.mark.parametrize("is_expected", [False, True])
+    def test_damaged_labels_are_named(
+        self, settings: Settings, refusal, damage: Callable[[bytes], bytes], is_expected: bool
+    ) -> None:
+        save_probe(settings)
+        path = Artifacts(settings).labels("mine", "train")
+        path.write_bytes(damage(path.read_bytes()))
+        if is_expected:
+            accept_sizes(Artifacts(settings).probe_split("mine"))
+        with refusal(path, "probe_features", "--overwrite"):
+            probe_labels(settings, "mine", "train", np.arange(50))
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "{}", '{"class_names": 3}', '{"class_names": []}', '{"class_names": [1]}']
+    )
+    def test_damaged_class_names_are_named(self, settings: Settings, refusal, text: str) -> None:
+        save_probe(settings)
+        path = Artifacts(settings).probe_split("mine")
+        path.write_text(text)
+        with refusal(path, "--overwrite"):
+            probe_class_names(settings, "mine")
+        accept_sizes(path)
+        with refusal(path, "05_save_probe_features.py", "--overwrite"):
+            probe_class_names(settings, "mine")
+
     def test_missing_files_name_their_command(self, settings: Settings, refusal) -> None:
         with refusal("05_save_probe_features.py", "--img_enc_name enc", "--probe_dataset mine"):
             open_features(settings, "mine", "enc", "out", "train")
@@ -317,6 +408,7 @@ WATERBIRDS = [  # file, is a waterbird, split, is on water
     ("c.jpg", 1, 1, 0),
     ("d.jpg", 0, 2, 1),
     ("e.jpg", 0, 1, 0),
+    *((f"{name}.jpg", 0, 0, 0) for name in "fghi"),  # enough to hold a tenth out
 ]
 
 
@@ -335,7 +427,7 @@ def test_waterbirds_groups_are_saved_beside_the_labels(
     save_probe(settings, "train_val" if own_train_val else "val", dataset="waterbirds100")
     artifacts = Artifacts(settings)
     names = json.loads(artifacts.probe_split("waterbirds100").read_text())["group_names"]
-    expected = {"train": ["waterbird on water", "landbird on land"], "val": ["landbird on water"]}
+    expected = {"train": ["waterbird on water", *["landbird on land"] * 5], "val": ["landbird on water"]}
     if own_train_val:
         expected["train_val"] = ["waterbird on land", "landbird on land"]
         store = open_features(settings, "waterbirds100", "enc", "out", "train_val")
@@ -437,3 +529,128 @@ def test_a_stage_on_a_folder_keeps_names_that_are_not_utf8(make_settings, tmp_pa
     assert list(store.keys) == ["a.png", odd]
     assert read_manifest(store.folder)["details"]["bad"] == {"empty file": 1}
     assert [len(open_features(settings, "mine", "enc", "out", split)) for split in SPLITS] == [2, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ what the images are
+
+
+@pytest.fixture
+def photos(make_settings, tmp_path: Path, put, loaded: Loaded, monkeypatch) -> Settings:
+    """A folder of images for the SAE, in shards of two; and one of a probe."""
+    monkeypatch.setattr("dncbm.features.datasets.SHARD_SIZE", 2)
+    for split in ("train", "train_val", "val"):
+        for i in range(4):
+            put(tmp_path / f"photos/{split}/{i}.png", i)
+    for split in ("train", "val"):
+        for i in range(10):
+            put(tmp_path / f"pets/{split}/cat/{i}.png", i)
+    return make_settings(sae_datasets={"mine": "photos"}, probe_datasets={"pets": "pets"})
+
+
+def test_images_of_another_size_under_the_same_names_are_noticed(photos: Settings, tmp_path: Path, random_image) -> None:
+    save_sae(photos)
+    save_probe(photos, dataset="pets")
+    for path in ("photos/train/1.png", "pets/val/cat/3.png"):
+        random_image(99, (20, 20)).save(tmp_path / path)
+    with pytest.raises(StaleArtifact, match="train images of mine has changed"):
+        save_sae(photos)
+    with pytest.raises(StaleArtifact, match="val images of pets has changed"):
+        save_probe(photos, dataset="pets")
+
+
+def same_size(path: Path) -> None:
+    """Another pixel, in a file of the same size."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 10] ^= 1
+    path.write_bytes(content)
+
+
+def test_images_of_the_same_size_are_noticed_when_asked(photos: Settings, tmp_path: Path, loaded: Loaded, refusal) -> None:
+    extraction = replace(LOOSE, max_bad_fraction=1.0)
+    save_sae(photos, extraction)
+    save_probe(photos, dataset="pets", extraction=extraction)
+    same_size(tmp_path / "photos/train/3.png")
+    same_size(tmp_path / "pets/train/cat/0.png")
+    assert save_sae(photos, extraction) is Outcome.ALREADY_DONE
+    loaded.batches.clear()
+    with verifying_hashes():
+        with refusal("images 2 to 3 of", tmp_path / "photos/train", "have changed", "--overwrite"):
+            save_sae(photos, extraction)
+        with refusal("images 0 to 1", "pets train", "have changed", "--overwrite"):
+            save_probe(photos, dataset="pets", extraction=extraction)
+        assert not loaded.batches
+        assert save_sae(photos, extraction, overwrite=True) is Outcome.RAN
+        assert sum(loaded.batches) <= 2  # of the shard that changed; the new image may be broken
+        assert save_sae(photos, extraction) is Outcome.ALREADY_DONE
+
+
+def test_a_finished_shard_of_an_unfinished_run_follows_its_images(
+    photos: Settings, tmp_path: Path, random_image, loaded: Loaded, refusal
+) -> None:
+    """One image was bad; meanwhile a good one of the other shard was replaced as well."""
+    (tmp_path / "photos/train/3.png").write_bytes(b"?")
+    with refusal("1 of 4"):
+        save_sae(photos, STRICT)
+    for name in ("0", "3"):
+        random_image(50 + int(name)).convert("L").save(tmp_path / f"photos/train/{name}.png")
+    save_sae(photos, STRICT)
+    rows = open_features(photos, "mine", "enc", "out", "train").gather(np.arange(4)).numpy()
+    expected = [
+        np.asarray(Image.open(tmp_path / f"photos/train/{i}.png").convert("RGB")).mean(axis=(0, 1)) / 255 for i in range(4)
+    ]
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+
+
+def test_a_background_is_part_of_the_recipe_and_none_is_not(photos: Settings) -> None:
+    save_sae(photos)
+    folder = Artifacts(photos).features("mine", "enc", "out", "train")
+    assert "background" not in read_manifest(folder)["settings"]
+    with pytest.raises(StaleArtifact, match="background was None, now 'white'"):
+        save_sae(photos, replace(LOOSE, background="white"))
+    save_sae(photos, replace(LOOSE, background="white"), overwrite=True)
+    assert read_manifest(folder)["settings"]["background"] == "white"
+    assert features_background(photos, "mine", "enc", "out", "train") == "white"
+    with pytest.raises(StaleArtifact, match="background was 'white', now None"):
+        save_sae(photos)
+
+
+def test_transparent_images_are_said_once(photos: Settings, tmp_path: Path, random_image, caplog) -> None:
+    for split in ("train", "val"):
+        random_image(1).convert("RGBA").rotate(20).save(tmp_path / f"photos/{split}/0.png")
+    save_sae(photos)
+    (said,) = [message for message in caplog.messages if "transparent" in message]
+    assert said.startswith("2 of 12 images of mine have transparent pixels")
+    caplog.clear()
+    assert save_sae(photos, replace(LOOSE, background="black"), overwrite=True) is Outcome.RAN
+    assert not caplog.messages
+
+
+def test_a_damaged_record_of_an_unfinished_run_is_left_by_overwriting(photos: Settings, tmp_path: Path, refusal) -> None:
+    (tmp_path / "photos/train/3.png").write_bytes(b"?")
+    with refusal("1 of 4"):
+        save_sae(photos, STRICT)
+    record = Artifacts(photos).features("mine", "enc", "out", "train") / "00000.json"
+    record.write_text("{")
+    with refusal(record, "delete it"):
+        save_sae(photos)
+    assert save_sae(photos, replace(LOOSE, max_bad_fraction=0.5), overwrite=True) is Outcome.RAN
+
+
+def test_too_few_images_are_said_before_an_encoder_is_loaded(
+    make_settings, tmp_path: Path, put, loaded: Loaded, refusal
+) -> None:
+    for split, n in (("train", 4), ("val", 2)):
+        for i in range(n):
+            put(tmp_path / f"pets/{split}/cat/{i}.png", i)
+    with refusal("no images for train_val", "4 images", "at least 6"):
+        save_probe(make_settings(probe_datasets={"pets": "pets"}), dataset="pets")
+    assert not loaded.arguments
+
+
+def test_notes_on_the_images_of_a_probe_are_said_once(photos: Settings, tmp_path: Path, caplog) -> None:
+    (tmp_path / "pets/train/cat/a.svg").write_text("<svg/>")
+    save_probe(photos, dataset="pets")
+    assert len([message for message in caplog.messages if "1 .svg" in message]) == 1
+    caplog.clear()
+    save_probe(photos, dataset="pets")
+    assert not caplog.messages

@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dncbm.features.store import FeatureStore
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.manifests import making
 
 
 @given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), half=st.booleans(), data=st.data())
@@ -50,15 +54,85 @@ def test_a_store_that_is_missing_unfinished_or_empty_is_refused(tmp_path: Path, 
     folder = tmp_path / "store"
     with refusal(folder, "are missing", "run the command"):
         FeatureStore(folder, "the command")
-    make_store(folder, [np.ones((2, 2))])
+    make_store(folder, [np.ones((2, 2), np.float32)])
     (folder / "manifest.json").unlink()
     with refusal(folder, "are unfinished", "run the command"):
         FeatureStore(folder, "the command")
     with refusal(tmp_path / "empty", "no rows", "run a command"):
-        make_store(tmp_path / "empty", [np.empty((0, 0))])
+        make_store(tmp_path / "empty", [np.empty((0, 0), np.float32)])
 
 
 def test_the_unfinished_file_of_a_killed_process_is_not_a_shard(tmp_path: Path, make_store) -> None:
     store = make_store(tmp_path / "store", [np.ones((3, 2), np.float32)])
     np.save(store.folder / ".00000-x1y2z3.npy", np.zeros((3, 2), np.float32))
     assert len(FeatureStore(store.folder, "a command")) == 3
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Six digits sort before five."""
+    with making(tmp_path / "store", "features by hand", {}, {}, overwrite=True) as work:
+        for number in (99_999, 100_000):
+            np.save(tmp_path / f"store/{number}.npy", np.full((1, 2), number, np.float32))
+            np.save(tmp_path / f"store/{number}.keys.npy", np.array([number]))
+        work.done((tmp_path / "store").glob("*.npy"))
+    assert FeatureStore(tmp_path / "store", "a command").keys.tolist() == [99_999, 100_000]
+
+
+def array(path: Path, content: object, **options: object) -> None:
+    np.save(path, content, **options)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "cut off in the header": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "reversed": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "text": lambda path: path.write_text("<html>"),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "another type": lambda path: array(path, np.ones((4, 3))),
+    "one dimension": lambda path: array(path, np.ones(12, np.float32)),
+    "no dimension": lambda path: array(path, np.float32(1)),
+    "another width": lambda path: array(path, np.ones((4, 2), np.float32)),
+    "fewer rows": lambda path: array(path, np.ones((3, 3), np.float32)),
+    "pickled": lambda path: array(path, np.array([{}, {}, {}, {}], dtype=object), allow_pickle=True),
+    "an archive": lambda path: np.savez(path.open("wb"), a=np.ones(3)),
+    "a header that claims too much": lambda path: path.write_bytes(path.read_bytes().replace(b"(4,", b"(9,", 1)),
+}
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("name", ["00001.npy", "00001.keys.npy"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_one_line(
+    tmp_path: Path, make_store, damage: Callable[[Path], object], name: str, is_known: bool
+) -> None:
+    """Whether or not its size agrees with the manifest."""
+    rows = np.ones((4, 3), np.float32)
+    folder = make_store(tmp_path / "store", [rows, rows]).folder
+    path = folder / name
+    damage(path)
+    if is_known and path.is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["outputs"][name]["bytes"] = path.stat().st_size
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        FeatureStore(folder, "a command")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder / "00001.") in message
+    assert "overwrite" in message
+
+
+def test_a_foreign_or_deleted_shard_is_not_read(tmp_path: Path, make_store) -> None:
+    rows = np.ones((4, 3), np.float32)
+    folder = make_store(tmp_path / "store", [rows, rows, rows]).folder
+    for suffix in (".npy", ".keys.npy"):
+        (folder / f"00003{suffix}").write_bytes((folder / f"00002{suffix}").read_bytes())
+    with pytest.raises(StaleArtifact, match=r"00003.*\.npy has changed"):
+        FeatureStore(folder, "a command")
+    for number in (2, 3):
+        for suffix in (".npy", ".keys.npy"):
+            (folder / f"0000{number}{suffix}").unlink()
+    with pytest.raises(UserError, match=r"00002.*\.npy is missing"):
+        FeatureStore(folder, "a command")

@@ -106,17 +106,17 @@ class Mine:
     def artifacts(self) -> Artifacts:
         return Artifacts(self.settings)
 
-    def replace_sae(self, factor: float = 2.0) -> None:
-        """Another SAE at the same path."""
+    def replace_sae(self, factor: float = 2.0, run: SAERun | None = None) -> None:
+        """Another SAE at the path of `run`, by default at the same."""
         identity = SparseAutoencoder(12, 12)
         with torch.no_grad():
             identity.encoder_weight.copy_(factor * torch.eye(12))
             identity.encoder_bias.zero_()
             identity.tied_bias.zero_()
-        save_checkpoint(identity, self.artifacts.sae(self.run))
+        save_checkpoint(identity, self.artifacts.sae(run or self.run))
 
-    def save_strengths(self, **options: bool) -> None:
-        save_concept_strengths(self.settings, self.run, ProbeDataset("mine"), Splits(), device="cpu", **options)
+    def save_strengths(self, run: SAERun | None = None, **options: bool) -> None:
+        save_concept_strengths(self.settings, run or self.run, ProbeDataset("mine"), Splits(), device="cpu", **options)
 
 
 @pytest.fixture

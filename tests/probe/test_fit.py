@@ -1,19 +1,25 @@
 """Fitting a probe: Adam against a training written out, prox against Adam, both interrupted anywhere."""
 
 import csv
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import dncbm.probe.fit
+import dncbm.probe.state
 from dncbm.probe.fit import Keep, fit_probe, fit_prox, initial_weight
 from dncbm.probe.model import ProbeData, evaluate_probe, linear, probe_loss, zero_counts
+from dncbm.probe.state import StateFile
 from dncbm.runs.declarations import ProbeRun, ProbeSchedule
 
 CPU = torch.device("cpu")
@@ -40,7 +46,7 @@ SHORT_PROX = replace(PROX, epochs=12)
 def fit(splits: Split, run: ProbeRun, state: Path, **keep) -> torch.Tensor:
     keep.setdefault("schedule", ProbeSchedule(val_freq=1, coverage_freq=0 if run.solver == "prox" else 1))
     solver = fit_probe if run.solver == "adam" else fit_prox
-    return solver(*splits, N_CLASSES, run, CPU, Keep(state, **keep))
+    return solver(*splits, N_CLASSES, run, CPU, Keep(StateFile(state), **keep))
 
 
 def test_the_initial_weight_is_distributed_as_linears() -> None:
@@ -109,7 +115,7 @@ class Interrupted(Exception):
 def test_an_interrupted_training_ends_with_the_same_bits(
     splits: Split, tmp_path: Path, monkeypatch, run: ProbeRun, at: int | str
 ) -> None:
-    monkeypatch.setattr(dncbm.probe.fit, "STATE_EVERY_S", -1.0)
+    monkeypatch.setattr(dncbm.probe.state, "STATE_EVERY_S", -1.0)
     done: list[int] = []
     state = tmp_path / "state.safetensors"
     whole = fit(splits, run, tmp_path / "a.safetensors", log=lambda _, n: done.append(n), log_path=tmp_path / "whole.csv")
@@ -129,6 +135,46 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert (tmp_path / "resumed.csv").read_text() == (tmp_path / "whole.csv").read_text()
     after_the_end = fit(splits, run, state)  # killed between the last epoch and the saving of the probe
     assert torch.equal(after_the_end, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(("run", "at"), [(ADAM, 4), (SHORT_PROX, 30)], ids=lambda value: getattr(value, "solver", ""))
+def test_ctrl_c_and_sigterm_save_the_state(
+    splits: Split, tmp_path: Path, run: ProbeRun, at: int, number: signal.Signals
+) -> None:
+    done: list[int] = []
+    whole = fit(splits, run, tmp_path / "a.safetensors", log=lambda _, n: done.append(n))
+
+    def interrupt(_: dict[str, float], n: int) -> None:
+        if n == at:
+            os.kill(os.getpid(), number)
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(splits, run, state, log=interrupt)
+    again: list[int] = []
+    resumed = fit(splits, run, state, log=lambda _, n: again.append(n))
+    assert torch.equal(resumed, whole)
+    assert again[0] == at, "the epoch that was interrupted is the first"
+    assert again == done[done.index(at) :]
+
+
+@pytest.mark.parametrize("run", [ADAM, PROX], ids=lambda run: run.solver)
+def test_the_bar_knows_how_much_there_is_to_do(splits: Split, tmp_path: Path, monkeypatch, run: ProbeRun) -> None:
+    """For prox at most: a lambda may need fewer passes."""
+    bars: list[tqdm] = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(dncbm.probe.fit, "tqdm", Bar)
+    totals: list[tuple[float, float]] = []
+    fit(splits, run, tmp_path / "a.safetensors", log=lambda *_: totals.append((bars[0].n, bars[0].total)))
+    assert all(n <= total for n, total in totals)
+    assert totals[0][1] == run.epochs if run.solver == "adam" else totals[0][1] % 30 == run.epochs % 30
+    assert totals[-1][0] == totals[-1][1] == bars[0].n
 
 
 @pytest.mark.parametrize("run", [ADAM, PROX], ids=lambda run: run.solver)

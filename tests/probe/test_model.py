@@ -18,8 +18,10 @@ from dncbm.probe.model import (
     evaluate_probe,
     linear,
     probe_loss,
+    true_class_ranks,
     zero_counts,
 )
+from dncbm.probe.zero_shot import majority_accuracy
 
 CPU = torch.device("cpu")
 SHAPES = {"n_rows": st.integers(1, 6), "n_concepts": st.integers(1, 8), "n_classes": st.integers(1, 5)}
@@ -142,3 +144,40 @@ def test_images_and_correct_ones_are_counted_per_group(strengths, sparse, batch_
     expected = [[(groups == group).sum() for group in range(4)], [right[groups == group].sum() for group in range(4)]]
     assert [counts.tolist() for counts in found] == expected
     assert expected[0][3] == 0, "the last group is empty"
+
+
+@given(n_rows=st.integers(1, 30), n_classes=st.integers(1, 9), levels=st.integers(1, 4), seed=st.integers(0, 999))
+def test_of_equal_logits_the_class_with_the_lower_number_comes_first(
+    n_rows: int, n_classes: int, levels: int, seed: int
+) -> None:
+    """One rule: ranks are places in a stable sort, and the first place is argmax's."""
+    rng = np.random.default_rng(seed)
+    logits = (
+        rng.choice([-np.inf, 0.0, 1.0, np.inf], (n_rows, n_classes))
+        if levels == 4
+        else rng.integers(0, levels, (n_rows, n_classes))
+    )
+    labels = rng.integers(0, n_classes, n_rows)
+    found = true_class_ranks(torch.from_numpy(logits).float(), torch.from_numpy(labels))
+    places = np.argsort(-logits.astype(np.float32), axis=1, kind="stable")
+    assert found.tolist() == (places == labels[:, None]).argmax(axis=1).tolist()
+    assert (found == 0).tolist() == (logits.argmax(axis=1) == labels).tolist()
+
+
+@pytest.mark.parametrize("n_classes", [2, 4, 5, 9])
+def test_a_probe_without_weights_predicts_the_first_class(strengths, sparse, n_classes: int) -> None:
+    """Every accuracy says the same of it: those of the probe, of its classes, of its predictions, of a constant one."""
+    labels = np.random.default_rng(1).integers(0, n_classes, 50)
+    data, weight = sparse(strengths(50, 6, 2), labels), torch.zeros(6, n_classes)
+    found = evaluate_probe(weight, data, 0.0, batch_size=7)
+    assert found["top1"] == pytest.approx(np.mean(labels == 0))
+    assert found["top5"] == pytest.approx(np.mean(labels < 5))
+    images, right = accuracy_of_groups(weight, data, data.labels, n_classes)
+    assert right.tolist() == [int((labels == 0).sum()), *[0] * (n_classes - 1)]
+    assert int(right.sum()) / int(images.sum()) == pytest.approx(found["top1"])
+    assert found["top1"] == pytest.approx(majority_accuracy(torch.zeros(3, dtype=torch.int64), data.labels))
+
+
+def test_a_logit_that_is_no_number_is_never_right() -> None:
+    logits = torch.tensor([[np.nan, 0.0, 1.0], [np.nan, 0.0, 1.0], [np.nan] * 3])
+    assert (true_class_ranks(logits, torch.tensor([0, 2, 1])) > 0).all()

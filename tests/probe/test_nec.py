@@ -1,6 +1,10 @@
 """Accuracy at a number of effective concepts: the path of penalties, its controls, and the stage."""
 
 import csv
+import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +18,11 @@ from dncbm.concepts.strengths import encode_in_memory, load_concept_strengths, s
 from dncbm.features.stage import open_features
 from dncbm.probe.model import ProbeData
 from dncbm.probe.nec import NECPoint, accuracy_at_nec, nec_points, random_sae, read_nec, truncate
+from dncbm.probe.solvers import CrossEntropy
+from dncbm.probe.state import StateFile
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ProbeDataset, SAERun, Splits
-from dncbm.runs.manifests import Outcome, read_manifest
+from dncbm.runs.manifests import Outcome, file_hash, read_manifest
 from dncbm.runs.results import NECS, read_results
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder, TrainingSettings, save_checkpoint
@@ -53,7 +59,7 @@ def few(splits: dict[str, ProbeData]) -> dict[str, ProbeData]:
 def points(splits: dict[str, ProbeData], tmp_path_factory: pytest.TempPathFactory) -> list[NECPoint]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dncbm.probe.nec, "MAX_PASSES", 60)
-        return nec_points("concepts", splits, C, CPU, tmp_path_factory.mktemp("nec") / "state.safetensors")
+        return nec_points("concepts", splits, C, CPU, StateFile(tmp_path_factory.mktemp("nec") / "state.safetensors"))
 
 
 def test_truncation_keeps_the_largest_over_all_classes() -> None:
@@ -92,7 +98,7 @@ def test_the_scale_of_an_input_does_not_matter(few: dict[str, ProbeData], tmp_pa
     scaled = {
         split: ProbeData(scipy.sparse.csr_matrix(data.inputs.toarray() * powers), data.labels) for split, data in few.items()
     }
-    plain, found = (nec_points("concepts", of, C, CPU, tmp_path / f"{id(of)}.safetensors") for of in (few, scaled))
+    plain, found = (nec_points("concepts", of, C, CPU, StateFile(tmp_path / f"{id(of)}.safetensors")) for of in (few, scaled))
     assert found == plain
 
 
@@ -100,7 +106,7 @@ def test_fewer_inputs_than_effective_concepts_end_the_path(splits: dict[str, Pro
     """As soon as every weight is non-zero. (Of an odd number of classes one is always 0: logits may be shifted.)"""
     three = {split: ProbeData(data.inputs[:, :3], data.labels % 2) for split, data in splits.items()}
     steps: list[int] = []
-    points = nec_points("features", three, 2, CPU, tmp_path / "state.safetensors", on_step=steps.append)
+    points = nec_points("features", three, 2, CPU, StateFile(tmp_path / "state.safetensors"), on_step=steps.append)
     assert [(point.on, point.nec) for point in points] == [("features", nec) for nec in NECS]
     assert all(point.path_nonzero == 3 >= point.nonzero for point in points)
     assert len({point.val_top1 for point in points}) == 1
@@ -111,7 +117,7 @@ def test_a_path_ends_at_its_last_lambda(splits: dict[str, ProbeData], tmp_path: 
     """However few weights are non-zero there: a number that it never has gets its end."""
     monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.5)
     steps: list[int] = []
-    points = nec_points("concepts", splits, C, CPU, tmp_path / "state.safetensors", on_step=steps.append)
+    points = nec_points("concepts", splits, C, CPU, StateFile(tmp_path / "state.safetensors"), on_step=steps.append)
     assert steps == [1, 2, 3, 4]  # 0.8 ** 4 < 0.5
     assert [point.nec for point in points] == list(NECS)
     assert points[-1].path_nonzero < 30
@@ -129,14 +135,46 @@ def test_an_interrupted_path_ends_with_the_same_points(
         if step == at:
             raise KeyboardInterrupt
 
-    state = tmp_path / "state.safetensors"
-    whole = nec_points("concepts", few, C, CPU, tmp_path / "whole.safetensors")
+    state = StateFile(tmp_path / "state.safetensors")
+    whole = nec_points("concepts", few, C, CPU, StateFile(tmp_path / "whole.safetensors"))
     with pytest.raises(KeyboardInterrupt):
         nec_points("concepts", few, C, CPU, state, on_step=die)
     steps: list[int] = []
     assert nec_points("concepts", few, C, CPU, state, on_step=steps.append) == whole
     assert steps[0] == at + 1
     assert nec_points("concepts", few, C, CPU, state) == whole, "killed before the table was written"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("at", [3, 40, 150])
+def test_ctrl_c_and_sigterm_within_a_lambda_lose_at_most_its_passes(
+    few: dict[str, ProbeData], tmp_path: Path, monkeypatch, at: int, number: signal.Signals
+) -> None:
+    """At any pass: of the path, or of what is solved again."""
+    monkeypatch.setattr(dncbm.probe.nec, "MAX_PASSES", 30)
+    monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.2)
+    passes: list[int] = []
+    evaluate = CrossEntropy.__call__
+
+    def counted(self: CrossEntropy, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
+        passes.append(len(passes))
+        if len(passes) == at and stop:
+            os.kill(os.getpid(), number)
+        return evaluate(self, weight)
+
+    monkeypatch.setattr(CrossEntropy, "__call__", counted)
+    stop = False
+    whole = nec_points("concepts", few, C, CPU, StateFile(tmp_path / "whole.safetensors"))
+    needed, stop = len(passes), True
+    passes.clear()
+    state = StateFile(tmp_path / "state.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        nec_points("concepts", few, C, CPU, state)
+    stop = False
+    passes.clear()
+    assert nec_points("concepts", few, C, CPU, state) == whole
+    again = len(passes) - (needed - at) - 2  # two: the gradient at 0, which sets the first lambda, and the pass itself
+    assert again == 0 if at == 3 else 0 <= again <= 30, "of the path none is made again, of what is solved again at most one's"
 
 
 # ---------------------------------------------------------------------------------------------------------------- stage
@@ -303,6 +341,62 @@ def test_an_interrupted_stage_ends_with_the_same_table(settings: Settings, monke
     assert states == ["state_concepts.safetensors", "state_features.safetensors"]
     assert measure(settings) is Outcome.RAN
     assert artifacts.nec_table(RUN, "mine").read_bytes() == whole
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "truncated": lambda text: text[:-40],
+    "empty": lambda text: "",
+    "reversed": lambda text: text[::-1],
+    "of other columns": lambda text: "kind,index,name,images,top1\nclass,0,a,3,1\n",
+    "without an input": lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("random")),
+    "of another input": lambda text: text.replace("random,", "chance,"),
+    "no number": lambda text: text.replace("random,5,", "random,five,"),
+    "NaN": lambda text: re.sub(r",[\d.]+\s*$", ",nan\n", text),
+    "per cent": lambda text: re.sub(r",[\d.]+\s*$", ",50\n", text),
+}
+
+
+def test_a_damaged_table_is_named_with_the_stage_that_makes_it(settings: Settings, given: dict, refusal) -> None:
+    measure(settings)
+    path = Artifacts(settings).nec_table(RUN, "mine")
+    manifest = path.with_name("manifest.json")
+    table, made = path.read_text(), json.loads(manifest.read_text())
+    for how in DAMAGES.values():
+        path.write_text(how(table))
+        for in_the_manifest in (False, True):  # as if the stage had written it so
+            output = (
+                {"bytes": path.stat().st_size, "sha256": file_hash(path)} if in_the_manifest else made["outputs"][path.name]
+            )
+            manifest.write_text(json.dumps(made | {"outputs": {path.name: output}}))
+            with refusal(path, "--overwrite"):
+                read_nec(settings, RUN, "mine")
+
+
+def test_an_unfinished_table_is_not_read(settings: Settings, given: dict, refusal) -> None:
+    measure(settings)
+    Artifacts(settings).nec_table(RUN, "mine").with_name("manifest.json").unlink()
+    with refusal("unfinished", "10_accuracy_at_nec.py"):
+        read_nec(settings, RUN, "mine")
+
+
+def test_a_damaged_state_is_named_or_with_overwrite_made_again(settings: Settings, monkeypatch, refusal) -> None:
+    monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.5)
+    monkeypatch.setattr(dncbm.probe.nec, "MAX_PASSES", 5)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.probe.nec, "save_results", die)
+        with pytest.raises(KeyboardInterrupt):
+            measure(settings)
+    states = [Artifacts(settings).nec_state(RUN, "mine", on) for on in INPUTS]
+    states[1].write_bytes(states[0].read_bytes())  # of other inputs
+    states[2].write_bytes(b"")
+    with refusal(states[1], "delete it", "--overwrite"):
+        measure(settings)
+    assert measure(settings, overwrite=True) is Outcome.RAN
+    assert not any(state.exists() for state in states)
 
 
 def test_what_is_missing_is_named(settings: Settings, refusal) -> None:

@@ -1,26 +1,36 @@
 """The probe stage: what it makes, from what, and when it refuses or has nothing to do."""
 
 import csv
+import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dncbm.probe.fit
 import dncbm.probe.stage
+import dncbm.probe.state
+import dncbm.runs.manifests
 from dncbm.cli import main
 from dncbm.probe.fit import Keep, fit_probe
+from dncbm.probe.nec import accuracy_at_nec
 from dncbm.probe.results_table import our_cells
 from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
-from dncbm.runs.declarations import SPLITS, ProbeRun, ProbeSchedule, SAERun, Tracking
+from dncbm.probe.state import StateFile
+from dncbm.probe.zero_shot import evaluate_zero_shot
+from dncbm.runs.declarations import SPLITS, ProbeDataset, ProbeFeatures, ProbeRun, ProbeSchedule, SAERun, Tracking
 from dncbm.runs.errors import StaleArtifact
-from dncbm.runs.manifests import Outcome, read_manifest
-from dncbm.runs.results import append_result, read_results
-from sparse_autoencoder import TopK, TrainingSettings
+from dncbm.runs.manifests import Outcome, file_hash, read_manifest
+from dncbm.runs.results import read_results
+from sparse_autoencoder import JumpReLU, ReLU, TopK, TrainingSettings
 
 CPU = torch.device("cpu")
 PROBE = ProbeRun("mine", lr=0.02, batch_size=32, epochs=4)
@@ -43,7 +53,7 @@ def test_the_stage_fits_evaluates_saves_and_reports(mine, sparse, coverage_by_ha
     assert saved.shape == (4, 12), "as nn.Linear keeps it"
     torch.testing.assert_close(load_probe(mine.settings, mine.run, probe), saved.T)
     splits = [sparse(mine.values[split], mine.labels[split]) for split in ("train", "train_val")]
-    expected = fit_probe(*splits, 4, probe, CPU, Keep(tmp_path / "state.safetensors"))
+    expected = fit_probe(*splits, 4, probe, CPU, Keep(StateFile(tmp_path / "state.safetensors")))
     torch.testing.assert_close(saved.T, expected, rtol=1e-3, atol=1e-5)
 
     (row,) = results(mine)
@@ -236,7 +246,7 @@ def test_replaced_features_make_the_baseline_stale(mine, make_store, refusal) ->
 
 
 def test_an_interrupted_stage_ends_with_the_same_probe(mine, monkeypatch) -> None:
-    monkeypatch.setattr(dncbm.probe.fit, "STATE_EVERY_S", -1.0)
+    monkeypatch.setattr(dncbm.probe.state, "STATE_EVERY_S", -1.0)
     train(mine)
     target = mine.artifacts.probe(mine.run, PROBE)
     whole = target.read_bytes()
@@ -264,14 +274,109 @@ def test_an_interrupted_stage_ends_with_the_same_probe(mine, monkeypatch) -> Non
     assert not mine.artifacts.probe_state(mine.run, PROBE).exists()
 
 
-def test_a_result_that_could_not_be_appended_is_appended_by_the_next_run(mine, refusal) -> None:
-    path = mine.artifacts.probe_results()
-    append_result(path, {"other": "columns"})
-    with refusal(path):
-        train(mine)
-    path.unlink()
+def test_sigterm_stops_the_stage_which_the_same_command_resumes(mine, monkeypatch) -> None:
+    fit = dncbm.probe.stage.fit_probe
+
+    def terminated(*args, **options) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            patched.setattr(dncbm.probe.fit, "evaluate_probe", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+            return fit(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.probe.stage, "fit_probe", terminated)
+        assert train(mine) is Outcome.STOPPED
+    assert not mine.artifacts.probe_results().exists()
     assert train(mine) is Outcome.RAN
+
+
+def test_a_state_is_resumed_only_on_its_own_data(mine, monkeypatch, refusal, caplog) -> None:
+    """One that was copied from elsewhere would continue with the moments of other inputs."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    other = replace(mine.run, suffix="_other")
+    mine.replace_sae(2.0, other)
+    mine.save_strengths(other)
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.probe.stage, "save_accuracies", die)
+        for run in (mine.run, other):
+            with pytest.raises(KeyboardInterrupt):
+                train(mine, run=run)
+    state = mine.artifacts.probe_state(mine.run, PROBE)
+    state.write_bytes(mine.artifacts.probe_state(other, PROBE).read_bytes())
+    with refusal(state, "other inputs", "delete it", "--overwrite"):
+        train(mine)
+    assert train(mine, overwrite=True) is Outcome.RAN
+    assert str(state) in caplog.text
+    assert not state.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- its row
+
+
+def test_a_kill_between_the_row_and_the_manifest_leaves_one_row(mine, monkeypatch) -> None:
+    """As does making the probe again."""
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dncbm.runs.manifests.Work, "done", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(mine)
     assert len(results(mine)) == 1
+    assert train(mine) is Outcome.RAN
+    (first,) = results(mine)
+    mine.artifacts.probe(mine.run, PROBE).unlink()
+    assert train(mine, overwrite=True) is Outcome.RAN
+    (second,) = results(mine)
+    assert {**first, "time": ""} == {**second, "time": ""}
+
+
+def test_results_that_cannot_take_the_row_are_refused_before_anything_is_trained_or_lost(mine, monkeypatch, refusal) -> None:
+    train(mine)
+    path, target = mine.artifacts.probe_results(), mine.artifacts.probe(mine.run, PROBE)
+    before = target.read_bytes()
+    path.write_text("clip_RN50,out,cc3m,places365,0.01\n")
+    mine.replace_sae()
+    mine.save_strengths(overwrite=True)
+    for stage in (
+        lambda: train(mine, overwrite=True),
+        lambda: accuracy_at_nec(mine.settings, mine.run, ProbeDataset("mine"), device="cpu"),
+        lambda: evaluate_zero_shot(mine.settings, ProbeFeatures("mine", "enc"), device="cpu"),
+    ):
+        with refusal(path, "move it away"):
+            stage()
+    assert target.read_bytes() == before
+    path.unlink()
+    assert train(mine, overwrite=True) is Outcome.RAN
+    assert len(results(mine)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ what it says
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "change"), [(ReLU(), "a larger --l1_coeff"), (TopK(4), "a smaller --k"), (JumpReLU(), "a larger --l0_coeff")]
+)
+def test_an_sae_that_is_not_sparse_is_said_with_what_to_change(mine, caplog, sparsity, change: str) -> None:
+    """About 4 of 12 latents are active here; of features nothing of the kind is said."""
+    run = replace(mine.run, sparsity=sparsity)
+    mine.replace_sae(1.0, run)
+    mine.save_strengths(run)
+    train(mine, run=run)
+    train(mine, BASELINE)
+    (said,) = [record.getMessage() for record in caplog.records if "concepts on average" in record.getMessage()]
+    assert "4 of the 12" in said
+    assert change in said
+
+
+def test_a_batch_of_all_images_is_said(mine, caplog) -> None:
+    train(mine, replace(PROBE, batch_size=118))
+    assert not [record for record in caplog.records if "batch" in record.getMessage()]
+    train(mine, replace(PROBE, batch_size=119, epochs=1))
+    assert "a batch of 119 holds all 118 training images, so that the probe makes only 1 step:" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- what it takes
@@ -279,13 +384,16 @@ def test_a_result_that_could_not_be_appended_is_appended_by_the_next_run(mine, r
 
 def test_metrics_go_to_wandb_with_their_epochs(mine, monkeypatch) -> None:
     said: list[tuple] = []
-    run = SimpleNamespace(log=lambda values, step: said.append((step, values["top1"])), finish=lambda: said.append("finished"))
+    name = "validate/statistics/accuracy top1"
+    run = SimpleNamespace(log=lambda values, step: said.append((step, values[name])), finish=lambda: said.append("finished"))
     wandb = SimpleNamespace(init=lambda **about: said.append(about) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(mine, tracking=Tracking(True, "a team"))
     about, *logged, last = said
     assert (about["project"], about["entity"], about["job_type"]) == ("dncbm", "a team", "probe")
-    assert about["name"] == f"mine {PROBE.config_name} on concepts"
+    assert (about["name"], about["group"]) == (f"mine {PROBE.config_name} on concepts", "mine enc out")
+    wanted = {"probe_lr": 0.02, "expansion_factor": 8, "classes": 4, "inputs": 12, "train_images": 118}
+    assert wanted.items() <= about["config"].items()
     assert [step for step, _ in logged] == [1, 2, 3, 4]
     assert last == "finished"
 
@@ -318,9 +426,70 @@ def test_what_is_missing_is_named_with_its_command(mine, refusal) -> None:
     assert not mine.artifacts.probe_results().exists()
 
 
-def test_a_damaged_probe_is_named(mine, refusal) -> None:
-    train(mine)
-    path = mine.artifacts.probe(mine.run, PROBE)
-    path.write_bytes(path.read_bytes()[:20])
-    with refusal(path):
-        load_probe(mine.settings, mine.run, PROBE)
+# ----------------------------------------------------------------------------------------------------------------- damage
+
+
+def damaged(path: Path, how: Callable[[Path], object], *, in_the_manifest: bool = False) -> None:
+    """Damage an output; with `in_the_manifest`, as if it had been made so."""
+    how(path)
+    manifest = path.with_name(path.name + ".manifest.json")
+    if in_the_manifest:
+        made = json.loads(manifest.read_text())
+        made["outputs"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        manifest.write_text(json.dumps(made))
+
+
+def holding(**tensors: torch.Tensor) -> Callable[[Path], object]:
+    return lambda path: save_file(tensors, path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "reversed": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+    "text": lambda path: path.write_text("index,name\n"),
+    "another tensor": holding(bias=torch.zeros(4, 12)),
+    "other classes": holding(weight=torch.zeros(5, 12)),
+    "other inputs": holding(weight=torch.zeros(4, 11)),
+    "one axis": holding(weight=torch.zeros(48)),
+    "no axis": holding(weight=torch.tensor(1.0)),
+    "NaN": holding(weight=torch.full((4, 12), torch.nan)),
+    "integers": holding(weight=torch.zeros(4, 12, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("probe", [PROBE, BASELINE], ids=lambda probe: probe.inputs)
+def test_a_damaged_probe_is_named_with_the_stage_that_makes_it(mine, refusal, probe: ProbeRun) -> None:
+    train(mine, probe)
+    path = mine.artifacts.probe(mine.run, probe)
+    manifest = path.with_name(path.name + ".manifest.json")
+    files = {file: file.read_bytes() for file in (path, manifest)}
+    for how in DAMAGES.values():
+        for in_the_manifest in (False, True):
+            damaged(path, how, in_the_manifest=in_the_manifest)
+            with refusal(path, "--overwrite"):
+                load_probe(mine.settings, mine.run, probe)
+            for file, content in files.items():
+                file.write_bytes(content)
+    assert load_probe(mine.settings, mine.run, probe).shape == (12, 4)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\x93NUMPY", np.full(40, -1), np.zeros(3, np.int64), np.zeros((40, 2), np.int64), np.zeros(40)],
+    ids=["empty", "text", "truncated", "negative", "few", "two axes", "fractions"],
+)  # fmt: skip
+def test_damaged_groups_are_named(mine, write_labels, refusal, content: bytes | np.ndarray) -> None:
+    own = {split: np.load(mine.artifacts.labels("mine", split)) for split in ("train", "val")}
+    write_labels(mine.settings, {"class_names": list("abcd")}, own, np.zeros(40, np.int64))
+    path = mine.artifacts.groups("mine", "val")
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with refusal(path, "05_save_probe_features.py", "--overwrite"):
+        train(mine, BASELINE)
+
+
+@pytest.mark.parametrize("names", [["one"], "sea, land", [1, 2, 3], {"a": 1}])
+def test_group_names_that_do_not_fit_are_named(mine, write_labels, refusal, names: object) -> None:
+    own = {split: np.load(mine.artifacts.labels("mine", split)) for split in ("train", "val")}
+    write_labels(mine.settings, {"class_names": list("abcd"), "group_names": names}, own, np.arange(40) % 3)
+    with refusal(mine.artifacts.probe_split("mine"), "groups", "--overwrite"):
+        train(mine, BASELINE)

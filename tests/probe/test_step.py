@@ -1,5 +1,7 @@
 """The compiled training step against nn.Linear, autograd and torch's Adam."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dncbm.probe.fit import initial_weight
-from dncbm.probe.model import linear, probe_loss
+from dncbm.probe.model import ProbeData, linear, probe_loss
 from dncbm.probe.step import SparseAdamStep, take_rows
 
 CPU = torch.device("cpu")
@@ -89,3 +91,55 @@ def test_rows_are_taken_as_scipy_takes_them(strengths) -> None:
     np.testing.assert_array_equal(indices, expected.indices)
     np.testing.assert_array_equal(data, expected.data)
     assert [len(part) for part in take_rows(matrix, np.array([], dtype=np.int64))] == [1, 0, 0]
+
+
+def _replaced(part: str, at: int, value: int) -> Callable[[scipy.sparse.csr_matrix], None]:
+    def damage(matrix: scipy.sparse.csr_matrix) -> None:
+        getattr(matrix, part)[at] = value
+
+    return damage
+
+
+def _shortened(part: str) -> Callable[[scipy.sparse.csr_matrix], None]:
+    return lambda matrix: setattr(matrix, part, getattr(matrix, part)[:-3].copy())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_replaced("indices", at, value) for at in (0, -1) for value in (7, -1, 2**31 - 1, -(2**31))),
+        *(_replaced("indptr", at, value) for at in (0, 9, -1) for value in (-1, 500, 2**31 - 1, -(2**31))),
+        _replaced("indptr", 9, 0),
+        _shortened("indices"),
+        _shortened("data"),
+        _shortened("indptr"),
+    ],
+)
+def test_a_malformed_matrix_is_refused_before_anything_is_read(strengths, sparse, damage) -> None:
+    """Compiled code would read, or write, whatever lies there."""
+    matrix = scipy.sparse.csr_matrix(strengths(20, 7, 5))
+    weight = initial_weight(7, 3, 0).requires_grad_()
+    before, labels, rows = weight.detach().clone(), torch.zeros(20, dtype=torch.int64), np.arange(20)
+    step = SparseAdamStep(weight, torch.optim.Adam([weight]), 0.0)
+    damage(matrix)
+    for attempt in (
+        lambda: take_rows(matrix, rows),
+        lambda: step(matrix, rows, labels),
+        lambda: ProbeData(matrix, labels).batch(rows, CPU),
+    ):
+        with pytest.raises(IndexError):
+            attempt()
+    step.close()
+    assert torch.equal(weight, before)
+
+
+def test_rows_and_inputs_that_do_not_exist_are_refused(strengths) -> None:
+    matrix = scipy.sparse.csr_matrix(strengths(20, 7, 5))
+    for rows in ([-1], [20], [3, -20]):
+        with pytest.raises(IndexError):
+            take_rows(matrix, np.array(rows))
+    weight = initial_weight(6, 3, 0).requires_grad_()
+    step = SparseAdamStep(weight, torch.optim.Adam([weight]), 0.0)
+    with pytest.raises(IndexError, match="7 inputs for weights of 6"):
+        step(matrix, np.arange(3), torch.zeros(3, dtype=torch.int64))
+    step.close()

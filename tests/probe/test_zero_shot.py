@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,12 +29,13 @@ class Texts:
     """A text tower that knows WORDS."""
 
     def __init__(self) -> None:
+        self.width = 3
         self.asked: list[str] = []
         self.loaded: list[tuple] = []
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         self.asked += texts
-        return torch.nn.functional.normalize(torch.tensor([WORDS[text] for text in texts]), dim=-1)
+        return torch.nn.functional.normalize(torch.tensor([WORDS[text][: self.width] for text in texts]), dim=-1)
 
     def load(self, settings: Settings, *how: object) -> "Texts":
         self.loaded.append(how)
@@ -122,6 +124,36 @@ def test_embeddings_of_several_templates_are_averaged(settings: Settings, texts:
     torch.testing.assert_close(weight, expected)
 
 
+@pytest.mark.parametrize(
+    ("template", "name", "text"),
+    [
+        ("{0} {}", "cat", "{0} cat"),
+        ("a {name} of {}", "cat", "a {name} of cat"),
+        ("{} } {", "cat", "cat } {"),
+        ("{{}", "cat", "{cat"),
+        ("a {}", "{} {0} }", "a {} {0} }"),
+        ("a {}, large", "bow, tie", "a bow, tie, large"),
+        ("{}", "b\udcffd", "b?d"),
+    ],
+)
+def test_only_empty_braces_stand_for_the_class(template: str, name: str, text: str) -> None:
+    asked: list[str] = []
+
+    def encode_texts(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return torch.ones(len(texts), 3)
+
+    zero_shot_weight(SimpleNamespace(encode_texts=encode_texts), [name], [template])
+    assert asked == [text]
+    text.encode()
+
+
+def test_another_encoder_than_that_of_the_features_is_named(settings: Settings, texts: Texts, refusal) -> None:
+    texts.width = 2
+    with refusal("2 features", "05_save_probe_features.py", "--overwrite"):
+        evaluate(settings)
+
+
 def test_done_stale_and_refused(settings: Settings, texts: Texts, make_store, refusal) -> None:
     evaluate(settings)
     assert evaluate(settings, device="nonsense") is Outcome.ALREADY_DONE
@@ -129,7 +161,7 @@ def test_done_stale_and_refused(settings: Settings, texts: Texts, make_store, re
     with pytest.raises(StaleArtifact, match="templates was"):
         evaluate(settings, "{}")
     assert evaluate(settings, "{}", overwrite=True) is Outcome.RAN
-    assert len(read_results(Artifacts(settings).probe_results())) == 2
+    assert len(read_results(Artifacts(settings).probe_results())) == 1, "that of the classifier that is there"
     for template in ("a photo", "{} {}"):
         with refusal(repr(template)):
             evaluate(settings, template)

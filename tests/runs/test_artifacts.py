@@ -7,6 +7,7 @@ import pytest
 
 from dncbm.runs.artifacts import Artifacts, encoder_folder
 from dncbm.runs.declarations import ProbeRun, SAERun
+from dncbm.runs.manifests import manifest_path
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import BatchTopK, JumpReLU, Matryoshka, ReLU, TopK, TrainingSettings
 
@@ -189,3 +190,19 @@ def test_published_files_are_used_where_they_lie(artifacts: Artifacts) -> None:
         published.parent.mkdir(parents=True)
         published.touch()
         assert in_use() == published
+
+
+def test_no_name_of_an_encoder_is_too_long_for_its_files(make_settings: Callable[..., Settings]) -> None:
+    """The names of files hold those of the encoder and the vocabulary, a suffix and what a temporary file adds."""
+    artifacts = Artifacts(make_settings(vocabulary="w" * 100))
+    long = "/".join(["a" * 200, "ä" * 100])
+    names = [f"local-dir:/{long}", f"local-dir:/other/{long}", f"openclip:{long}/openai", f"openclip:{long}/laion"]
+    folders = [encoder_folder(name) for name in names]
+    assert len(set(folders)) == len(names)
+    for name in (*names, "e" * 100):
+        for path in (artifacts.embeddings(name), artifacts.published_embeddings(name)):
+            assert len(manifest_path(path).name.encode()) <= 255
+
+
+def test_an_encoder_whose_path_is_not_utf8_has_a_folder() -> None:
+    assert encoder_folder("local-dir:/x/\udce9").startswith("local-dir_\udce9_")

@@ -1,16 +1,22 @@
 """Artifacts that are made once, from what their manifests say; and the chain of manifests behind each."""
 
+import errno
 import hashlib
 import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
-from dncbm.runs.errors import StaleArtifact
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.locks import lock_path, locked
 from dncbm.runs.manifests import (
     Outcome,
     check_chain,
@@ -20,8 +26,10 @@ from dncbm.runs.manifests import (
     manifest_path,
     read_manifest,
     unfinished_path,
+    verifying_hashes,
     write_json,
 )
+from sparse_autoencoder.files import whole_file
 
 
 class Recipe(NamedTuple):
@@ -131,12 +139,35 @@ def test_overwrite_removes_what_another_recipe_made(artifact: Path) -> None:
     assert begin(artifact, OTHER) is Outcome.ALREADY_DONE
 
 
-def test_overwrite_removes_in_the_way_it_is_told(artifact: Path) -> None:
+def test_overwrite_removes_every_file_that_making_leaves(artifact: Path, tmp_path: Path) -> None:
     make(artifact, RECIPE)
-    removed = []
-    begin(artifact, OTHER, overwrite=True, remove=lambda: removed.append(artifact))
-    assert removed == [artifact]
+    state, other = tmp_path / "state.safetensors", tmp_path / "other.csv"
+    state.touch()
+    other.touch()
+    begin(artifact, OTHER, overwrite=True, files=lambda: [contents(artifact), state])
+    assert not contents(artifact).exists()
+    assert not state.exists()
+    assert other.exists()
+
+
+def test_an_overwriting_that_was_killed_leaves_no_parts_that_pass_for_new_ones(artifact: Path, monkeypatch) -> None:
+    unlink = Path.unlink
+
+    def killed(path: Path, *options: Any, **more: Any) -> None:
+        if path == contents(artifact):
+            raise KeyboardInterrupt
+        unlink(path, *options, **more)
+
+    make(artifact, RECIPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(artifact, OTHER, overwrite=True)
     assert contents(artifact).exists()
+    with pytest.raises(StaleArtifact):
+        begin(artifact, OTHER)
+    begin(artifact, OTHER, overwrite=True)
+    assert not contents(artifact).exists()
 
 
 def test_an_unfinished_artifact_goes_on_with_its_parts(artifact: Path) -> None:
@@ -161,10 +192,12 @@ def test_a_run_that_failed_before_it_made_anything_stands_in_nobodys_way(artifac
     assert begin(artifact, OTHER) is Outcome.ALREADY_DONE
 
 
-def test_an_unfinished_training_keeps_its_state_elsewhere_and_is_refused(artifact: Path) -> None:
+def test_an_unfinished_training_keeps_its_state_elsewhere_and_is_refused(artifact: Path, tmp_path: Path) -> None:
     begin(artifact, RECIPE)
+    begin(artifact, OTHER, files=lambda: [tmp_path / "state"])
+    (tmp_path / "state").touch()
     with pytest.raises(StaleArtifact):
-        begin(artifact, OTHER, overwrite=False, remove=lambda: None)
+        begin(artifact, RECIPE, files=lambda: [tmp_path / "state"])
 
 
 def test_a_file_put_there_by_hand_is_used(tmp_path: Path) -> None:
@@ -187,7 +220,7 @@ def test_an_output_that_is_gone_is_made_again(artifact: Path) -> None:
 def test_an_output_that_was_edited_or_cut_off_is_not_replaced_without_being_asked(artifact: Path, refusal) -> None:
     make(artifact, RECIPE)
     contents(artifact).write_text("ma")
-    with refusal(contents(artifact), "has changed since it was made", "--overwrite", manifest_path(artifact)):
+    with refusal(contents(artifact), "has changed since it was made", "pass --overwrite"):
         begin(artifact, RECIPE)
     assert contents(artifact).read_text() == "ma"
     assert begin(artifact, RECIPE, overwrite=True) is Outcome.RAN
@@ -238,13 +271,125 @@ def test_parts_hold_where_they_say_so(artifact: Path) -> None:
         begin(artifact, OTHER, parts_hold=lambda: True)
 
 
-def test_a_damaged_manifest_is_an_error_of_one_line(artifact: Path, refusal) -> None:
+SOUND = {"stage": "s", "settings": {}, "inputs": {}, "sources": {}, "outputs": {"x": {"bytes": 1, "sha256": ""}}}
+DAMAGED = {
+    "empty": "",
+    "cut off": '{"stage": "s", "settings": {',
+    "another kind of file": "\x00\x01\x02",
+    "a list": "[1, 2]",
+    "without outputs": json.dumps({**SOUND, "outputs": {}}),
+    "outputs of another type": json.dumps({**SOUND, "outputs": {"x": 3}}),
+    "outputs elsewhere": json.dumps({**SOUND, "outputs": {"../x": {"bytes": 1, "sha256": ""}}}),
+    "sources that are no inputs": json.dumps({**SOUND, "sources": {"words": "words.txt"}}),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_manifest_is_an_error_of_one_line(artifact: Path, refusal, text: str) -> None:
     make(artifact, RECIPE)
-    manifest_path(artifact).write_text("{")
-    with refusal(manifest_path(artifact)):
-        read_manifest(artifact)
-    with refusal(manifest_path(artifact)):
+    manifest_path(artifact).write_text(text)
+    for read in (read_manifest, check_chain, fingerprint):
+        with refusal(manifest_path(artifact)):
+            read(artifact)
+    with refusal(manifest_path(artifact), "--overwrite", "delete"):
         begin(artifact, RECIPE)
+    assert contents(artifact).exists()
+    assert make(artifact, RECIPE, overwrite=True) is Outcome.RAN
+    check_chain(artifact)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_overwrite_leaves_a_damaged_recipe_of_unfinished_work_behind(artifact: Path, refusal, text: str) -> None:
+    begin(artifact, RECIPE)
+    contents(artifact).write_text("a part")
+    unfinished_path(artifact).write_text(text)
+    with refusal(unfinished_path(artifact), "--overwrite", "delete"):
+        begin(artifact, RECIPE)
+    assert begin(artifact, RECIPE, overwrite=True) is Outcome.RAN
+    assert not contents(artifact).exists()
+    assert begin(artifact, RECIPE) is Outcome.RAN
+
+
+# ----------------------------------------------------------------------------------------- processes, kills, leftovers
+
+
+def test_two_processes_do_not_make_the_same_artifact(artifact: Path, refusal) -> None:
+    with making(artifact, *RECIPE, overwrite=False) as work:
+        assert work.needed
+        with refusal(artifact, f"process {os.getpid()} on {socket.gethostname()}"):
+            begin(artifact, RECIPE)
+    assert not [path for path in artifact.parent.rglob(".*")]
+    assert make(artifact, RECIPE) is Outcome.RAN
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_up(artifact: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from dncbm.runs.locks import locked\n"
+        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, artifact], check=False)
+    assert lock_path(artifact).is_file()
+    assert make(artifact, RECIPE) is Outcome.RAN
+    assert not lock_path(artifact).exists()
+
+
+def test_a_lock_removed_by_its_owner_is_not_taken(artifact: Path) -> None:
+    """Between opening the file and locking it, the owner may remove it: two processes would hold two locks."""
+    opened = os.open
+
+    def removed_meanwhile(path: Any, *rest: Any, **more: Any) -> int:
+        handle = opened(path, *rest, **more)
+        if not removed:
+            removed.append(path)
+            os.unlink(path)
+        return handle
+
+    removed: list[Path] = []
+    with mock.patch("os.open", removed_meanwhile), locked(artifact):
+        assert lock_path(artifact).is_file()
+        with pytest.raises(UserError), locked(artifact):
+            pass
+    assert removed
+
+
+def test_what_is_done_needs_no_right_to_write(artifact: Path) -> None:
+    make(artifact, RECIPE)
+    before = sorted(artifact.parent.rglob("*"))
+    with mock.patch("os.open", side_effect=PermissionError(errno.EROFS, "Read-only file system")):
+        assert begin(artifact, RECIPE) is Outcome.ALREADY_DONE
+        check_chain(artifact)
+    assert sorted(artifact.parent.rglob("*")) == before
+
+
+def test_the_next_run_removes_what_a_killed_one_left(artifact: Path, tmp_path: Path) -> None:
+    begin(artifact, RECIPE)
+    folder = contents(artifact).parent
+    code = (
+        "import os, sys; from pathlib import Path; from sparse_autoencoder.files import whole_file\n"
+        "with whole_file(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, folder / "00001.npy"], check=False)
+    assert list(folder.glob(".00001-*"))
+    with whole_file(folder / "00002.npy") as in_use:  # of a process that is alive
+        in_use.touch()
+        begin(artifact, RECIPE)
+        assert in_use.exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_state_is_removed_when_the_artifact_is_finished(artifact: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.touch()
+    begin(artifact, RECIPE, scratch=[state])
+    assert state.exists()
+    make(artifact, RECIPE, scratch=[state])
+    assert not state.exists()
+    state.touch()  # the process was killed just after it had written the manifest
+    write_json(unfinished_path(artifact), {})
+    assert begin(artifact, RECIPE, scratch=[state]) is Outcome.ALREADY_DONE
+    assert not state.exists()
+    assert not unfinished_path(artifact).exists()
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprints
@@ -370,6 +515,45 @@ class TestChain:
         (new / "vocab" / "words.txt").write_text("cat")
         with refusal("words"):
             check_chain(new / "analysis" / "data")
+
+    @pytest.mark.parametrize("step", [1, 2, 3])
+    def test_an_artifact_that_was_edited_is_refused_wherever_it_is_read(self, chain: list[Path], step: int, refusal) -> None:
+        path = contents(chain[step])
+        path.write_text(path.read_text() + "!")
+        for artifact in chain[step:]:
+            with refusal(path, "has changed since it was made"):
+                check_chain(artifact)
+        for artifact in chain[:step]:
+            check_chain(artifact)
+
+    def test_an_edit_of_the_same_size_is_seen_if_hashes_are_compared(self, chain: list[Path], refusal) -> None:
+        path = contents(chain[2])
+        path.write_text(path.read_text().swapcase())
+        check_chain(chain[3])
+        with verifying_hashes():
+            check_chain(chain[1])
+            with refusal(path, "has changed"):
+                check_chain(chain[3])
+            with refusal(path, "has changed"):
+                remake(chain)
+        check_chain(chain[3])
+
+    def test_a_file_that_is_missing_is_named_where_it_would_be_read(self, chain: list[Path], refusal) -> None:
+        contents(chain[2]).unlink()
+        with refusal(chain[2], "is missing", "--from names"):
+            check_chain(chain[2])
+        check_chain(chain[3])  # an input that was moved away
+
+    def test_a_part_that_nobody_made_is_refused(self, chain: list[Path], refusal) -> None:
+        foreign = chain[3] / "00007.npy"
+        foreign.touch()
+        with refusal(foreign):
+            check_chain(chain[3])
+        with refusal(foreign):
+            remake(chain)
+        remake(chain, overwrite=True)
+        assert not foreign.exists()
+        check_chain(chain[3])
 
 
 def test_a_manifest_holds_every_setting_of_the_run(artifact: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dncbm.features.datasets.probe import probe_images
 from dncbm.runs.settings import EncoderEntry, Settings, config_path, load_settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,11 +71,107 @@ def test_a_missing_file_is_named_with_the_variable(tmp_path: Path, monkeypatch, 
         load_settings()
 
 
-@pytest.mark.parametrize("text", ["data_dir = (", "1 / 0", "raise ValueError('two\\nlines')"])
+@pytest.mark.parametrize(
+    "text",
+    ["data_dir = (", "1 / 0", "raise ValueError('two\\nlines')", "exit()", "import no_such_module", "x = '\udce9'", "\0", "{"],
+)
 def test_a_file_that_does_not_run_is_named(tmp_path: Path, refusal, text: str) -> None:
     path = tmp_path / "config.py"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with refusal(path, "does not run"):
+        load_settings(path)
+
+
+def test_a_folder_is_no_config(tmp_path: Path, monkeypatch, refusal) -> None:
+    monkeypatch.setenv("DNCBM_CONFIG", str(tmp_path))
+    with refusal(f"the folder {tmp_path}", "DNCBM_CONFIG", "config.py"):
+        load_settings()
+
+
+def test_a_byte_order_mark_and_odd_folders_do_no_harm(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_config()
+    folder = tmp_path / "a {b,c} ü"
+    folder.mkdir()
+    moved = path.rename(folder / "my config.py")
+    moved.write_bytes("\ufeff".encode() + moved.read_bytes())
+    assert load_settings(moved).data_dir == folder / "data_dir"
+
+
+NOT_NAMES = [
+    "../../evil",
+    "..",
+    ".",
+    "",
+    "  ",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\x1b[31m",
+    "\udce9",
+    "x" * 101,
+    "ä" * 51,
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES, ids=repr)
+@pytest.mark.parametrize(
+    ("key", "entry"), [("sae_datasets", "x"), ("probe_datasets", "x"), ("encoders", ("RN50", "openai")), ("vocabulary", None)]
+)
+def test_names_that_are_no_names_of_folders_are_refused(
+    write_config: Callable[..., Path], refusal, key: str, entry: Any, name: Any
+) -> None:
+    """They would lead out of the roots, or be cut off by the file system."""
+    if key == "encoders" and name in ("../evil", "a/b", "a\\b", "\udce9"):  # slashes are taken out of their folders
+        name = "./.."
+    if key == "vocabulary" and not isinstance(name, str):
+        name = ".."
+    path = write_config()
+    path.write_text(path.read_text() + f"{key} = {name if entry is None else {name: entry}!r}\n")
+    with refusal(path, f"`{key}`"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("name", ["cc3m", "ImageNet 1k", "日本", "a.b", "...", "-x", "{a,b}", "x" * 100])
+def test_other_names_are_names(write_config: Callable[..., Path], name: str) -> None:
+    assert name in load_settings(write_config(sae_datasets={name: "x"})).sae_datasets
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((root, path) for root in ("data_dir", "vocab_dir") for path in ("", "a\0b")),
+        *(("sae_datasets", {"x": path}) for path in ("", "a\0b", SHARDS | {"val": ""})),
+        *(("probe_datasets", {"x": path}) for path in ("", "a\0b", {"path": ""})),
+    ],
+)
+def test_paths_that_are_none_are_refused(write_config: Callable[..., Path], refusal, key: str, value: Any) -> None:
+    path = write_config(**{key: value})
+    with refusal(path, key, "must be a path"):
+        load_settings(path)
+
+
+def test_a_root_that_is_a_file_is_named(write_config: Callable[..., Path], tmp_path: Path, refusal) -> None:
+    (tmp_path / "taken").touch()
+    path = write_config(sae_dir="taken")
+    with refusal("`sae_dir`", path, tmp_path / "taken"):
+        load_settings(path)
+
+
+def test_a_reader_that_is_named_must_exist_even_if_it_is_called_as_the_data_set(make_settings, tmp_path, refusal) -> None:
+    (tmp_path / "x").mkdir()
+    with refusal("no reader 'mine'"):
+        probe_images(make_settings(probe_datasets={"mine": {"path": "x", "reader": "mine"}}), "mine", "train")
+    with refusal("cannot read"):  # without one, it is read as a folder of classes
+        probe_images(make_settings(probe_datasets={"mine": {"path": "x"}}), "mine", "train")
+
+
+def test_train_is_not_held_out_of_itself(write_config: Callable[..., Path], refusal) -> None:
+    splits = {"train": "all", "train_val": "all", "val": "test"}
+    path = write_config(probe_datasets={"mine": {"path": "x", "splits": splits}})
+    with refusal(path, "'mine'", "train and train_val are the same split"):
         load_settings(path)
 
 

@@ -2,7 +2,8 @@
 
 Reads JSON lines [FOLDER] or [FOLDER, MOMENT, NUMBER] from stdin, runs each in a process of its own, and answers with its exit
 code. MOMENT: "read" kills the process at that read of a batch, "rename" before that rename of a written file, "term" sends
-SIGTERM at that read. A run writes FOLDER/final.safetensors when it finishes, and what it prints to FOLDER/said.txt.
+SIGTERM at that read, "int" SIGINT. A run writes FOLDER/final.safetensors when it finishes, and what it prints to
+FOLDER/said.txt.
 """
 
 import json
@@ -36,6 +37,8 @@ class Data:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.reads == self.number and self.moment == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.reads == self.number and self.moment == "int":
+            os.kill(os.getpid(), signal.SIGINT)
         return self.x[torch.from_numpy(indices)]
 
 
@@ -54,8 +57,8 @@ def run(folder: Path, moment: str = "", number: int = 0) -> None:
     settings = TrainingSettings(epochs=7, batch_size=40, resample_freq=3, lr=3e-3)
     files = {"state_path": folder / "state.safetensors", "log_path": folder / "log.csv"}
     result = train(model, Data(moment, number), settings, state_every=0, progress=False, **files)
-    if result.stopped_early:
-        print("stopped early at", result.steps)
+    if result.stopped_by is not None:
+        print(f"stopped by {result.stopped_by.name} at", result.steps)
     else:
         save_checkpoint(model, folder / "final.safetensors")
 

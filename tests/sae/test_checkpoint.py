@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         Path(file).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("sparse_autoencoder.files.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(SparseAutoencoder(2, 4, seed=1), path)
     assert path.read_bytes() == before
@@ -78,7 +78,7 @@ def edited(path: Path, *, header: dict[str, str] | None = None, **tensors: Tenso
         ({"encoder_weight": None}, "encoder_weight is missing"),
         ({"encoder_weight": torch.zeros(5)}, "F x D"),
         ({"encoder_weight": torch.zeros(0, 3)}, "F x D"),
-        ({"encoder_bias": None}, "missing tensors: encoder_bias"),
+        ({"encoder_bias": None}, "missing: encoder_bias"),
         ({"extra": torch.zeros(1)}, "unknown: extra"),
         ({"decoder_weight": torch.zeros(5, 3)}, "decoder_weight has shape 5 x 3; it must be 3 x 5"),
         ({"tied_bias": torch.zeros(3, dtype=torch.int64)}, "tied_bias"),
@@ -86,6 +86,10 @@ def edited(path: Path, *, header: dict[str, str] | None = None, **tensors: Tenso
         ({"header": {"schema_version": "99"}}, "schema version 99"),
         ({"header": {"sparsity": "{}"}}, "sparsity"),
         ({"header": {"sparsity": "[1]"}}, "sparsity"),
+        ({"header": {"sparsity": "[" * 100_000}}, "sparsity"),
+        ({"header": {"sparsity": '{"kind": "topk", "k": Infinity}'}}, "sparsity"),
+        ({"encoder_weight": torch.zeros(5, 3, dtype=torch.float8_e4m3fn)}, "encoder_weight must be finite"),
+        ({"encoder_weight": torch.full((5, 3), float("inf"))}, "encoder_weight must be finite"),
         ({"header": {"sparsity": '{"kind": "relu", "l1_coeff": -1}'}}, "l1_coeff"),
         ({"header": {"sparsity": '{"kind": "relu", "l1_coeff": "a"}'}}, "sparsity"),
         ({"header": {"input_transform": "whiten"}}, "whiten"),
@@ -97,16 +101,26 @@ def test_malformed_checkpoints_are_named(tmp_path: Path, change: dict, message: 
         load_checkpoint(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     save_checkpoint(SparseAutoencoder(3, 5), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
-    for length in (0, 4, 60, len(whole) - 1):
+    header = int.from_bytes(whole[:8], "little")
+    lying = whole.replace(b'"shape":[5,3]', b'"shape":[9,9]')
+    wrong = [whole[:length] for length in (0, 4, 60, len(whole) - 1)]
+    wrong += [(2**63).to_bytes(8, "little") + whole[8:], (header + 7).to_bytes(8, "little") + whole[8:], lying]
+    wrong += [whole[::-1], whole + b"x", bytes(len(whole)), b"\x89PNG\r\n" * 99, whole.replace(b'"F32"', b'"F99"')]
+    for content in wrong:
         path = tmp_path / "cut.safetensors"
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors") as caught:
             load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(CheckpointError, match="not a file"):
+        load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such"):
         load_checkpoint(tmp_path / "absent.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -145,6 +159,10 @@ class Surprise:
 def test_nothing_is_unpickled_but_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"tied_bias": Surprise()}, tmp_path / "sae.pt")
-    with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path / "sae.pt")
+    for legacy in (False, True):
+        torch.save({"tied_bias": Surprise()}, tmp_path / "sae.pt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(tmp_path / "sae.pt")
+        assert "nothing in it was run" in str(caught.value)
+        assert not any(word in str(caught.value) for word in ("weights_only", "trust", "\n"))
     assert not (tmp_path / "surprise").exists()

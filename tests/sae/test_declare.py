@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sparse_autoencoder.declare import build, check, choice, flags, identity, run_name, setting, values
+from sparse_autoencoder.declare import build, check, choice, flags, identity, in_unit, run_name, setting, values
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Colour:
     sizes: tuple[int, ...] = setting((1, 2), "sizes", least=1)
     words: tuple[str, ...] = setting((), "words", separate=True)
     quiet: bool = setting(False, "say less", identifies="never")
+    every: int | str = setting(2, "how often", units=("days", "hours"), least=0, most=99, identifies="never")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Drawing:
     passes: int = setting(1, "passes", when=("mode", "slow"), in_name="_p{}", place=1)
     seed: int = setting(7, "seed", in_name="_s{}", place=5, name_default=False)
     title: str | None = setting(None, "title", pattern=r"\w+")
+    word: str = setting("a", "word", pattern=r"[a-z]+", called="be a word")
+    rows: int = setting(1, "rows", least=1, most=9)
     cores: int = setting(None, "cores", factory=lambda: 8, identifies="never")
     colour: Colour = field(default_factory=Colour)
 
@@ -51,8 +54,8 @@ class Drawing:
 def test_flags() -> None:
     found = flags(Drawing)
     assert list(found) == [
-        *("shape", "radius", "count", "side", "mode", "passes", "seed", "title", "cores"),
-        *("colour_hue", "names", "sizes", "words", "quiet"),
+        *("shape", "radius", "count", "side", "mode", "passes", "seed", "title", "word", "rows", "cores"),
+        *("colour_hue", "names", "sizes", "words", "quiet", "every"),
     ]
     assert {name: found[name].default for name in ("shape", "radius", "title", "cores", "sizes")} == {
         **{"shape": "round", "radius": 1.0, "title": None, "cores": 8, "sizes": (1, 2)}
@@ -84,10 +87,25 @@ def test_flags() -> None:
         ("quiet", "yes", "must be True or False, not 'yes'"),
         ("mode", "best", "must be fast or slow, not 'best'"),
         ("title", "a b", r"must match \w+, not 'a b'"),
+        ("word", "a b", "must be a word, not 'a b'"),
+        ("word", "", "must be a word, not ''"),
+        ("rows", "10", "must be at least 1 and at most 9, not 10"),
+        ("rows", "9", 9),
+        ("seed", str(2**63 - 1), 2**63 - 1),
+        ("seed", str(2**63), f"must be at most {2**63 - 1}, not {2**63}"),
+        ("seed", str(-(2**63)), f"must be at least {1 - 2**63}, not {-(2**63)}"),
+        ("seed", "9" * 5000, f"must be a whole number, not '{'9' * 59}... (5002 characters)"),
+        ("radius", "1e400", "must be finite, not inf"),
         ("radius", "0", "must be above 0, not 0.0"),
         ("radius", "inf", "must be finite, not inf"),
         ("radius", "nan", "must be finite, not nan"),
         ("colour_hue", "1", "must be at least 0 and below 1, not 1.0"),
+        ("every", "3", 3),
+        ("every", "3days", 3),
+        ("every", "3 hours", "3hours"),
+        ("every", "100hours", "must be at least 0 and at most 99, not 100"),
+        ("every", "3weeks", "must be a whole number, alone or followed by days or hours, not '3weeks'"),
+        ("every", "1.5", "must be a whole number, alone or followed by days or hours, not '1.5'"),
     ],
 )
 def test_parsing(flag: str, text: str, expected: Any) -> None:
@@ -127,7 +145,7 @@ def test_building_naming_and_identity(given: dict, expected: Drawing, name: str 
     assert build(Drawing, values(drawing)) == drawing
     if name is not None:
         assert run_name(drawing) == name
-    always = {"shape": repr(drawing.shape), "seed": drawing.seed, "title": None}
+    always = {"shape": repr(drawing.shape), "seed": drawing.seed, "title": None, "word": "a", "rows": 1}
     colour = {"hue": drawing.colour.hue, "names": drawing.colour.names, "sizes": drawing.colour.sizes, "words": ()}
     assert identity(drawing) == always | beside | colour
 
@@ -146,6 +164,7 @@ def test_values() -> None:
     [
         ({"mode": "best"}, "Drawing: mode must be fast or slow, not 'best'"),
         ({"title": "a b"}, "Drawing: title must match"),
+        ({"word": 5}, "Drawing: word must be a word, not 5"),
         ({"seed": 1.5}, "Drawing: seed must be a whole number, not 1.5"),
         ({"seed": "1"}, "Drawing: seed must be a whole number, not '1'"),
     ],
@@ -153,3 +172,26 @@ def test_values() -> None:
 def test_checks(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Drawing(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        (1.5, "every must be a whole number, alone or followed by days or hours, not 1.5"),
+        (True, "every must be a whole number, alone or followed by days or hours, not True"),
+        ("3 weeks", "every must be a whole number, alone or followed by days or hours, not '3 weeks'"),
+        ("100hours", "every must be at least 0 and at most 99, not 100"),
+        (-1, "every must be at least 0 and at most 99, not -1"),
+    ],
+)
+def test_checks_of_numbers_with_a_unit(every: Any, message: str) -> None:
+    @dataclass(frozen=True)
+    class Rate:
+        every: int | str = setting(2, "how often", units=("days", "hours"), least=0, most=99)
+
+    for fine in (2, "3hours", "2 days", "2"):
+        check(Rate(fine))
+    assert [in_unit(value, ("days", "hours")) for value in (2, "2days", "3hours")] == [(2, "days"), (2, "days"), (3, "hours")]
+    with pytest.raises(ValueError, match="must") as caught:
+        check(Rate(every))
+    assert str(caught.value) == f"Rate: {message}"

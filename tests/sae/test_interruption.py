@@ -60,11 +60,14 @@ def test_sigkill(run: Run, tmp_path: Path, uninterrupted: bytes, moments: list[t
     assert len(list(tmp_path.iterdir())) <= len(names) + len(moments)
 
 
-@pytest.mark.parametrize(("read", "steps"), [(20, None), (30, 24)])  # mid-epoch; while the resampling reads
-def test_sigterm(run: Run, tmp_path: Path, uninterrupted: bytes, read: int, steps: int | None) -> None:
+@pytest.mark.parametrize(("read", "steps"), [(20, ""), (30, 24)])  # mid-epoch; while the resampling reads
+@pytest.mark.parametrize(("moment", "name"), [("term", "SIGTERM"), ("int", "SIGINT")])
+def test_sigterm_and_ctrl_c(
+    run: Run, tmp_path: Path, uninterrupted: bytes, moment: str, name: str, read: int, steps: int | str
+) -> None:
     """It finishes the step, saves, reports it, and leaves the exit code to the caller, who gets a result."""
-    assert run(tmp_path, "term", read) == 0, said(tmp_path)
-    assert f"stopped early at {'' if steps is None else steps}" in said(tmp_path)
+    assert run(tmp_path, moment, read) == 0, said(tmp_path)
+    assert f"stopped by {name} at {steps}" in said(tmp_path)
     assert "training stopped after step" in said(tmp_path)
     assert (tmp_path / "state.safetensors").exists()
     assert not (tmp_path / "final.safetensors").exists()

@@ -1,7 +1,10 @@
 import csv
 import dataclasses
 import math
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +26,13 @@ from sparse_autoencoder import (
     evaluate,
     train,
 )
-from sparse_autoencoder.data import TensorFeatures, geometric_median, in_batches
+from sparse_autoencoder.data import TensorFeatures, geometric_median, in_batches, is_constant
 from sparse_autoencoder.metrics import count_dead
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
-from sparse_autoencoder.resampler import is_resampling_epoch, resample
-from sparse_autoencoder.trainer import _LossCheck, learning_rate
+from sparse_autoencoder.resampler import resample
+from sparse_autoencoder.settings import is_resampling_epoch, learning_rate
+from sparse_autoencoder.trainer import _LossCheck
 
 pytestmark = pytest.mark.slow
 
@@ -92,9 +96,15 @@ def test_a_run_against_one_written_out(features: Tensor, transform: str, changed
         torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(("val_freq", "epochs"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (3, [2, 5]), (4, [3])])
+@pytest.mark.parametrize(
+    ("val_freq", "epochs"),
+    [
+        *((0, [5]), (1, [0, 1, 2, 3, 4, 5]), (3, [2, 5]), (4, [3, 5]), ("4epochs", [3, 5])),
+        *(("600items", [0, 1, 2, 3, 4, 5]), ("601items", [1, 3, 5]), ("1800items", [2, 5]), ("9999items", [5])),
+    ],
+)
 def test_rows_follow_log_every_and_val_freq(features: Tensor, val_freq: int, epochs: list[int]) -> None:
-    """An epoch is one step. The last step is always logged."""
+    """An epoch is one step of 600 items. The last step is always logged and validated."""
     rows: dict[int, dict[str, float]] = {}
     settings = dataclasses.replace(SHORT, val_freq=val_freq, batch_size=600, log_every=4)
     log = lambda row, step: rows.update({step: row})  # noqa: E731
@@ -156,17 +166,37 @@ def test_a_state_with_nan_is_not_saved(tmp_path: Path, features: Tensor) -> None
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("damage", "first"), [("torn row", 3), ("other columns", 12)])
-def test_a_damaged_log_is_not_continued(tmp_path: Path, features: Tensor, damage: str, first: int) -> None:
+LOG_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "torn row": lambda text: text + b"4,0,0.1\n",
+    "row of words": lambda text: text + text.splitlines()[-1].replace(b"0.", b"zero point ") + b"\n",
+    "other columns": lambda text: text.replace(b"l2_loss", b"error"),
+    "truncated": lambda text: text[: text.index(b"6,1") + 5],
+    "empty": lambda _: b"",
+    "reversed": lambda text: text[::-1],
+    "foreign": lambda _: b"\x89PNG\r\n\x1a\n\x00\xff" * 50,
+    "no text": lambda text: b"\xff\xfe" + text,
+    "zeros": lambda text: bytes(len(text)),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "first"), [(name, {"torn row": 3, "row of words": 3, "truncated": 3}.get(name, 12)) for name in LOG_DAMAGES]
+)
+def test_a_damaged_log_is_not_continued(
+    tmp_path: Path, features: Tensor, damage: str, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
     files = {"state_path": tmp_path / "state", "log_path": tmp_path / "log.csv"}
     with pytest.raises(Interrupted):
         train(small_model(), StopsAfter(features, 10), SHORT, state_every=0, progress=False, **files)
-    text = (tmp_path / "log.csv").read_text()
-    torn, other = text + "4,0,0.1\n", text.replace("l2_loss", "error")
-    (tmp_path / "log.csv").write_text(torn if damage == "torn row" else other)
+    log = tmp_path / "log.csv"
+    log.write_bytes(LOG_DAMAGES[damage](log.read_bytes()))
+    caplog.clear()
     train(small_model(), features, SHORT, progress=False, **files)
-    with open(tmp_path / "log.csv", newline="") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(first, 31, 3))
+    with open(log, newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps[0] == first
+    assert steps[-7:] == list(range(12, 31, 3))
+    assert any(f"{log} is not the log of this run or is damaged" in message for message in caplog.messages) == (first == 12)
 
 
 def test_result_and_log(tmp_path: Path, features: Tensor) -> None:
@@ -182,6 +212,7 @@ def test_result_and_log(tmp_path: Path, features: Tensor) -> None:
         progress=False,
     )
     assert result.metrics == pytest.approx(evaluate(model, features), rel=1e-6)
+    assert result.validation == pytest.approx(evaluate(model, features[:100]), rel=1e-6)
     assert result.metrics["explained_variance"] > 0.1
     with open(tmp_path / "training_log.csv", newline="") as file:
         written = list(csv.DictReader(file))
@@ -193,6 +224,62 @@ def test_result_and_log(tmp_path: Path, features: Tensor) -> None:
         assert float(line["loss"]) == pytest.approx(row["loss"], rel=1e-6)
         assert row["loss"] == pytest.approx(row["l2_loss"] + row["l1_loss"], rel=1e-5)
     assert float(written[-1]["val_loss"]) == pytest.approx(evaluate(model, features[:100])["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("val_freq", "validations"), [(0, 1), (1, 6), (2, 3), (4, 2)])
+def test_the_final_model_is_measured_once_on_both(tmp_path: Path, features: Tensor, val_freq: int, validations: int) -> None:
+    """The last row of the log has the figures of all training and validation items, and no pass is made twice."""
+    data, held_out = Recorded(features), Recorded(features[:100])
+    model, settings = small_model(), dataclasses.replace(SHORT, val_freq=val_freq, resample_freq=0)
+    result = train(model, data, settings, validation=held_out, log_path=tmp_path / "log.csv", progress=False)
+    assert len(held_out.reads) == validations
+    assert len(data.reads) == (settings.epochs + 1) * 5
+    expected = {"train": evaluate(model, features), "val": evaluate(model, features[:100])}
+    assert result.metrics == pytest.approx(expected["train"], rel=1e-5)
+    assert result.validation == pytest.approx(expected["val"], rel=1e-5)
+    with open(tmp_path / "log.csv", newline="") as file:
+        *rows, last = csv.DictReader(file)
+    for part, values in expected.items():
+        assert {name: float(last[f"{part}_{name}"]) for name in values} == pytest.approx(values, rel=1e-5)
+    assert not any(row["train_loss"] for row in rows)
+
+
+def test_a_run_killed_before_its_last_row_has_its_figures_too(tmp_path: Path, features: Tensor) -> None:
+    files = {"state_path": tmp_path / "state", "log_path": tmp_path / "log.csv", "progress": False}
+    train(small_model(), features, SHORT, **files)
+    whole = (tmp_path / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join(whole[:-1]) + "\n")
+    rows: list[dict] = []
+    train(small_model(), features, SHORT, log=lambda row, step: rows.append({"step": step, **row}), **files)
+    again = (tmp_path / "log.csv").read_text().splitlines()
+    assert again[:-1] == whole[:-1]
+    assert again[-1].split(",")[-6:] == whole[-1].split(",")[-6:]
+    assert [row["step"] for row in rows] == [30]
+    assert rows[0]["feature_density"].shape == (32,)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0, 1e-3])
+@pytest.mark.parametrize("transform", ["none", "centre", "unit_norm"])
+def test_the_explained_variance_of_items_that_do_not_vary_is_undefined(scale: float, transform: str) -> None:
+    x = (scale * torch.rand(12, generator=torch.Generator().manual_seed(1)) + 0.1).repeat(501, 1)
+    settings = TrainingSettings(epochs=2, batch_size=100)
+    result = train(small_model(input_transform=transform), x, settings, validation=x[:77], progress=False)
+    assert math.isnan(result.metrics["explained_variance"])
+    assert math.isnan(result.validation["explained_variance"])
+    assert is_constant(TensorFeatures(x), batch_size=100)
+    x[400, 3] *= 1.001
+    assert not is_constant(TensorFeatures(x), batch_size=100)
+    assert not math.isnan(evaluate(small_model(), x)["explained_variance"])
+
+
+def test_a_resampling_is_logged(features: Tensor) -> None:
+    model, rows = small_model(), {}
+    with torch.no_grad():
+        model.encoder_bias[:5] = -9
+    log = lambda row, step: rows.update({step: row})  # noqa: E731
+    train(model, features, SHORT, validation=features, log=log, progress=False)
+    assert [step for step, row in rows.items() if "resampled" in row] == [10]
+    assert rows[10]["resampled"] == 5
 
 
 def test_a_row_describes_the_model_before_its_step(features: Tensor) -> None:
@@ -285,6 +372,24 @@ def test_resumed_runs_are_bit_equal(
     assert torch.equal(again.encoder_weight, whole.encoder_weight)
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first asks to stop after the step; the second does not wait for that, and leaves the state as it was."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)  # pytest's parent may ignore SIGINT
+    state, presses = tmp_path / "state.safetensors", iter([1, 2])
+
+    def press(row: dict, step: int) -> None:
+        for _ in range(next(presses)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = {"state_path": state, "log": press, "progress": False}
+    stopped = train(small_model(), features, SHORT, **run)
+    assert (stopped.steps, stopped.stopped_by, stopped.stopped_early) == (3, signal.SIGINT, True)
+    before = state.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train(small_model(), features, SHORT, **run)
+    assert state.read_bytes() == before
+
+
 def test_a_state_of_another_run_is_refused(tmp_path: Path, features: Tensor) -> None:
     state = tmp_path / "state.safetensors"
     settings = TrainingSettings(epochs=1, batch_size=100)
@@ -300,9 +405,55 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, features: Tensor) -> 
             train(model, data, dataclasses.replace(settings, **changed), state_path=state, progress=False)
     harmless = dataclasses.replace(settings, log_every=1, val_freq=2, ckpt_freq=5)
     assert train(small_model(), features, harmless, state_path=state, progress=False).steps == 6
-    state.write_bytes(state.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-        train(small_model(), features, settings, state_path=state, progress=False)
+
+
+def rewritten(state: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
+    """Changes a state's tensors and header, as a whole file of its format."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(state, "pt") as file:
+        header = dict(file.metadata())
+    tensors = load_file(state)
+    change(tensors, header)
+    save_file(tensors, state, header)
+
+
+STATE_CHANGES: dict[str, Callable[[dict[str, Tensor], dict[str, str]], None]] = {
+    "NaN": lambda tensors, _: tensors["model.tied_bias"].fill_(math.nan),
+    "another number": lambda tensors, _: tensors["adam.tied_bias.mean"].add_(1e-7),
+    "another type": lambda tensors, _: tensors.update(fired=tensors["fired"].int()),
+    "another shape": lambda tensors, _: tensors.update(fired=tensors["fired"][1:].clone()),
+    "a tensor less": lambda tensors, _: tensors.pop("unfired"),
+    "a tensor more": lambda tensors, _: tensors.update(more=torch.zeros(1)),
+    "no header": lambda _, header: header.clear(),
+    "other counters": lambda _, header: header.update(counters=header["counters"].replace('"steps": 6', '"steps": 5')),
+    "infinite counters": lambda _, header: header.update(
+        counters=header["counters"].replace('"steps": 6', '"steps": Infinity')
+    ),
+    "no counters": lambda _, header: header.update(counters="[]"),
+    "a list for the run": lambda _, header: header.update(run="[1]"),
+    "a deep header": lambda _, header: header.update(counters="[" * 100_000),
+    "no checksum": lambda _, header: header.pop("checksum"),
+}
+
+
+@pytest.mark.parametrize("change", STATE_CHANGES)
+def test_a_damaged_state_is_refused(tmp_path: Path, features: Tensor, change: str) -> None:
+    """In one line that says what to delete; the model is as it was."""
+    state, settings = tmp_path / "state.safetensors", TrainingSettings(epochs=1, batch_size=100)
+    train(small_model(), features, settings, state_path=state, progress=False)
+    rewritten(state, STATE_CHANGES[change])
+    model, fresh = small_model(), small_model()
+    with pytest.raises(CheckpointError) as caught:
+        train(model, features, settings, state_path=state, progress=False)
+    message = str(caught.value)
+    assert str(state) in message
+    assert "delete it to start from scratch" in message
+    assert "\n" not in message
+    assert len(message) < 500
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
 
 
 def test_checkpoints_follow_the_items(features: Tensor) -> None:
@@ -310,6 +461,11 @@ def test_checkpoints_follow_the_items(features: Tensor) -> None:
     settings = TrainingSettings(epochs=2, batch_size=128, ckpt_freq=300)
     train(small_model(), features, settings, on_checkpoint=lambda _, items: seen.append(items), progress=False)
     assert seen == [384, 600, 984, 1200]
+    for ckpt_freq, expected in (("1epochs", [600, 1200]), ("2epochs", [1200]), ("300items", [384, 600, 984, 1200])):
+        seen.clear()
+        settings = TrainingSettings(epochs=2, batch_size=128, ckpt_freq=ckpt_freq)
+        train(small_model(), features, settings, on_checkpoint=lambda _, items: seen.append(items), progress=False)
+        assert seen == expected, ckpt_freq
 
 
 def test_almost_dead_latents_are_not_dead() -> None:
@@ -559,7 +715,7 @@ def test_bf16_trains_too(features: Tensor) -> None:
 def test_figure_of_a_resumed_run(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The curves include the steps before the interruption, and the histogram holds every latent that is not dead."""
     drawn: list[tuple[list[dict[str, float]], np.ndarray]] = []
-    monkeypatch.setattr("sparse_autoencoder.trainer.draw_training", lambda rows, density, _: drawn.append((rows, density)))
+    monkeypatch.setattr("sparse_autoencoder.trainer.draw_training", lambda rows, density, _, __: drawn.append((rows, density)))
     files = {"state_path": tmp_path / "state", "log_path": tmp_path / "log.csv", "figure_path": tmp_path / "figure.png"}
     with pytest.raises(Interrupted):
         train(small_model(), StopsAfter(features, 14), SHORT, state_every=0, progress=False, **files)
@@ -569,6 +725,38 @@ def test_figure_of_a_resumed_run(tmp_path: Path, features: Tensor, monkeypatch: 
     assert [row["step"] for row in rows] == list(range(3, 31, 3))
     with torch.no_grad():
         np.testing.assert_allclose(density, (model.encode(features) > 0).float().mean(dim=0), atol=1e-6)
+
+
+def test_what_the_figure_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One colour per quantity, solid in training and dashed in validation; every resampling; densities as far as they go."""
+    import matplotlib.figure
+
+    shown: list[matplotlib.figure.Figure] = []
+    saved = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda figure, *args, **kw: (shown.append(figure), saved(figure, *args, **kw))
+    )
+    measures = ("loss", "l2_loss", "l1_loss", "l0", "explained_variance")
+    rows = [
+        {"step": step, "dead": 3, "almost_dead": 2, **{f"{part}{name}": 0.5 for part in ("", "val_") for name in measures}}
+        for step in range(1, 50)
+    ]
+    draw_training(rows, np.array([0, 0.0, 3e-4, 0.02]), tmp_path / "x.png", [10, 20])
+    *curves, histogram = shown[0].axes
+    styles: dict[str, set[str]] = {}
+    for axes in curves:
+        lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+        for line in lines:
+            styles.setdefault(line.get_color(), set()).add(line.get_linestyle())
+        assert len({line.get_color() for line in lines}) == (2 if axes in (curves[1], curves[4]) else 1)
+        assert sorted(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2) == [10, 20]
+    assert [len(axes.lines) - 2 for axes in curves] == [2, 4, 2, 2, 2]
+    assert set(map(frozenset, styles.values())) <= {frozenset(("-", "--")), frozenset(("-",))}
+    assert histogram.get_xscale() == "log"
+    low, high = histogram.get_xlim()
+    assert 1e-4 < low < 3e-4
+    assert 0.02 < high < 0.05
+    assert sum(patch.get_height() for patch in histogram.patches) == 2
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])

@@ -9,18 +9,34 @@ Arrays of `numbers.npz`, with one row per class that has images in the split:
 - `images`: indices of N_IMAGES of its images, drawn at random; -1 fills a row that has fewer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.strengths import STRENGTHS
-from dncbm.explain.dumps.dump import Arrays, Dump, Kind, Plan, dump_stage, images_of, narrowed, probed_sources_of
+from dncbm.explain.dumps.dump import (
+    Array,
+    Arrays,
+    Dump,
+    Kind,
+    Plan,
+    counted,
+    dump_stage,
+    images_of,
+    listed,
+    narrowed,
+    probed_sources_of,
+    real,
+    whole,
+)
 from dncbm.explain.explanations import contributions, leading, mean_centred, mean_strengths, predict
 from dncbm.probe.stage import PROBE
+from dncbm.runs import commands
 from dncbm.runs.declarations import Explained, ProbeRun, Ranking, SAERun, Selection
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
@@ -83,6 +99,16 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
     return Plan(sources.inputs, {"concepts": N_CONCEPTS, "seed": seed}, run=run_values, about=about, compute=compute)
 
 
+def arrays(about: Mapping[str, Any]) -> dict[str, Array]:
+    """What the arrays must be."""
+    latents, values = whole(len(about["labels"]), width=N_CONCEPTS, filled=True), real(width=N_CONCEPTS)
+    return {
+        "class_number": whole(len(about["classes"])), "size": whole(), "recall": real(), "mean_logit": real(),
+        "concepts": latents, "contributions": values, "remaining": real(), "n_remaining": whole(),
+        "strength_concepts": latents, "strengths": values, "images": whole(width=N_IMAGES, filled=True),
+    }  # fmt: skip
+
+
 def select(dump: Dump, selection: Selection) -> list[int]:
     """Numbers of classes. A concept chooses the classes that it is among the leading concepts of, in either ranking."""
     what = f"class with images in the {dump.about['split']} split and the number"
@@ -96,7 +122,8 @@ def page(dump: Dump, classes: Sequence[int], ranking: Ranking) -> Page:
     by_contribution = ranking.rank_by == "contribution"
     shown = ("concepts", "contributions") if by_contribution else ("strength_concepts", "strengths")
     class_name = dump.about["classes"][of["class_number"]]
-    file_name = "".join(letter if letter.isalnum() else "_" for letter in class_name)[:60]
+    safe = "".join(letter if letter.isalnum() else "_" for letter in class_name)
+    file_name = safe.encode()[:120].decode(errors="ignore")  # file systems count bytes
     return Page(
         name=f"class_{of['class_number']:04d}_{file_name}" + ("" if by_contribution else "_by_strength"),
         title=class_name, class_name=class_name, size=of["size"], recall=of["recall"], rank_by=ranking.rank_by,
@@ -105,10 +132,18 @@ def page(dump: Dump, classes: Sequence[int], ranking: Ranking) -> Page:
     )  # fmt: skip
 
 
+def describe(page: Page) -> str:
+    """The figure in words."""
+    what = "Mean contributions" if page.rank_by == "contribution" else "Mean-centred strengths"
+    said = f"Class {page.class_name}, {counted(page.size, 'images')}, {page.recall:.0%} predicted right."
+    return f"{said} {what}: {listed(page.concepts)}."
+
+
 KIND = Kind(
-    name="global_explanations", things="classes", takes=(SAERun, ProbeRun, Explained),
+    name=commands.GLOBAL_EXPLANATIONS.name, things="classes", takes=commands.GLOBAL_EXPLANATIONS.takes,
     files=lambda artifacts, run, probe, explained, *_: artifacts.global_explanations(run, probe, explained.split),
-    plan=plan, select=select, images=partial(images_of, "class_number"), page=page,
+    plan=plan, arrays=arrays, select=select, images=partial(images_of, "class_number"), page=page, describe=describe,
 )  # fmt: skip
-SUMMARY = "Compute which concepts lead each class."
-DUMP = dump_stage(KIND, "vis_global_explanations", SUMMARY, (STRENGTHS, NAMES, PROBE), PROBE)
+DUMP = dump_stage(
+    KIND, commands.GLOBAL_EXPLANATIONS.script, commands.GLOBAL_EXPLANATIONS.dump_summary, (STRENGTHS, NAMES, PROBE), PROBE
+)

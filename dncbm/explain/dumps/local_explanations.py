@@ -10,15 +10,29 @@ Arrays of `numbers.npz`, with one row per image of the split:
 - `remaining`, `n_remaining`: sum and number of the other contributions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.strengths import STRENGTHS
-from dncbm.explain.dumps.dump import Arrays, Dump, Kind, Plan, dump_stage, narrowed, probed_sources_of
+from dncbm.explain.dumps.dump import (
+    Array,
+    Arrays,
+    Dump,
+    Kind,
+    Plan,
+    dump_stage,
+    listed,
+    narrowed,
+    probed_sources_of,
+    real,
+    whole,
+)
 from dncbm.explain.explanations import contributions, leading, predict
 from dncbm.probe.stage import PROBE
+from dncbm.runs import commands
 from dncbm.runs.declarations import Explained, ProbeRun, SAERun, Selection
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
@@ -72,6 +86,16 @@ def plan(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained)
     return Plan(sources.inputs, settings={"concepts": N_CONCEPTS}, run=run_values, about=about, compute=compute)
 
 
+def arrays(about: Mapping[str, Any]) -> dict[str, Array]:
+    """What the arrays must be."""
+    index, of_class = whole(), whole(len(about["classes"]))
+    return {
+        "image": index, "true_class": of_class, "true_logit": real(), "predicted_class": of_class, "logit": real(),
+        "probability": real(), "concepts": whole(len(about["labels"]), width=N_CONCEPTS, filled=True),
+        "contributions": real(width=N_CONCEPTS), "remaining": real(), "n_remaining": whole(),
+    }  # fmt: skip
+
+
 def select(dump: Dump, selection: Selection) -> list[int]:
     """Indices of images. A class chooses its images, a concept those to which it is shown to contribute."""
     what = f"image in the {dump.about['split']} split with the index"
@@ -94,11 +118,20 @@ def page(dump: Dump, images: Sequence[int]) -> Page:
     )  # fmt: skip
 
 
+def describe(page: Page) -> str:
+    """The figure in words."""
+    right = "which is right" if page.right else f"which is wrong: it is {page.true}"
+    said = f"Image {page.index}, predicted {page.predicted} with probability {page.probability:.0%}, {right}."
+    return f"{said} Contributions to the logit: {listed(page.concepts)}."
+
+
 KIND = Kind(
-    name="local_explanations", things="images", takes=(SAERun, ProbeRun, Explained),
+    name=commands.LOCAL_EXPLANATIONS.name, things="images", takes=commands.LOCAL_EXPLANATIONS.takes,
     files=lambda artifacts, run, probe, explained, *_: artifacts.local_explanations(run, probe, explained.split),
-    plan=plan, select=select, images=lambda dump, images: {dump.about["dataset"]: images}, page=page,
+    plan=plan, arrays=arrays, select=select, images=lambda dump, images: {dump.about["dataset"]: images}, page=page,
+    describe=describe,
     most=lambda selection: None if selection.indices else FIGURES, spread=True,
 )  # fmt: skip
-SUMMARY = "Compute which concepts each prediction is made of."
-DUMP = dump_stage(KIND, "vis_local_explanations", SUMMARY, (STRENGTHS, NAMES, PROBE), PROBE)
+DUMP = dump_stage(
+    KIND, commands.LOCAL_EXPLANATIONS.script, commands.LOCAL_EXPLANATIONS.dump_summary, (STRENGTHS, NAMES, PROBE), PROBE
+)

@@ -8,10 +8,12 @@ Arrays of `numbers.npz`, with one row per cluster of at least MIN_IMAGES images,
 - `class_number`, `class_share`: its most frequent class, and the share of its images in that class.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,12 +21,29 @@ from tqdm import tqdm
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.sae import SAE
 from dncbm.concepts.strengths import STRENGTHS, ConceptStrengths
-from dncbm.explain.dumps.dump import Arrays, Dump, Integers, Kind, Plan, dump_stage, images_of, narrowed, sources_of
+from dncbm.explain.dumps.dump import (
+    Array,
+    Arrays,
+    Dump,
+    Integers,
+    Kind,
+    Plan,
+    checked,
+    counted,
+    dump_stage,
+    images_of,
+    listed,
+    narrowed,
+    real,
+    sources_of,
+    whole,
+)
 from dncbm.explain.explanations import MAX_ITERATIONS, Clustering, kmeans, leading, mean_centred, mean_strengths
 from dncbm.features.stage import probe_class_names
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import Clusters, Explained, ProbeDataset, SAERun, Selection
-from dncbm.runs.errors import UserError
+from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import making
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
@@ -81,12 +100,19 @@ def cluster_images(
     `overwrite` is off.
     """
     if n_clusters > (n_images := strengths.matrix.shape[0]):
-        raise UserError(f"--n_clusters {n_clusters} is more than the {n_images} images: ask for fewer")
+        raise UserError(f"--n_clusters {n_clusters} is more than the {counted(n_images, 'images')}: ask for fewer")
     kept, state = files.cluster_labels, files.cluster_state
+    if overwrite:  # what cannot be read counts as absent
+        for path, read in ((kept, _load_labels), (state, _load_state)):
+            try:
+                read(path, strengths, n_clusters)
+            except UserError:
+                path.unlink(missing_ok=True)
     settled = {"n_clusters": n_clusters, "seed": seed}
-    with making(files.clustering, "kmeans", settled, {"strengths": made_from}, overwrite=overwrite) as work:
+    inputs = {"strengths": made_from}
+    with making(files.clustering, f"{KIND.name}_dump", settled, inputs, overwrite=overwrite, scratch=[state]) as work:
         if work.needed:
-            begun = _load_state(state) if state.is_file() else None
+            begun = _load_state(state, strengths, n_clusters) if state.is_file() else None
             first = begun.iterations if begun else 0
             with tqdm(desc=f"K-means, k {n_clusters}", total=MAX_ITERATIONS, initial=first, unit="iteration") as bar:
 
@@ -96,17 +122,46 @@ def cluster_images(
                     with whole_file(state) as temporary:
                         np.savez(temporary, **{key: value for key, value in vars(now).items() if key != "ended"})
 
-                ended = kmeans(strengths.matrix, n_clusters, seed, begun=begun, on_progress=report)
+                with warnings.catch_warnings():
+                    # Of images that are alike; that there are fewer clusters is seen in the result.
+                    warnings.filterwarnings("ignore", "Number of distinct clusters")
+                    ended = kmeans(strengths.matrix, n_clusters, seed, begun=begun, on_progress=report)
             with whole_file(kept) as temporary:
                 np.save(temporary, ended.labels)
             work.done([kept], iterations=ended.iterations, inertia=ended.inertia)
-    state.unlink(missing_ok=True)
-    return np.load(kept)
+    return _load_labels(kept, strengths, n_clusters)
 
 
-def _load_state(path: Path) -> Clustering:
-    with np.load(path) as found:
-        return Clustering(found["centres"], found["labels"], int(found["iterations"]), float(found["inertia"]), False)
+def _load_labels(path: Path, strengths: ConceptStrengths, n_clusters: int) -> Integers:
+    try:
+        return checked({"labels": np.load(path, allow_pickle=False)}, _labels(strengths, n_clusters))["labels"]
+    except Exception as error:  # damaged files raise anything
+        raise _unreadable(path, error) from error
+
+
+def _load_state(path: Path, strengths: ConceptStrengths, n_clusters: int) -> Clustering:
+    width = strengths.matrix.shape[1]
+    expected = _labels(strengths, n_clusters) | {"centres": real(width=width, length=n_clusters)}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = checked(dict(file), expected)
+        iterations, inertia = int(found["iterations"]), float(found["inertia"])
+        if not 0 <= iterations < MAX_ITERATIONS:
+            raise ValueError(f"{iterations} iterations")
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return Clustering(found["centres"], found["labels"], iterations, inertia, False)
+
+
+def _labels(strengths: ConceptStrengths, n_clusters: int) -> dict[str, Array]:
+    return {"labels": whole(n_clusters, length=strengths.matrix.shape[0])}
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read {path} ({type(error).__name__}: {first_line(error)}): remove it, or make it again with "
+        f"{DUMP.command('--overwrite')} and the same flags"
+    )
 
 
 def plan(settings: Settings, run: SAERun, images: ProbeDataset, explained: Explained, clusters: Clusters) -> Plan:
@@ -118,6 +173,9 @@ def plan(settings: Settings, run: SAERun, images: ProbeDataset, explained: Expla
 
     def compute(overwrite: bool) -> Arrays:
         strengths = sources.strengths()
+        if (n_images := len(strengths.keys)) < MIN_IMAGES:
+            few = counted(n_images, "images")
+            raise UserError(f"the {split} split of {dataset} has {few}; clusters of at least {MIN_IMAGES} are shown")
         files = artifacts.meta_clusters(run, dataset, split, n_clusters)
         made_from = artifacts.strengths(run, dataset, split)
         labels = cluster_images(files, strengths, n_clusters, seed, made_from, overwrite)
@@ -150,6 +208,15 @@ def plan(settings: Settings, run: SAERun, images: ProbeDataset, explained: Expla
     )  # fmt: skip
 
 
+def arrays(about: Mapping[str, Any]) -> dict[str, Array]:
+    """What the arrays must be."""
+    return {
+        "cluster": whole(), "size": whole(), "concepts": whole(len(about["labels"]), width=N_CONCEPTS, filled=True),
+        "strengths": real(width=N_CONCEPTS), "images": whole(width=N_IMAGES), "class_share": real(),
+        "class_number": whole(len(about["classes"])),
+    }  # fmt: skip
+
+
 def select(dump: Dump, selection: Selection) -> list[int]:
     """Numbers of clusters. A class chooses those where it is the most frequent, a concept those where it is shown."""
     what = f"cluster of at least {MIN_IMAGES} images with the number"
@@ -160,7 +227,8 @@ def page(dump: Dump, clusters: Sequence[int]) -> Page:
     """A figure of some clusters."""
     members = tuple(_cluster(dump, cluster) for cluster in clusters)
     name = "clusters_" + "_".join(str(member.number) for member in members)
-    title = "; ".join(f"{member.number}: {', '.join(label for label, _ in member.concepts[:2])}" for member in members)
+    leading = ([label for label, _ in member.concepts[:2]] or ["no concept"] for member in members)
+    title = "; ".join(f"{member.number}: {', '.join(labels)}" for member, labels in zip(members, leading, strict=True))
     return Page(name, title, members)
 
 
@@ -170,12 +238,20 @@ def _cluster(dump: Dump, cluster: int) -> Cluster:
     return Cluster(cluster, of["size"], class_name, of["class_share"], concepts, dump.images(of["images"]))
 
 
+def describe(page: Page) -> str:
+    """The figure in words."""
+    return " ".join(
+        f"Cluster {one.number}, {counted(one.size, 'images')}, {one.class_share:.0%} of them {one.class_name}. Mean-centred "
+        f"strengths: {listed(one.concepts)}."
+        for one in page.clusters
+    )
+
+
 KIND = Kind(
-    name="meta_clusters", things="clusters", takes=(SAERun, ProbeDataset, Explained, Clusters), per_figure=3,
+    name=commands.META_CLUSTERS.name, things="clusters", takes=commands.META_CLUSTERS.takes, per_figure=3,
     files=lambda artifacts, run, images, explained, clusters, *_: artifacts.meta_clusters(
         run, images.dataset, explained.split, n_clusters_of(artifacts.settings, images, clusters)
     ),
-    plan=plan, select=select, images=partial(images_of, "cluster"), page=page,
+    plan=plan, arrays=arrays, select=select, images=partial(images_of, "cluster"), page=page, describe=describe,
 )  # fmt: skip
-SUMMARY = "Cluster the images of a split by their concept strengths."
-DUMP = dump_stage(KIND, "vis_meta_clustering", SUMMARY, (STRENGTHS, NAMES), SAE)
+DUMP = dump_stage(KIND, commands.META_CLUSTERS.script, commands.META_CLUSTERS.dump_summary, (STRENGTHS, NAMES), SAE)

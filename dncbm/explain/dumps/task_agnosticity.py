@@ -8,17 +8,32 @@ Arrays of `numbers.npz`:
 - `ends_<dataset>`: F, where each latent's images end in `top_<dataset>`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dncbm.concepts.naming import NAMES, name_similarities
 from dncbm.concepts.sae import SAE
 from dncbm.concepts.strengths import STRENGTHS
-from dncbm.explain.dumps.dump import Arrays, Dump, Integers, Kind, Plan, chosen_concepts, dump_stage, known_indices, sources_of
+from dncbm.explain.dumps.dump import (
+    Array,
+    Arrays,
+    Dump,
+    Integers,
+    Kind,
+    Plan,
+    chosen_concepts,
+    dump_stage,
+    known_indices,
+    real,
+    sources_of,
+    whole,
+)
 from dncbm.explain.explanations import top_activating
+from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Explained, LatentSelection, SAERun, ShownDatasets
 from dncbm.runs.errors import UserError
@@ -97,9 +112,21 @@ def _with_strengths(settings: Settings, run: SAERun, split: str) -> tuple[str, .
     return found
 
 
+def arrays(about: Mapping[str, Any]) -> dict[str, Array]:
+    """What the arrays must be."""
+    n = len(about["labels"])
+    found = {"similarity": real(length=n), "order": whole(n, length=None)}
+    for dataset in about["datasets"]:
+        top = f"top_{dataset}"
+        found |= {top: whole(length=None), f"ends_{dataset}": Array(True, length=n, ends=top)}
+    return found
+
+
 def select(dump: Dump, selection: LatentSelection) -> list[int]:
     """Latents, by falling similarity to their names."""
     latents: Integers = dump.numbers["order"]
+    if not len(latents):
+        raise UserError(f"no image of {', '.join(dump.about['datasets'])} activates any latent: there is nothing to draw")
     if selection.indices:
         latents = known_indices(selection, latents, "active latent")
     if (named := chosen_concepts(dump, selection)) is not None:
@@ -136,12 +163,19 @@ def images(dump: Dump, latents: Sequence[int]) -> dict[str, list[int]]:
     return {name: [key for latent in latents for key in top_images(dump, name, latent)] for name in datasets}
 
 
+def describe(page: Page) -> str:
+    """The figure in words."""
+    of = ", ".join(page.datasets)
+    return f"The images of {of} ({page.split}) that most activate " + "; ".join(
+        f"latent {latent.index}, {latent.label} (similarity {latent.similarity:.2f})" for latent in page.latents
+    )
+
+
 KIND = Kind(
-    name="task_agnosticity", things="latents", takes=(SAERun, Explained),
+    name=commands.TASK_AGNOSTICITY.name, things="latents", takes=commands.TASK_AGNOSTICITY.takes,
     files=lambda artifacts, run, explained, *_: artifacts.task_agnosticity(run, explained.split),
-    plan=plan, select=select, images=images, page=page,
-    dump_takes=(ShownDatasets,), selects=LatentSelection, per_figure=4,
+    plan=plan, arrays=arrays, texts=("datasets",), select=select, images=images, page=page, describe=describe,
+    dump_takes=commands.TASK_AGNOSTICITY.dump_takes, selects=commands.TASK_AGNOSTICITY.selects, per_figure=4,
     most=lambda selection: None if selection.indices or selection.concepts else FIGURES,
 )  # fmt: skip
-SUMMARY = "Compute which images of every probe data set activate each latent most."
-DUMP = dump_stage(KIND, "vis_task_agnosticity", SUMMARY, (STRENGTHS, NAMES), SAE)
+DUMP = dump_stage(KIND, commands.TASK_AGNOSTICITY.script, commands.TASK_AGNOSTICITY.dump_summary, (STRENGTHS, NAMES), SAE)

@@ -2,18 +2,20 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dncbm.explain.plotting.colours import INK, ON_BADGE, REST
+from dncbm.explain.plotting.colours import FAINT, INK, ON_BADGE, REST, sign_colour
+from dncbm.explain.plotting.fonts import LINE, TEXT, families, printable, quiet, text_width, wrapped
+from dncbm.features.datasets import BadImage, open_image, read_file
 from dncbm.runs.errors import UserError
 from sparse_autoencoder.files import whole_file
 
@@ -25,12 +27,10 @@ GAP = 0.03
 """Inches between neighbouring images."""
 DPI = 200
 """Pixels per inch, in the PNG and in the images of the PDF."""
-TEXT = 7.0
-"""Points of ordinary text."""
-LINE = 1.25 / 72
-"""Inches from one line of text to the next, per point of its size."""
-FONT = "DejaVu Sans"
-"""Comes with matplotlib, so pages are the same on every machine."""
+LEAST_BARS = 0.45
+"""Inches that labels leave to the bars."""
+LEAST_BAR = 0.02
+"""Inches of a bar whose value is not 0, however small that is."""
 
 
 class Canvas:
@@ -50,12 +50,18 @@ class Canvas:
         bold: bool = False,
     ) -> None:  # fmt: skip
         """One line of text, its middle at height y."""
-        shown = text
+        text = shown = printable(text)
         if self.use_latex:
             shown = rf"\textbf{{{latex_escaped(text)}}}" if bold else latex_escaped(text)
-        style: dict[str, Any] = {"size": size, "color": colour, "family": FONT, "weight": "bold" if bold else "normal"}
+        style: dict[str, Any] = {"size": size, "color": colour, "weight": "bold" if bold else "normal"}
+        style["family"] = list(families(text, bold=bold))
         style |= {"ha": align, "va": "center_baseline", "usetex": self.use_latex, "parse_math": False}
         self.axes.text(x, y, shown, **style)
+
+    def texts(self, x: float, y: float, lines: Sequence[str], *, size: float = TEXT, **style: Any) -> None:
+        """Lines of text below each other, the middle of the first at height y."""
+        for number, line in enumerate(lines):
+            self.text(x, y + number * size * LINE, line, size=size, **style)
 
     def rectangle(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         """A filled rectangle; a negative width extends to the left."""
@@ -68,9 +74,8 @@ class Canvas:
         """A square image, with no more pixels than are printed. Raises UserError if it cannot be read."""
         pixels = round(side * DPI)
         try:
-            with Image.open(path) as image:
-                small = image.convert("RGB")
-        except OSError as error:
+            small = open_image(read_file(path)).convert("RGB")
+        except (OSError, ValueError, SyntaxError, BadImage) as error:
             raise UserError(
                 f"cannot read {path}: remove it, and run the _dump.py of this figure again with the same flags"
             ) from error
@@ -91,38 +96,30 @@ class Canvas:
         self.text(x - width / 2, y, text, size=size, align="center", colour=ON_BADGE, bold=True)
         return x - width
 
-    def bars(
-        self, x: float, y: float, width: float, rows: Sequence[tuple[str, float, str]], *, label_width: float,
-        row_height: float, total: tuple[str, float] | None = None,
-    ) -> None:  # fmt: skip
-        """Rows of a label, a bar from a common zero, and its value, from the upper left corner (x, y) down.
-
-        `rows` has label, value and colour of each; labels wider than `label_width` are shortened. `total` is label and value
-        of a last row without a bar, below a line.
-        """
-        value_width = 0.38
-        values = [0.0, *(value for _, value, _ in rows)]
-        low, high = min(values), max(values)
-        digits = decimals([*values, total[1] if total else 0.0])
-        room = width - label_width - value_width - 0.12
-        scale = room / ((high - low) or 1)
-        zero = x + label_width + 0.06 - low * scale
-        for label, value, colour in rows:
-            middle = y + row_height / 2
-            self.text(x + label_width, middle, fitted_label(label, label_width), align="right")
-            self.rectangle(zero, y + row_height * 0.16, value * scale, row_height * 0.68, colour)
-            self.text(x + width, middle, signed(value, digits), align="right")
-            y += row_height
-        self.line(zero, y - row_height * len(rows), zero, y, INK, 0.6)
-        if total is not None:
-            self.line(x, y + 0.015, x + width, y + 0.015)
-            middle = y + 0.03 + row_height / 2
-            self.text(x + label_width, middle, total[0], align="right", bold=True)
-            self.text(x + width, middle, signed(total[1], digits), align="right", bold=True)
+    def bars(self, x: float, y: float, bars: "Bars") -> None:
+        """Labels, bars from a common zero and values, from the upper left corner (x, y) down."""
+        zero, top = x + bars.zero, y
+        for (_, value, colour), lines, height in zip(bars.rows, bars.lines, bars.heights, strict=True):
+            middle = y + height / 2
+            self.texts(x + bars.label_width, middle - (len(lines) - 1) / 2 * TEXT * LINE, lines, align="right")
+            thick = bars.row_height * 0.68
+            self.rectangle(zero, middle - thick / 2, bars.length(value), thick, colour)
+            self.text(x + bars.width, middle, signed(value, bars.digits), align="right")
+            y += height
+        if bars.rows:
+            self.line(zero, top, zero, y, INK, 0.6)
+        else:
+            self.text(x + bars.width, y + bars.row_height / 2, "no concept", align="right", colour=FAINT)
+            y += bars.row_height
+        if bars.total is not None:
+            self.line(x, y + 0.015, x + bars.width, y + 0.015)
+            middle = y + 0.03 + bars.row_height / 2
+            self.text(x + bars.label_width, middle, bars.total[0], align="right", bold=True)
+            self.text(x + bars.width, middle, signed(bars.total[1], bars.digits), align="right", bold=True)
 
     def save(self, pdf: Path, png: Path, description: str) -> None:
         """Write the PDF, then the PNG with a `Description`, by which the page is recognised later."""
-        with matplotlib.rc_context({"pdf.fonttype": 42, "text.usetex": self.use_latex}):
+        with matplotlib.rc_context({"pdf.fonttype": 42, "text.usetex": self.use_latex}), quiet():
             # Interpolation makes the edges of images half transparent, which PDF viewers show as hairlines.
             self._interpolate("none")
             with whole_file(pdf) as temporary:
@@ -137,59 +134,80 @@ class Canvas:
             image.set_interpolation(how)
 
 
-# --------------------------------------------------------------------------------------------------- text that fits
+@dataclass(frozen=True)
+class Bars:
+    """How rows of a label, a bar and its value share a width. All lengths are in inches from the upper left corner."""
+
+    rows: Sequence[tuple[str, float, str]]
+    """Label, value and colour of each."""
+    width: float
+    row_height: float
+    """Of a row whose label takes one line."""
+    total: tuple[str, float] | None = None
+    """Label and value of a last row without a bar, below a line."""
+
+    @cached_property
+    def digits(self) -> int:
+        """Decimal places of the values."""
+        return decimals([*(value for _, value, _ in self.rows), self.total[1] if self.total else 0.0])
+
+    @cached_property
+    def _value_width(self) -> float:
+        shown = [(signed(value, self.digits), False) for _, value, _ in self.rows]
+        shown += [(signed(self.total[1], self.digits), True)] if self.total else []
+        return max([0.34, *(text_width(text, TEXT, bold=bold) for text, bold in shown)]) + 0.04
+
+    @cached_property
+    def label_width(self) -> float:
+        """The widest label, unless the bars would be too short."""
+        labels = [text_width(printable(label[:200]), TEXT) for label, _, _ in self.rows]
+        labels += [text_width(self.total[0], TEXT, bold=True)] if self.total else []
+        return min(max([0.3, *labels]) + 0.01, max(0.5, self.width - self._value_width - 0.12 - LEAST_BARS))
+
+    @cached_property
+    def lines(self) -> list[list[str]]:
+        """The lines of each label."""
+        return [wrapped(label, self.label_width) for label, _, _ in self.rows]
+
+    @cached_property
+    def heights(self) -> list[float]:
+        """The height of each row."""
+        return [self.row_height + (len(lines) - 1) * TEXT * LINE + (0.03 if len(lines) > 1 else 0) for lines in self.lines]
+
+    @property
+    def height(self) -> float:
+        """Of everything."""
+        return (sum(self.heights) or self.row_height) + (self.row_height + 0.03 if self.total else 0)
+
+    @property
+    def zero(self) -> float:
+        """Where all bars begin."""
+        return self.label_width + 0.06 + LEAST_BAR + self._scaled(max([0.0, *(-value for _, value, _ in self.rows)]))
+
+    def length(self, value: float) -> float:
+        """The length of a bar, negative to the left."""
+        scaled = self._scaled(value)
+        return scaled if not value or abs(scaled) >= LEAST_BAR else float(np.copysign(LEAST_BAR, value))
+
+    def _scaled(self, value: float) -> float:
+        values = [0.0, *(value for _, value, _ in self.rows)]
+        room = self.width - self.label_width - self._value_width - 0.12 - 2 * LEAST_BAR
+        return room * (value / ((max(values) - min(values)) or 1))
 
 
-@cache
-def _font(bold: bool) -> Any:
-    found = font_manager.findfont(font_manager.FontProperties(family=FONT, weight="bold" if bold else "normal"))
-    return font_manager.get_font(found)
+def grid(n: int, width: float) -> tuple[int, float, float]:
+    """How n images fill a width, as large as nine are at least: the number in a row, their side, the height of all."""
+    across = 1 if n < 2 else 2 if n < 5 else 3
+    side = (width - (across - 1) * GAP) / across
+    return across, side, max(0.0, -(-n // across) * (side + GAP) - GAP)
 
 
-@cache
-def text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """Width of a line of text in inches."""
-    font = _font(bold)
-    font.set_size(size, 72)
-    font.set_text(text, 0)
-    return float(font.get_width_height()[0]) / 64 / 72
-
-
-def fitted(text: str, width: float, size: float = TEXT, *, lines: int = 1, bold: bool = False) -> list[str]:
-    """A text in at most `lines` lines, none wider than `width` inches; an ellipsis replaces what does not fit.
-
-    Lines break between words; a word wider than a line is cut.
-    """
-    text = " ".join(text.split())
-
-    def fits(line: str) -> bool:
-        return text_width(line, size, bold=bold) <= width
-
-    broken: list[str] = []
-    while text and len(broken) < lines:
-        end = len(text)
-        while end > 1 and not fits(text[:end]):
-            end -= 1
-        if end < len(text):
-            space = text.rfind(" ", 0, end + 1)
-            end = space if space > 0 else end
-        broken.append(text[:end].rstrip())
-        text = text[end:].lstrip()
-    if text:
-        last = broken[-1] + (" " if not broken[-1].endswith("-") else "") + text
-        while last and not fits(last + "…"):
-            last = last[:-1]
-        broken[-1] = last.rstrip() + "…"
-    return broken or [""]
-
-
-def fitted_label(label: str, width: float, size: float = TEXT, *, bold: bool = False) -> str:
-    """A latent's label in one line. Shortening keeps the index, which tells apart latents of the same name."""
-    name, mark, index = label.rpartition(" #")
-    if not mark or text_width(label, size, bold=bold) <= width:
-        return fitted(label, width, size, bold=bold)[0]
-    room = width - text_width(mark + index, size, bold=bold)
-    return fitted(name, room, size, bold=bold)[0] + mark + index
+def bar_rows(
+    concepts: Iterable[tuple[str, float]], n_remaining: int = 0, remaining: float = 0.0
+) -> list[tuple[str, float, str]]:
+    """The rows of some concepts, and of the sum of the others if there are any."""
+    rows = [(label, value, sign_colour(value)) for label, value in concepts]
+    return [*rows, (others(n_remaining), remaining, REST)] if n_remaining else rows
 
 
 def latex_escaped(text: str) -> str:
@@ -214,8 +232,10 @@ def decimals(values: Iterable[float]) -> int:
 
 
 def signed(value: float, digits: int) -> str:
-    """`+1.23` or `−0.40`, with a minus sign as wide as the plus sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """`+1.23` or `−0.40`, with a minus sign as wide as the plus sign; `+3e−05` for what would be rounded to 0 or is huge."""
+    tiny = value != 0 and abs(value) < 0.5 * 10**-digits
+    text = f"{value:+.0e}" if tiny else f"{value:+.2e}" if abs(value) >= 1e6 else f"{value:+.{digits}f}"
+    return text.replace("-", "−")
 
 
 def others(n: int) -> str:

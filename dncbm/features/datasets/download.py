@@ -1,30 +1,16 @@
 """Downloading Conceptual Captions with img2dataset: from Google's two TSV files to webdataset shards."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
+from dncbm.runs import commands
+from dncbm.runs.declarations import Download
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import Outcome
 from dncbm.runs.settings import Settings
-from dncbm.runs.stage import Stage
-from sparse_autoencoder.declare import setting
 from sparse_autoencoder.files import whole_file
 
 HEADER = "caption\turl"
-
-
-@dataclass(frozen=True)
-class Download:
-    """Which images are downloaded, and how. The defaults are the paper's."""
-
-    train_tsv: Path = setting(Path(), "the training TSV, as downloaded", positional=True)
-    val_tsv: Path = setting(Path(), "the validation TSV", positional=True)
-    output: Path = setting(Path("datasets/cc3m"), "folder of the shards", flag="output_folder")
-    image_size: int = setting(256, "pixels per side of the square that images are fitted into", least=1)
-    processes: int = setting(16, "processes that download", flag="processes_count", least=1)
-    threads: int = setting(64, "connections at a time, over all processes", flag="thread_count", least=1)
-    shard_size: int = setting(10_000, "image addresses per shard", flag="number_sample_per_shard", least=1)
 
 
 def download_cc3m(settings: Settings, download: Download, *, device: str = "auto", overwrite: bool = False) -> Outcome:
@@ -106,7 +92,4 @@ def _pattern(shards: list[Path]) -> str:
     return str(shards[0].with_name(f"{{{first}..{last}}}.tar"))
 
 
-DOWNLOAD = Stage(
-    name="download", script="00_download_cc3m.py", function=download_cc3m, takes=(Download,),
-    summary="Download Conceptual Captions from its two TSV files, as webdataset shards.",
-)  # fmt: skip
+DOWNLOAD = commands.DOWNLOAD.stage(function=download_cc3m)

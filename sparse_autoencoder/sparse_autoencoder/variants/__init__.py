@@ -32,8 +32,8 @@ def sparsity_from_json(text: str) -> Sparsity:
     Raises ValueError if the text names no variant of VARIANTS, or its parameters are wrong."""
     try:
         return _from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"unknown sparsity {text!r} ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"unknown sparsity {text[:200]!r} ({str(error)[:200]})") from error
 
 
 def _from_dict(parameters: dict[str, Any]) -> Sparsity:

@@ -1,15 +1,19 @@
 """The interface that the sparsity variants implement."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from sparse_autoencoder import kernels
 from sparse_autoencoder.declare import check
-from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
+
+if TYPE_CHECKING:  # Command lines name the variants; torch and numba are imported where they are needed.
+    import torch
+    from torch import Tensor, nn
+
+    from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Sparsity:
     has_kernels: ClassVar[bool] = False  # whether the sparse step can compute this variant
     resamples: ClassVar[bool] = False  # whether DN-CBM's resampling restarts dead latents
     aux_coeff = 0.0  # weight of AuxK's loss on dead latents
+    sparser: ClassVar[str] = "make the code sparser"  # what makes fewer latents active, as advice
+    denser: ClassVar[str] = "make the code less sparse"
 
     def __init_subclass__(cls, *, kernels: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -39,7 +45,7 @@ class Sparsity:
         return self.kind
 
     @property
-    def code(self) -> "Sparsity":
+    def code(self) -> Sparsity:
         """The variant that makes the code: itself, unless it wraps another."""
         return self
 
@@ -100,6 +106,8 @@ class Sparsity:
     def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
         """The entries above `level` of n items, from pre-activations without their bias (n x F).
         `out` is working memory: latents and values (both n x F), and row starts (n + 1)."""
+        from sparse_autoencoder import kernels
+
         kernels.select_above(pre, bias, bias, np.float32(level), *out)
         return kernels.packed(*out)
 

@@ -1,13 +1,16 @@
 """BatchTopK: the largest pre-activations of a batch, k per item on average."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from sparse_autoencoder.kernels import Array
 from sparse_autoencoder.variants.largest_k import LargestK
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparse_autoencoder.kernels import Array
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class BatchTopK(LargestK, kernels=True):
     threshold_decay: ClassVar[float] = 0.99
 
     def extra_buffers(self, n_latents: int) -> dict[str, Tensor]:
+        import torch
+
         return {"threshold": torch.zeros(())}
 
     def threshold(self, model: nn.Module) -> Tensor | None:
@@ -30,19 +35,21 @@ class BatchTopK(LargestK, kernels=True):
 
     def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         if not training:
-            return torch.where(pre > (0 if threshold is None else threshold), pre, 0).clamp_min(0)
+            return pre.where(pre > (0 if threshold is None else threshold), 0).clamp_min(0)
         values, indices = pre.flatten().topk(min(self.k * len(pre), pre.numel()), sorted=False)
-        return torch.zeros_like(pre).flatten().scatter(0, indices, torch.relu(values)).view_as(pre)
+        return pre.new_zeros(pre.shape).flatten().scatter(0, indices, values.relu()).view_as(pre)
 
-    @torch.no_grad()
     def after_batch(self, model: nn.Module, latents: Tensor) -> None:
         """Updates the running mean of the threshold; a batch without active latents leaves it as it was."""
+        import torch
+
         threshold = model.get_buffer("threshold")
         if latents.numel() == 0:
             return
-        smallest = torch.where(latents > 0, latents, torch.inf).min().to(threshold.dtype)
-        mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
-        threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
+        with torch.no_grad():
+            smallest = torch.where(latents > 0, latents, torch.inf).min().to(threshold.dtype)
+            mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
+            threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
 
     def level(self, threshold: Array | None) -> float:
         assert threshold is not None

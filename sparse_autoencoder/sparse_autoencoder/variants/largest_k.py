@@ -1,11 +1,15 @@
 """The number k and the AuxK loss on dead latents, which TopK and BatchTopK share."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from sparse_autoencoder.declare import setting
 from sparse_autoencoder.variants.base import Sparsity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,9 @@ class LargestK(Sparsity):
     latents reconstruct the code's residual; the loss adds `aux_coeff` times the mean squared error of that reconstruction.
     If `aux_k` is None, it is half the number of inputs, as in the paper.
     """
+
+    sparser: ClassVar[str] = "lower --k"
+    denser: ClassVar[str] = "raise --k"
 
     k: int = setting(32, "active latents per item", least=1)
     aux_coeff: float = 1 / 32

@@ -31,6 +31,14 @@ class Matryoshka(Sparsity, kernels=True):
             raise ValueError(f"Matryoshka: fractions must rise from above 0 to 1, not {self.fractions}")
 
     @property
+    def sparser(self) -> str:  # type: ignore[override]
+        return self.code.sparser
+
+    @property
+    def denser(self) -> str:  # type: ignore[override]
+        return self.code.denser
+
+    @property
     def name_part(self) -> str:
         return f"matryoshka_{self.code.name_part}"
 

@@ -1,17 +1,21 @@
 """ReLU under an L1 penalty: the SAE of DN-CBM."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sparse_autoencoder import kernels
 from sparse_autoencoder.declare import setting
-from sparse_autoencoder.kernels import Array, ItemMajor
 from sparse_autoencoder.variants.base import Sparsity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sparse_autoencoder.kernels import Array, ItemMajor
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class ReLU(Sparsity, kernels=True):
 
     kind: ClassVar[str] = "relu"
     resamples: ClassVar[bool] = True
+    sparser: ClassVar[str] = "raise --l1_coeff"
+    denser: ClassVar[str] = "lower --l1_coeff"
 
     l1_coeff: float = setting(3e-5, "weight of the L1 loss", least=0)
 
@@ -39,12 +45,14 @@ class ReLU(Sparsity, kernels=True):
         bias.uniform_(-bias_bound, bias_bound, generator=generator)
 
     def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
-        return torch.relu(pre)
+        return pre.relu()
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
         return self.l1_coeff * latents.abs().sum(dim=1)
 
     def penalties(self, entries: ItemMajor) -> Array:
+        from sparse_autoencoder import kernels
+
         return np.float32(self.l1_coeff) * kernels.item_sums(entries)[0]
 
     def add_slopes(self, entries: ItemMajor, n_items: int) -> None:

@@ -1,14 +1,16 @@
 """TopK: the k largest pre-activations of each item."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from sparse_autoencoder import kernels
-from sparse_autoencoder.kernels import Array, ItemMajor, Selection
 from sparse_autoencoder.variants.largest_k import LargestK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparse_autoencoder.kernels import Array, ItemMajor, Selection
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class TopK(LargestK, kernels=True):
 
     def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         values, indices = pre.topk(min(self.k, pre.shape[1]), dim=1, sorted=False)
-        return torch.zeros_like(pre).scatter(1, indices, torch.relu(values))
+        return pre.new_zeros(pre.shape).scatter(1, indices, values.relu())
 
     def select(self, pre: Array, bias: Array, threshold: Array | None, level: float, out: Selection) -> ItemMajor:
+        from sparse_autoencoder import kernels
+
         kernels.select_largest(pre, bias, self.k, *out)
         return kernels.packed(*out)

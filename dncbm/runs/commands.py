@@ -1,0 +1,187 @@
+"""The command line of each stage: all that `--help` needs, without importing what the stage computes with.
+
+A module of a higher room adds the rest beside its function: `SAE = commands.SAE.stage(function=train_sae, ...)`.
+"""
+
+from dataclasses import dataclass
+
+from dncbm.runs.declarations import (
+    BestRuns,
+    Clusters,
+    Download,
+    Drawing,
+    Explained,
+    Extraction,
+    LatentSelection,
+    NamedEncoder,
+    NamedSAE,
+    ProbeDataset,
+    ProbeFeatures,
+    ProbeRun,
+    ProbeSchedule,
+    Prompts,
+    Ranking,
+    SAEFeatures,
+    SAERun,
+    Selection,
+    ShownDatasets,
+    Splits,
+    Tracking,
+)
+from dncbm.runs.stage import Command
+
+DOWNLOAD = Command(
+    name="download",
+    script="00_download_cc3m.py",
+    summary="Download Conceptual Captions from its two TSV files, as webdataset shards.",
+    takes=(Download,),
+    place="dncbm.features.datasets.download:DOWNLOAD",
+)
+SAE_FEATURES = Command(
+    name="sae_features",
+    script="01_save_cc3m_features.py",
+    summary="Extract the features of the images that the SAE is trained on.",
+    takes=(SAEFeatures, Extraction),
+    several_processes=True,
+    place="dncbm.features.stage:SAE_FEATURES",
+)
+SAE = Command(
+    name="sae",
+    script="02_train_sae_img.py",
+    summary="Train the sparse autoencoder.",
+    takes=(SAERun, Tracking),
+    trains=(SAERun,),
+    place="dncbm.concepts.sae:SAE",
+)
+VOCABULARY = Command(
+    name="vocabulary",
+    script="03_save_vocab_embeddings.py",
+    summary="Embed the words that may name a latent.",
+    takes=(NamedEncoder,),
+    place="dncbm.concepts.vocabulary:VOCABULARY",
+)
+NAMES = Command(
+    name="names",
+    script="04_assign_names.py",
+    summary="Name each latent of the sparse autoencoder after its nearest word.",
+    takes=(SAERun,),
+    place="dncbm.concepts.naming:NAMES",
+)
+PROBE_FEATURES = Command(
+    name="probe_features",
+    script="05_save_probe_features.py",
+    summary="Extract the labels, the split and the features of the images that the probe classifies.",
+    takes=(ProbeFeatures, Splits, Extraction),
+    several_processes=True,
+    place="dncbm.features.stage:PROBE_FEATURES",
+)
+STRENGTHS = Command(
+    name="strengths",
+    script="06_save_concept_strengths.py",
+    summary="Compute the concept strengths of the images that the probe classifies.",
+    takes=(SAERun, ProbeDataset, Splits),
+    place="dncbm.concepts.strengths:STRENGTHS",
+)
+PROBE = Command(
+    name="probe",
+    script="07_train_linear_probe.py",
+    summary="Train and evaluate the sparse linear probe on concept strengths, or with --probe_on_features the baseline.",
+    takes=(SAERun, ProbeRun, ProbeSchedule, Tracking),
+    trains=(ProbeRun,),
+    place="dncbm.probe.stage:PROBE",
+)
+ZERO_SHOT = Command(
+    name="zero_shot",
+    script="08_zero_shot.py",
+    summary="Evaluate the zero-shot baseline: features classified by the nearest description of a class.",
+    takes=(ProbeFeatures, Prompts),
+    place="dncbm.probe.zero_shot:ZERO_SHOT",
+)
+RESULTS_TABLE = Command(
+    name="results_table",
+    script="09_results_table.py",
+    summary="Print the paper's table, with our figures beside the published ones, and write it as Markdown, CSV and LaTeX.",
+    takes=(NamedSAE, BestRuns),
+    place="dncbm.probe.results_table:RESULTS_TABLE",
+)
+NEC = Command(
+    name="nec",
+    script="10_accuracy_at_nec.py",
+    summary="Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions.",
+    takes=(SAERun, ProbeDataset),
+    place="dncbm.explain.plotting.nec_curve:NEC_AND_FIGURE",
+)
+
+
+# ---------------------------------------------------------------------------------------------------- explanations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The two command lines of a kind of explanation: its dump and its plot."""
+
+    name: str
+    script: str
+    """Name of its two scripts, without `_dump.py` and `_plot.py`."""
+    dump_summary: str
+    plot_summary: str
+    takes: tuple[type, ...]
+    """The declarations that name an explanation."""
+    dump_takes: tuple[type, ...] = ()
+    """Declarations that only the dump reads."""
+    selects: type[LatentSelection] = Selection
+    """What chooses the figures to draw."""
+    options: tuple[type, ...] = ()
+    """Declarations that only the plot reads."""
+
+    @property
+    def commands(self) -> tuple[Command, Command]:
+        """Those of the dump and of the plot."""
+        dump = Command(
+            name=f"{self.name}_dump",
+            script=f"visualization/{self.script}_dump.py",
+            summary=self.dump_summary,
+            takes=(*self.takes, *self.dump_takes, self.selects),
+            place=f"dncbm.explain.dumps.{self.name}:DUMP",
+        )
+        plot = Command(
+            name=f"{self.name}_plot",
+            script=f"visualization/{self.script}_plot.py",
+            summary=self.plot_summary,
+            takes=(*self.takes, self.selects, Drawing, *self.options),
+            place=f"dncbm.explain.plotting.{self.name}:PLOT",
+        )
+        return dump, plot
+
+
+TASK_AGNOSTICITY = Explanation(
+    name="task_agnosticity",
+    script="vis_task_agnosticity",
+    dump_summary="Compute which images of every probe data set activate each latent most.",
+    plot_summary="Draw latents with their top images of every probe data set.",
+    takes=(SAERun, Explained),
+    dump_takes=(ShownDatasets,),
+    selects=LatentSelection,
+)
+META_CLUSTERS = Explanation(
+    name="meta_clusters",
+    script="vis_meta_clustering",
+    dump_summary="Cluster the images of a split by their concept strengths.",
+    plot_summary="Draw meta clusters with their images and concepts.",
+    takes=(SAERun, ProbeDataset, Explained, Clusters),
+)
+LOCAL_EXPLANATIONS = Explanation(
+    name="local_explanations",
+    script="vis_local_explanations",
+    dump_summary="Compute which concepts each prediction is made of.",
+    plot_summary="Draw images with the concepts that their predictions are made of.",
+    takes=(SAERun, ProbeRun, Explained),
+)
+GLOBAL_EXPLANATIONS = Explanation(
+    name="global_explanations",
+    script="vis_global_explanations",
+    dump_summary="Compute which concepts lead each class.",
+    plot_summary="Draw classes with the concepts that lead them.",
+    takes=(SAERun, ProbeRun, Explained),
+    options=(Ranking,),
+)
