@@ -62,7 +62,17 @@ def train_sae(
     inputs = {"train features": data.folder, "train_val features": validation.folder}
     recipe = identity(run)
     files = partial(artifacts.sae_files, run)
-    with making(target, SAE.name, recipe, inputs, overwrite=overwrite, run=values(run), files=files, scratch=[state]) as work:
+    with making(
+        target,
+        SAE.name,
+        recipe,
+        inputs,
+        overwrite=overwrite,
+        run=values(run),
+        files=files,
+        scratch=[state],
+        before=partial(resolve_device, device),
+    ) as work:
         if not work.needed:
             return work.outcome
         if is_constant(data):

@@ -4,6 +4,7 @@ import os
 import struct
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,7 +64,9 @@ def save_concept_strengths(
         inputs = {"SAE": sae_path(settings, run), f"{split} features": store.folder}
         check_same_encoder(inputs["SAE"], store.folder)
         shown = values(run) | values(images) | values(Splits(split))
-        with making(folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown) as work:
+        with making(
+            folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown, before=partial(resolve_device, device)
+        ) as work:
             if not work.needed:
                 continue
             outcome = Outcome.RAN
@@ -83,7 +86,7 @@ def save_concept_strengths(
 def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int) -> dict[str, Any]:
     """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
 
-    Returns `images`, their number, and `l0`, the mean number of active latents.
+    Returns `images`, their number, `latents`, F, and `l0`, the mean number of active latents.
     """
     device = sae.encoder_weight.device
     with tqdm(desc=title, total=len(store), unit="image") as bar:
@@ -94,7 +97,7 @@ def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, titl
                 _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
             bar.update(len(np.load(path, mmap_mode="r")))
     n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
-    return {"images": len(store), "l0": n_active / len(store)}
+    return {"images": len(store), "latents": sae.n_latents, "l0": n_active / len(store)}
 
 
 def _is_whole(path: Path, n_latents: int, n_images: int) -> bool:
@@ -148,7 +151,7 @@ def map_part(path: Path) -> dict[str, NDArray[Any]]:
         return part
     except Exception as error:  # a damaged file can raise anything
         what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"cannot read the concept strengths {path}: {what}; run {STRENGTHS.command('--overwrite')}") from error
+        raise UserError(f"cannot read the concept strengths {path}: {what}; run {_AGAIN}") from error
 
 
 def check_part(part: dict[str, NDArray[Any]]) -> None:
@@ -232,7 +235,7 @@ def _parts(folder: Path) -> list[Path]:
     """The parts of finished strengths in order. Raises UserError if there are none."""
     parts = sorted(folder.glob(PARTS))
     if not parts:
-        raise UserError(f"the concept strengths {folder} have no parts: run {STRENGTHS.command('--overwrite')}")
+        raise UserError(f"the concept strengths {folder} have no parts: run {_AGAIN}")
     return parts
 
 
@@ -240,14 +243,15 @@ def load_concept_strengths(settings: Settings, run: SAERun, dataset: str, split:
     """The concept strengths of a split. Raises as `finished_strengths`, and UserError if a part is damaged."""
     folder = finished_strengths(settings, run, dataset, split)
     parts = {path: map_part(path) for path in _parts(folder)}
-    width = next(iter(parts.values()))["shape"][1]
+    details = read_manifest(folder)["details"]
+    width = details.get("latents", next(iter(parts.values()))["shape"][1])
     for path, part in parts.items():
         try:
             check_part(part)
             if part["shape"][1] != width:
-                raise ValueError(f"it has {part['shape'][1]} latents, and the first part {width}")
+                raise ValueError(f"it has {part['shape'][1]} latents instead of {width}")
         except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; run {STRENGTHS.command('--overwrite')}") from error
+            raise UserError(f"{path} is damaged: {error}; run {_AGAIN}") from error
     return merge_parts(list(parts.values()))
 
 
@@ -278,3 +282,5 @@ STRENGTHS = commands.STRENGTHS.stage(
     outputs=lambda artifacts, run, images, splits: [artifacts.strengths(run, images.dataset, split) for split in splits.names],
     makes="the concept strengths",
 )
+_AGAIN = STRENGTHS.command("--overwrite --verify", "with the SAE's flags")
+"""How damaged strengths are made again: their sizes may be right, and are all that is compared without --verify."""

@@ -1,6 +1,7 @@
 """The words that may name a latent, and their text embeddings."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -73,7 +74,15 @@ def save_vocabulary_embeddings(
         return Outcome.PROVIDED
     words, recipe = read_words(settings), describe_encoder(settings, encoder.encoder, [target])
     inputs = {"words": artifacts.words()}
-    with making(target, VOCABULARY.name, recipe, inputs, overwrite=overwrite, run=values(encoder)) as work:
+    with making(
+        target,
+        VOCABULARY.name,
+        recipe,
+        inputs,
+        overwrite=overwrite,
+        run=values(encoder),
+        before=partial(resolve_device, device),
+    ) as work:
         if work.needed:
             loaded = load_encoder(settings, encoder.encoder, resolve_device(device))
             embeddings = []
@@ -102,7 +111,7 @@ def load_vocabulary(settings: Settings, encoder: str) -> Vocabulary:
         raise VOCABULARY.missing("the embeddings", path, "--img_enc_name", encoder)
     check_chain(path)
     ours = path == artifacts.embeddings(encoder)
-    do = f"run {VOCABULARY.command('--img_enc_name', encoder, '--overwrite')}" if ours else "remove the file"
+    do = f"run {VOCABULARY.command('--img_enc_name', encoder, '--overwrite --verify')}" if ours else "remove the file"
     try:
         found = np.load(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
         embeddings = torch.as_tensor(found)

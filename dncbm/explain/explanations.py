@@ -66,7 +66,8 @@ def predict(
     parts = []
     for batch, truth in data.batches(batch_size, weight.device):
         logits = probe_model.linear(batch, weight)
-        highest, classes = logits.max(dim=1)
+        classes = logits.argmax(dim=1)  # of equal logits the lower class, as in the probe's accuracy
+        highest = logits.gather(1, classes[:, None])[:, 0]
         probability = (highest - logits.logsumexp(dim=1)).exp()
         parts.append((classes, highest, probability, logits.gather(1, truth[:, None])[:, 0]))
     return Predictions(*(torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)))

@@ -335,10 +335,11 @@ def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[s
             )
     if n_bad > max_bad_fraction * (images + n_bad):
         worst = max(range(len(records)), key=lambda shard: bad_in[shard].total())
+        of = f"{n_bad} of {counted(images + n_bad, 'image')} {'is' if n_bad == 1 else 'are'} unreadable ({reasons})"
         raise UserError(
-            f"{n_bad} of {counted(images + n_bad, 'image')} are unreadable ({reasons}), more than --max_bad_fraction "
-            f"{max_bad_fraction}, most of them in {shards.name(worst)}; {folder}/*.json list them: fix the data and run the "
-            "same command again, which reads only the shards that changed, or allow a larger fraction"
+            f"{of}, more than --max_bad_fraction {max_bad_fraction}, most of them in {shards.name(worst)}; {folder}/*.json "
+            "list them: fix the data and run the same command again, which reads only the shards that changed, or allow a "
+            "larger fraction"
         )
     if n_bad:
         print(f"skipped {counted(n_bad, 'unreadable image')}: {reasons}")

@@ -83,7 +83,7 @@ def _probe_split(
             f"needed to hold a tenth out; probe_datasets[{dataset!r}] in {settings.path} names the folder"
         )
     split_file = artifacts.probe_split(dataset)
-    hashes = {f"{split} images of {dataset}": _labels_hash(found) for split, found in images.items()}
+    hashes = {f"{split} images of {dataset}": labels_hash(found) for split, found in images.items()}
     with making(split_file, PROBE_FEATURES.name, {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite) as work:
         if work.needed:
             for note in dict.fromkeys(note for found in images.values() for note in found.notes):
@@ -103,7 +103,7 @@ def _probe_split(
     return images, indices
 
 
-def _labels_hash(images: ProbeImages) -> str:
+def labels_hash(images: ProbeImages) -> str:
     """Hash of what the labels are: which image has which. An image that was replaced or repaired keeps its label."""
     names = images.image_names
     if names is None:
@@ -137,6 +137,7 @@ def _save(
         make = partial(
             making, folder, stage.name, described, {f"{split} images of {features.dataset}": shards.fingerprint(), **labels},
             overwrite=overwrite, run=values(features) | values(extraction), parts_hold=partial(are_from, shards, folder),
+            before=partial(resolve_device, device_name(device, ranks)),
         )  # fmt: skip
         with ranks.first(make) as work:
             if not work.needed:
@@ -219,6 +220,17 @@ def open_features(settings: Settings, dataset: str, encoder: str, hook: str, spl
     return FeatureStore(Artifacts(settings).features(dataset, encoder, hook, split), made_by)
 
 
+def are_extracted(settings: Settings, images: ProbeImages, dataset: str, encoder: str, hook: str, split: str) -> bool:
+    """Whether images of an own split are those that the features of a split were extracted from, as far as that is known."""
+    artifacts = Artifacts(settings)
+    folder, indices_file = artifacts.features(dataset, encoder, hook, split), artifacts.split_indices(dataset, split)
+    if not manifest_path(folder).is_file():
+        return True
+    indices = np.load(indices_file) if indices_file.is_file() else np.arange(len(images.labels))
+    recorded = read_manifest(folder)["inputs"].get(f"{split} images of {dataset}")
+    return recorded in (None, ProbeShards(images, indices).fingerprint())
+
+
 def features_background(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> str:
     """The background behind transparent images of which the features of a split were made; `none` if there are none."""
     folder = Artifacts(settings).features(dataset, encoder, hook, split)
@@ -235,7 +247,7 @@ def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.
     if not path.is_file():
         raise PROBE_FEATURES.missing("the labels", path, "--probe_dataset", dataset)
     n_classes = len(probe_class_names(settings, dataset))
-    again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
+    again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite --verify")
     try:
         labels = np.load(path)
         if labels.ndim != 1 or labels.dtype != np.int64:
@@ -265,6 +277,6 @@ def probe_class_names(settings: Settings, dataset: str) -> list[str]:
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("`class_names` is no list of names")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
+        again = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite --verify")
         raise UserError(f"cannot read the class names {path}: {first_line(error)}; run {again}") from error
     return names

@@ -193,7 +193,16 @@ def accuracy_at_nec(
     check_results(artifacts.probe_results())
     seed, shown = run.training.seed, values(run) | values(images)
     states = [artifacts.nec_state(run, dataset, on) for on in INPUTS]
-    with making(folder, NEC.name, {"seed": seed}, inputs, overwrite=overwrite, run=shown, scratch=states) as work:
+    with making(
+        folder,
+        NEC.name,
+        {"seed": seed},
+        inputs,
+        overwrite=overwrite,
+        run=shown,
+        scratch=states,
+        before=partial(resolve_device, device),
+    ) as work:
         if not work.needed:
             return work.outcome
         torch_device = resolve_device(device)

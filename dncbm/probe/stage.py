@@ -61,7 +61,15 @@ def train_linear_probe(
     shown = values(ImageEncoder(run.encoder, run.hook) if probe.on_features else run) | values(probe)
     files = partial(artifacts.probe_files, run, probe)
     with making(
-        target, PROBE.name, identity(probe), inputs, overwrite=overwrite, run=shown, files=files, scratch=[state]
+        target,
+        PROBE.name,
+        identity(probe),
+        inputs,
+        overwrite=overwrite,
+        run=shown,
+        files=files,
+        scratch=[state],
+        before=partial(resolve_device, device),
     ) as work:
         if not work.needed:
             return work.outcome

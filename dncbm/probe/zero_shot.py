@@ -1,12 +1,13 @@
 """The zero-shot baseline: features are classified by the nearest class description, without training."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from dncbm.features.datasets.probe import display_name
-from dncbm.features.encoders import Encoder, describe_encoder, load_encoder
+from dncbm.features.encoders import Encoder, check_same_encoder, describe_encoder, load_encoder
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names
 from dncbm.probe.fit import save_probe
 from dncbm.probe.model import evaluate_probe
@@ -59,8 +60,18 @@ def evaluate_zero_shot(
     inputs = {f"{split} features": store.folder for split, store in stores.items()}
     inputs["split"] = artifacts.probe_split(dataset)
     check_results(artifacts.probe_results())
-    described = describe_encoder(settings, features.encoder) | {"templates": templates}
-    with making(target, ZERO_SHOT.name, described, inputs, overwrite=overwrite, run=values(features)) as work:
+    encoder_now = describe_encoder(settings, features.encoder, [target])
+    check_same_encoder(stores["val"].folder, encoder_now)  # other texts would be compared with the images
+    described = encoder_now | {"templates": templates}
+    with making(
+        target,
+        ZERO_SHOT.name,
+        described,
+        inputs,
+        overwrite=overwrite,
+        run=values(features),
+        before=partial(resolve_device, device),
+    ) as work:
         if not work.needed:
             return work.outcome
         names = [display_name(name) for name in probe_class_names(settings, dataset)]

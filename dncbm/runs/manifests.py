@@ -76,6 +76,7 @@ def making(
     files: Callable[[], Iterable[Path]] | None = None,
     scratch: Iterable[Path] = (),
     parts_hold: Callable[[], bool] = lambda: False,
+    before: Callable[[], object] = lambda: None,
 ) -> Iterator[Work]:
     """Make an artifact unless it exists already, made from the same settings and inputs.
 
@@ -95,6 +96,7 @@ def making(
         scratch: the state of unfinished work, removed as soon as the artifact is finished.
         parts_hold: whether the parts of an interrupted run stay valid although the inputs have changed, because each part
             records what it was made from.
+        before: called if there is work, before anything is removed; it may raise what would end the work.
 
     Raises:
         StaleArtifact: the artifact exists, finished or not, but was made from other settings or inputs, or was edited, and
@@ -116,6 +118,7 @@ def making(
                 path.unlink(missing_ok=True)
         yield Work(Outcome.ALREADY_DONE)
         return
+    before()
     with locked(artifact):
         work = Work(_begin(artifact, recipe, overwrite, files, parts_hold))
         yield work
@@ -208,8 +211,13 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         keys = made[part].keys() | wanted[part].keys()
         return sorted(key for key in keys if made[part].get(key) != wanted[part].get(key))
 
-    settings = [f"{k} was {made['settings'].get(k)!r}, now {wanted['settings'].get(k)!r}" for k in differing("settings")]
-    return settings + [f"{key} has changed" for key in differing("inputs")]
+    def phrase(key: str) -> str:
+        was, now = made["settings"].get(key), wanted["settings"].get(key)
+        if not isinstance(was, dict) or not isinstance(now, dict):
+            return f"{key} was {was!r}, now {now!r}"
+        return f"{key} of {', '.join(sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k)))} changed"
+
+    return [*map(phrase, differing("settings")), *(f"{key} has changed" for key in differing("inputs"))]
 
 
 def _parts(artifact: Path, files: Callable[[], Iterable[Path]] | None) -> list[Path]:

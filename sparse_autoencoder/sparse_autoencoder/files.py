@@ -69,8 +69,8 @@ def _failure(error: BaseException, path: Path, temporary: Path) -> OSError | Non
 
     safetensors wraps the system's error in its own, and numpy reports a short write without a number.
     """
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))):
+        number = int(found[1] or found[2])
         return OSError(number, os.strerror(number), str(path))
     if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
         return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))

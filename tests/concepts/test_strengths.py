@@ -23,7 +23,7 @@ from dncbm.concepts.strengths import (
 )
 from dncbm.features.stage import open_features
 from dncbm.runs.declarations import SPLITS, ProbeDataset, SAERun, Splits
-from dncbm.runs.manifests import Outcome, making, read_manifest
+from dncbm.runs.manifests import Outcome, making, read_manifest, verifying_hashes
 from sparse_autoencoder import (
     BatchTopK,
     JumpReLU,
@@ -290,6 +290,7 @@ DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
     "keys missing": lambda part: part.pop("keys"),
     "rows too many": lambda part: part["shape"].__setitem__(0, 18),
     "latents too many": lambda part: part["shape"].__setitem__(1, 21),
+    "latents very many": lambda part: part["shape"].__setitem__(1, 2**50),
     "objects": lambda part: part.update(data=part["data"].astype(object)),
 }
 
@@ -301,6 +302,28 @@ def test_what_compiled_code_would_read_astray_is_refused(mine, refusal, damage: 
     damaged = rewritten(part, DAMAGE[damage])
     write_artifact(folder(mine), {path: path.read_bytes() for path in folder(mine).glob("*.npz")} | {part: damaged})
     with refusal(part, "06_save_concept_strengths.py --overwrite"):
+        load(mine)
+
+
+def test_damage_that_changes_no_size_is_mended_as_the_error_says(mine, refusal) -> None:
+    save(mine)
+    part = folder(mine) / "00002.npz"
+    whole = part.read_bytes()
+    part.write_bytes(rewritten(part, DAMAGE["column too large"]))
+    assert part.stat().st_size == len(whole)
+    with refusal(part, "--overwrite --verify"):
+        load(mine)
+    with verifying_hashes():
+        assert save(mine, overwrite=True) is Outcome.RAN
+    assert part.read_bytes() == whole
+
+
+def test_the_number_of_latents_is_kept_apart_from_the_parts(mine, refusal) -> None:
+    save(mine)
+    assert read_manifest(folder(mine))["details"]["latents"] == 20
+    for part in folder(mine).glob("*.npz"):
+        part.write_bytes(rewritten(part, DAMAGE["latents very many"]))
+    with refusal(folder(mine), "latents instead of 20"):
         load(mine)
 
 

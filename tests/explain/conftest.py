@@ -16,7 +16,7 @@ from dncbm.cli import main
 from dncbm.concepts import strengths as concepts
 from dncbm.concepts.naming import ConceptName, write_names
 from dncbm.explain.dumps.dump import Dump, Kind
-from dncbm.features.datasets.probe import probe_images
+from dncbm.features.datasets.probe import ProbeShards, probe_images
 from dncbm.probe.fit import save_probe
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Clusters, Explained, ProbeDataset, ProbeRun, SAERun, ShownDatasets
@@ -121,15 +121,25 @@ class World:
         make(folder, write)
 
     def save_classes(self, dataset: str, classes: list[str], labels: np.ndarray) -> None:
-        """As stage 5 would: the manifest knows the images as they are now."""
         path = self.artifacts.probe_split(dataset)
-        prints = {"val images of mine": probe_images(self.settings, "mine", "val").content_hash} if dataset == "mine" else {}
-        make(path, lambda: write_json(path, {"class_names": classes}), inputs=prints)
+        make(path, lambda: write_json(path, {"class_names": classes}))
         np.save(self.artifacts.labels(dataset, "val"), labels)
+
+    def save_features(self, dataset: str) -> None:
+        """Features of val, as if they had just been extracted; nothing reads more than the manifest."""
+        images = probe_images(self.settings, dataset, "val")
+        fingerprint = ProbeShards(images, np.arange(len(images.labels))).fingerprint()
+        folder = self.artifacts.features(dataset, RUN.encoder, RUN.hook, "val")
+        make(folder, lambda: write_part(folder / "0.npz"), inputs={f"val images of {dataset}": fingerprint})
 
     def save_probe(self, weight: np.ndarray, probe: ProbeRun = PROBE, run: SAERun = RUN) -> None:
         path = self.artifacts.probe(run, probe)
         make(path, lambda: save_probe(torch.from_numpy(weight), path), values(run) | values(probe))
+
+
+def write_part(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
 
 
 def strengths(seed: int, n: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Dumps against formulas, and the files of a dump folder."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,6 +21,7 @@ from dncbm.runs.declarations import Clusters, LatentSelection, ProbeDataset, Pro
 from dncbm.runs.errors import StaleArtifact
 from dncbm.runs.manifests import read_manifest
 from sparse_autoencoder import TrainingSettings
+from sparse_autoencoder.declare import flags
 
 KINDS = [local_explanations, global_explanations, meta_clusters, task_agnosticity]
 BY_CONTRIBUTION, BY_STRENGTH = Ranking("contribution"), Ranking("strength")
@@ -65,7 +68,7 @@ class TestLocal:
 
     def test_pages_show_the_numbers(self, world, dumped) -> None:
         dump = dumped(local_explanations)
-        names = ("beach", "coast", "outdoor apartment building")
+        names = ("beach", "coast", "apartment building outdoor")
         assert dump.chosen == world.keys.tolist()
         for row, page in enumerate(local_explanations.KIND.pages(dump, dump.chosen)):
             of = {name: array[row] for name, array in dump.numbers.items()}
@@ -265,7 +268,7 @@ class TestClusters:
             labels = [dump.about["labels"][f] for f in shown]
             assert cluster.concepts == tuple(zip(labels, of["strengths"][: len(shown)].tolist(), strict=True))
             assert cluster.images == tuple(dump.files.image("places365", key) for key in of["images"])
-            assert cluster.class_name == ("beach", "coast", "outdoor apartment building")[of["class_number"]]
+            assert cluster.class_name == ("beach", "coast", "apartment building outdoor")[of["class_number"]]
             assert (cluster.size, cluster.class_share) == (of["size"], of["class_share"])
         assert len({cluster.concepts for cluster in found}) == len(found)
         first = [cluster.number for cluster in pages[0].clusters]
@@ -465,6 +468,93 @@ class TestLatents:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+class TestCommas:
+    """`--classes a,b` reaches a selection divided at the commas, those of names included."""
+
+    @pytest.mark.parametrize(
+        ("flag", "expected"),
+        [
+            ("salt, pepper", [0]),
+            ("salt,pepper", [0]),
+            ("a, b,  c, salt, pepper", [0, 1]),
+            ("salt", [2]),
+            ("salt, pepper, salt ", [0]),  # flags drop what is there twice
+            ("pepper", [3]),
+            ("pepper, salt", [2, 3]),
+        ],
+    )
+    def test_names_with_commas_are_found(self, world, dumped, flag: str, expected: list[int]) -> None:
+        names = ["salt, pepper", "a,b, c", "salt", "pepper"]
+        world.save_names(names + [f"w{i}" for i in range(10)])
+        dump = dumped(task_agnosticity, limit=1)
+        wanted = flags(LatentSelection)["concepts"].parse(flag)
+        assert sorted(items(dump, task_agnosticity, concepts=wanted)) == expected
+
+    def test_unknown_ones_are_named(self, dumped, refusal) -> None:
+        with refusal("--concepts", "'nothing'"):
+            dumped(task_agnosticity, concepts=("dog", "nothing", "sea"))
+
+
+class TestSmallWorlds:
+    """Nothing to explain is one line; little to explain is explained."""
+
+    def save(self, world, z: np.ndarray, labels: np.ndarray | None = None) -> None:
+        world.save_strengths(z.astype(np.float32), world.keys[: len(z)])
+        if labels is not None:
+            world.save_classes("places365", ["only"], labels)
+            world.save_probe(world.weight[:, :1])
+
+    @pytest.mark.parametrize("module", KINDS)
+    def test_no_images(self, world, dumped, refusal, module) -> None:
+        self.save(world, world.z[:0])
+        with refusal("val split of places365", "no images"):
+            dumped(module, datasets=("places365",))
+
+    @pytest.mark.filterwarnings("error::UserWarning")
+    @pytest.mark.parametrize("value", [0.0, 0.5])
+    @pytest.mark.parametrize("module", KINDS)
+    def test_images_that_are_all_alike(self, world, dumped, refusal, module, value: float) -> None:
+        self.save(world, np.full_like(world.z, value))
+        if module is task_agnosticity and not value:
+            with refusal("no image of places365 activates any latent"):
+                dumped(module, datasets=("places365",))
+            return
+        dump = dumped(module, datasets=("places365",), **({"k": 3} if module is meta_clusters else {}))
+        options = (Ranking(),) if module is global_explanations else ()
+        pages = module.KIND.pages(dump, dump.chosen, *options)
+        assert pages
+        assert all(module.KIND.describe(page) and page.title for page in pages)
+        if module is local_explanations:
+            assert {page.predicted for page in pages} == {"beach"} or value, "the first of equal logits"
+
+    @pytest.mark.parametrize("module", KINDS)
+    def test_one_image_of_one_class(self, world, dumped, refusal, module) -> None:
+        self.save(world, world.z[:1], np.zeros(61, dtype=np.int64))
+        if module is meta_clusters:
+            with refusal("has 1 image; clusters of at least 9"):
+                dumped(module)
+            return
+        dump = dumped(module, datasets=("places365",))
+        assert len(dump.chosen) == (1 if module is not task_agnosticity else np.count_nonzero(world.z[0]))
+        if module is local_explanations:
+            assert dump.numbers["probability"].tolist() == [1.0]
+
+    @pytest.mark.parametrize("module", KINDS)
+    def test_numbers_that_nothing_has(self, world, dumped, refusal, module) -> None:
+        for index in (10**6, 10**30, -1):
+            with refusal("--indices", index):
+                dumped(module, indices=(index,))
+        assert dumped(module, limit=2**63 - 1).chosen
+
+    def test_a_class_of_any_name_is_a_file(self, world, dumped) -> None:
+        world.save_classes("places365", ["猫" * 200, "../../x", "a\udcff"], np.arange(61) % 3)
+        dump = dumped(global_explanations)
+        for page in global_explanations.KIND.pages(dump, dump.chosen, BY_STRENGTH):
+            path = dump.files.page(page.name, "pdf")
+            assert path.parent == dump.files.figures
+            assert len(path.name.encode()) < 200
+
+
 class TestFolder:
     def test_it_holds_data_and_no_pickles(self, dumped) -> None:
         dump = dumped(local_explanations, limit=5)
@@ -535,6 +625,42 @@ class TestFolder:
         with refusal("image 8", "empty file"):
             dumped(local_explanations, indices=(8,))
 
+    def test_thumbnails_are_of_the_images_that_were_encoded(
+        self, world, dumped, refusal, image_colour, tmp_path: Path
+    ) -> None:
+        """Images that were replaced: first without, then with features of their own, which happen to be the same."""
+        world.save_probe(world.weight, ProbeRun("mine"))
+        world.save_features("mine")
+        files = dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7)).files
+        for index in range(10):
+            Image.new("RGB", (40, 40), "lime").save(tmp_path / "mine" / "val" / "ab"[index // 5] / f"{index}.png")
+
+        def colour(index: int) -> tuple[int, int, int]:
+            with Image.open(files.image("mine", index)) as image:
+                return np.asarray(image)[8, 8].astype(int)
+
+        dumped(local_explanations, probe=ProbeRun("mine"), indices=(2,))
+        assert np.abs(colour(2) - image_colour("mine val", 2)).max() < 12
+        for overwrite in (False, True):
+            with refusal("images of the val split of mine", "05_save_probe_features.py"):
+                dumped(local_explanations, probe=ProbeRun("mine"), indices=(3,), overwrite=overwrite)
+        assert Dump(files).chosen == [2, 7]
+        world.save_features("mine")
+        assert dumped(local_explanations, probe=ProbeRun("mine"), indices=(3,)).chosen == [2, 7, 3]
+        for index in (2, 7, 3):
+            assert np.abs(colour(index) - (0, 255, 0)).max() < 12
+
+    def test_leftovers_of_killed_runs_go(self, dumped) -> None:
+        files = dumped(local_explanations, indices=(5,)).files
+        script = "import os, sys; from pathlib import Path; from sparse_autoencoder.files import whole_file\n"
+        script += "with whole_file(Path(sys.argv[1])) as t: print(t, end='', flush=True); os._exit(9)"
+        left = subprocess.run(
+            [sys.executable, "-c", script, files.image("places365", 6)], capture_output=True, text=True, check=False
+        ).stdout
+        assert Path(left).is_file()
+        dumped(local_explanations, indices=(7,))
+        assert not Path(left).exists()
+
     @pytest.mark.parametrize("where", ["square", "tqdm"])
     def test_an_interruption_does_not_wait_for_all_images(self, dumped, monkeypatch, where: str) -> None:
         """Neither one in a thread nor one between images; and the images that it left are not read again."""
@@ -597,7 +723,7 @@ class TestFolder:
             assert about["datasets"] == ["places365", "mine"]
             return
         assert about["dataset"] == "places365"
-        assert about["classes"] == ["beach", "coast", "outdoor apartment building"]
+        assert about["classes"] == ["beach", "coast", "apartment building outdoor"]
         assert about["class_folders"] == ["/b/beach", "/c/coast", "/a/apartment_building/outdoor"]
         assert about.get("probe") == (None if module is meta_clusters else world.probe.config_name)
 

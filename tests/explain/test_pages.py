@@ -353,13 +353,14 @@ def test_pages_of_replaced_images_are_drawn_again(world, dumped, drawn, monkeypa
     """Although the numbers are the same, because the features were extracted again with the same bits."""
     declared = (world.run, ProbeRun("mine"), Explained("val"), Selection(), Drawing(workers=1))
     world.save_probe(world.weight, ProbeRun("mine"))
+    world.save_features("mine")
     dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7))
     PLOT.function(world.settings, *declared)
     PLOT.function(world.settings, *declared)
     assert len(drawn) == 2
     Image.new("RGB", (99, 99)).save(world.settings.path.parent / "mine/val/a/2.png")
-    world.save_classes("mine", ["a", "b", "without images"], np.repeat([0, 1], 5))
-    dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7), overwrite=True)
+    world.save_features("mine")
+    dumped(local_explanations, probe=ProbeRun("mine"), indices=(2, 7))
     drawn.clear()
     PLOT.function(world.settings, *declared)
     assert len(drawn) == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dncbm.cli import main
+from dncbm.features.datasets import open_image
 from dncbm.features.datasets.download import Download, copy_with_header, download_cc3m
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.runs.settings import load_settings
@@ -74,7 +75,7 @@ def test_download_from_tsvs_without_header(server: str, tmp_path: Path, write_co
     assert splits["train"].endswith("cc3m/training/{00000..00001}.tar")
     assert splits["train_val"].endswith("cc3m/training/00002.tar")
     shards = WebdatasetShards(tuple(sorted((tmp_path / "cc3m/training").glob("*.tar"))))
-    images = [decode() for shard in range(len(shards)) for _, decode in shards.read(shard, pytest.fail)]
+    images = [open_image(read()) for shard in range(len(shards)) for _, read in shards.read(shard, pytest.fail)]
     assert [image.size for image in images] == [(32, 32)] * 10
 
     # The second time, complete shards are left as they are.

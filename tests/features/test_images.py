@@ -67,7 +67,9 @@ def test_a_background_lies_behind_what_is_transparent(content: bytes, background
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA")).astype(float)
     alpha = pixels[..., 3:] / 255
     expected = alpha * pixels[..., :3] + (1 - alpha) * value
-    np.testing.assert_allclose(np.asarray(to_rgb(open_image(content), background)[0]), expected, atol=1)
+    image, is_transparent = to_rgb(open_image(content), background)
+    np.testing.assert_allclose(np.asarray(image), expected, atol=1)
+    assert is_transparent == (alpha.min() < 1)
 
 
 @pytest.mark.parametrize("format", ["png", "tiff"])

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from dncbm.features.datasets import random_split
+from dncbm.features.datasets.probe import probe_images
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder
 from dncbm.features.stage import (
+    are_extracted,
     features_background,
     open_features,
     probe_class_names,
@@ -509,7 +511,7 @@ def test_fixed_images_of_a_folder_are_read_again(
     bad = tmp_path / "photos/train/c.png"
     bad.write_bytes(b"?")
     settings = make_settings(sae_datasets={"mine": "photos"})
-    with refusal("1 of 3", f"images 2 to 2 of {tmp_path / 'photos/train'}"):
+    with refusal("1 of 3", f"image 2 of {tmp_path / 'photos/train'}"):
         save_sae(settings, STRICT)
     loaded.batches.clear()
     random_image(3).save(bad)
@@ -634,6 +636,19 @@ def test_a_damaged_record_of_an_unfinished_run_is_left_by_overwriting(photos: Se
     with refusal(record, "delete it"):
         save_sae(photos)
     assert save_sae(photos, replace(LOOSE, max_bad_fraction=0.5), overwrite=True) is Outcome.RAN
+
+
+def test_images_that_were_replaced_are_not_those_of_the_features(photos: Settings, tmp_path: Path, random_image) -> None:
+    assert are_extracted(photos, probe_images(photos, "pets", "train"), "pets", "enc", "out", "train")  # nothing is known
+    save_probe(photos, dataset="pets")
+
+    def hold() -> dict[str, bool]:
+        images = {split: probe_images(photos, "pets", photos.own_split("pets", split)) for split in SPLITS}
+        return {split: are_extracted(photos, found, "pets", "enc", "out", split) for split, found in images.items()}
+
+    assert hold() == dict.fromkeys(SPLITS, True)
+    random_image(1).convert("L").save(tmp_path / "pets/val/cat/3.png")
+    assert hold() == {"train": True, "train_val": True, "val": False}
 
 
 def test_too_few_images_are_said_before_an_encoder_is_loaded(

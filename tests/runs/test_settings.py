@@ -97,26 +97,10 @@ def test_a_byte_order_mark_and_odd_folders_do_no_harm(write_config: Callable[...
     assert load_settings(moved).data_dir == folder / "data_dir"
 
 
-NOT_NAMES = [
-    "../../evil",
-    "..",
-    ".",
-    "",
-    "  ",
-    "a/b",
-    "a\\b",
-    "a\0b",
-    "a\nb",
-    "\x1b[31m",
-    "\udce9",
-    "x" * 101,
-    "ä" * 51,
-    3,
-    None,
-]
+NOT_NAMES = ["../../evil", "..", ".", "", "  ", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[31m", "\udce9", "x" * 101, "ä" * 51]
 
 
-@pytest.mark.parametrize("name", NOT_NAMES, ids=repr)
+@pytest.mark.parametrize("name", [*NOT_NAMES, 3, None], ids=repr)
 @pytest.mark.parametrize(
     ("key", "entry"), [("sae_datasets", "x"), ("probe_datasets", "x"), ("encoders", ("RN50", "openai")), ("vocabulary", None)]
 )
@@ -124,7 +108,7 @@ def test_names_that_are_no_names_of_folders_are_refused(
     write_config: Callable[..., Path], refusal, key: str, entry: Any, name: Any
 ) -> None:
     """They would lead out of the roots, or be cut off by the file system."""
-    if key == "encoders" and name in ("../evil", "a/b", "a\\b", "\udce9"):  # slashes are taken out of their folders
+    if key == "encoders" and name in ("../../evil", "a/b", "a\\b", "\udce9"):  # slashes are taken out of their folders
         name = "./.."
     if key == "vocabulary" and not isinstance(name, str):
         name = ".."

@@ -26,10 +26,10 @@ from dncbm.concepts.naming import NAMES, ConceptName, concept_labels, read_names
 from dncbm.concepts.strengths import ConceptStrengths, finished_strengths, load_concept_strengths, strengths_width
 from dncbm.features.datasets import open_image, read_file
 from dncbm.features.datasets.probe import display_name, probe_images
-from dncbm.features.stage import PROBE_FEATURES, probe_class_names, probe_labels
+from dncbm.features.stage import PROBE_FEATURES, are_extracted, features_background, probe_class_names, probe_labels
 from dncbm.probe.stage import PROBE, load_probe
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
-from dncbm.runs.declarations import SPLITS, LatentSelection, ProbeRun, SAERun, Selection
+from dncbm.runs.declarations import HOOKS, SPLITS, LatentSelection, ProbeRun, SAERun, Selection
 from dncbm.runs.devices import default_cores
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.locks import locked
@@ -129,7 +129,7 @@ class Dump:
 
     @property
     def pictured(self) -> dict[str, str]:
-        """Data set -> fingerprint of the images that its thumbnails are of; "" if it is unknown."""
+        """Data set -> fingerprint of the images that its thumbnails are of, as far as it is known."""
         found: dict[str, str] = self._choice()["images"]
         return found
 
@@ -343,28 +343,33 @@ def _choose(settings: Settings, dump: Dump, kind: Kind, selection: LatentSelecti
         earlier, pictured = [], {}
     known = set(earlier)
     chosen = earlier + [item for item in items if item not in known]
-    prints = {dataset: _images_print(settings, dataset, dump.about["split"]) for dataset in kind.images(dump, items)}
+    prints = {dataset: _images_print(settings, dump, dataset) for dataset in kind.images(dump, items)}
     stale = [dataset for dataset, found in prints.items() if pictured.get(dataset) != found]
     for dataset in stale:
         shutil.rmtree(dump.files.image(dataset, 0).parent, ignore_errors=True)
     # Written before the thumbnails are, so that those of an interrupted run count.
     write_json(dump.files.chosen, {"items": earlier, "images": pictured | prints})
     for dataset, indices in kind.images(dump, chosen if stale or overwrite else items).items():
-        _add_thumbnails(settings, dump, dataset, indices, prints[dataset], overwrite)
+        _add_thumbnails(settings, dump, dataset, indices, overwrite)
     write_json(dump.files.chosen, {"items": chosen, "images": pictured | prints})
     return items
 
 
-def _images_print(settings: Settings, dataset: str, split: str) -> str:
-    """Fingerprint of the images that the features of a split were extracted from; "" if it is unknown."""
-    path = Artifacts(settings).probe_split(dataset)
-    inputs = read_manifest(path)["inputs"] if manifest_path(path).is_file() else {}
-    return str(inputs.get(f"{settings.own_split(dataset, split)} images of {dataset}", ""))
+def _features_of(dump: Dump, dataset: str) -> tuple[str, str, str, str]:
+    """Data set, encoder, hook point and split of the features that a dump is made from."""
+    hook = read_manifest(dump.files.dump)["run"].get("hook_points", HOOKS[0])
+    return dataset, dump.about["encoder"], hook, dump.about["split"]
 
 
-def _add_thumbnails(
-    settings: Settings, dump: Dump, dataset: str, indices: Sequence[int] | Integers, images_print: str, overwrite: bool
-) -> None:
+def _images_print(settings: Settings, dump: Dump, dataset: str) -> str:
+    """Fingerprint of the images that the features were extracted from, and of what is behind transparent ones."""
+    features = _features_of(dump, dataset)
+    folder = Artifacts(settings).features(*features)
+    inputs = read_manifest(folder)["inputs"] if manifest_path(folder).is_file() else {}
+    return f"{inputs.get(f'{features[-1]} images of {dataset}', '')} {features_background(settings, *features)}"
+
+
+def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, indices: Sequence[int] | Integers, overwrite: bool) -> None:
     """Make the thumbnails that are missing; with `overwrite` those that cannot be read too."""
     thumbnails = {index: dump.files.image(dataset, index) for index in np.unique(indices).tolist()}
     missing = [index for index, path in thumbnails.items() if not path.is_file() or (overwrite and not _is_image(path))]
@@ -373,7 +378,8 @@ def _add_thumbnails(
     split = settings.own_split(dataset, dump.about["split"])
     images = probe_images(settings, dataset, split)
     extract = PROBE_FEATURES.command("--probe_dataset", dataset, "--overwrite")
-    if images_print and images.content_hash != images_print:
+    features = _features_of(dump, dataset)
+    if not are_extracted(settings, images, *features):
         raise UserError(
             f"the images of the {split} split of {dataset} are not those that the features were extracted from: put them "
             f"back, or run {extract} and the stages after it"
@@ -384,10 +390,11 @@ def _add_thumbnails(
             f"{counted(len(images.labels), 'images')}: run {extract} and the stages after it"
         )
     remove_leftovers(thumbnails[missing[0]].parent)
+    background = features_background(settings, *features)
 
     def add(index: int) -> None:
         try:
-            thumbnail = square(images.image(index).convert("RGB"))
+            thumbnail = square(images.image(index, background))
         except Exception as error:  # decoders raise anything
             reason = first_line(error)
             raise UserError(
@@ -545,7 +552,7 @@ def _named(dump: Dump, wanted: Sequence[str], spellings: Sequence[str], complain
                 break
         else:
             near = ", ".join(difflib.get_close_matches(name, numbers, n=3))
-            raise UserError(f"{complaint} {wanted[place]!r}" + (f"; did you mean {near}?" if near else ""))
+            raise UserError(f"{complaint} {wanted[place][:100]!r}" + (f"; did you mean {near}?" if near else ""))
         found += numbers[name]
         place += n
     return np.array(found, dtype=np.int64)

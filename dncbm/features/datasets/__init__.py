@@ -80,7 +80,8 @@ class SlicedShards:
         return -(-len(self.items) // SHARD_SIZE)
 
     def name(self, shard: int) -> str:
-        return f"images {shard * SHARD_SIZE} to {shard * SHARD_SIZE + self.count(shard) - 1}"
+        first, n = shard * SHARD_SIZE, self.count(shard)
+        return f"images {first} to {first + n - 1}" if n != 1 else f"image {first}"
 
     def count(self, shard: int) -> int:
         return len(self.slice(shard))

@@ -1,6 +1,7 @@
 """Downloading Conceptual Captions with img2dataset: from Google's two TSV files to webdataset shards."""
 
 import json
+import signal
 from pathlib import Path
 
 from dncbm.runs import commands
@@ -75,12 +76,16 @@ def copy_with_header(tsv: Path, target: Path) -> int:
 def _run_img2dataset(tsv: Path, folder: Path, download: Download) -> None:
     from img2dataset import download as fetch
 
-    fetch(
-        url_list=str(tsv), input_format="tsv", url_col="url", caption_col="caption",
-        output_format="webdataset", output_folder=str(folder), image_size=download.image_size,
-        processes_count=download.processes, thread_count=download.threads,
-        number_sample_per_shard=download.shard_size, enable_wandb=False, incremental_mode="incremental",
-    )  # fmt: skip
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        fetch(
+            url_list=str(tsv), input_format="tsv", url_col="url", caption_col="caption",
+            output_format="webdataset", output_folder=str(folder), image_size=download.image_size,
+            processes_count=download.processes, thread_count=download.threads,
+            number_sample_per_shard=download.shard_size, enable_wandb=False, incremental_mode="incremental",
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)  # img2dataset leaves a handler that ends the process with exit code 0
 
 
 def _pattern(shards: list[Path]) -> str:

@@ -301,8 +301,11 @@ READERS = {
 
 
 def display_name(class_name: Any) -> str:
-    """A class name for people: `/b/bedroom` -> `bedroom`, `animals_and_nature` -> `animals and nature`."""
+    """A class name for people and prompts: `/b/bedroom` -> `bedroom`, `animals_and_nature` -> `animals and nature`.
+
+    Parts keep their order, as in the authors' code (METHOD, the differences): `/p/pub/indoor` -> `pub indoor`.
+    """
     parts = [part for part in str(class_name).split("/") if part]
     if len(parts) > 1 and len(parts[0]) == 1:  # places365 files its classes under their first letter
         parts = parts[1:]
-    return " ".join(reversed([part.replace("_", " ") for part in parts]))
+    return " ".join(part.replace("_", " ") for part in parts)
