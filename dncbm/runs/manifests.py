@@ -238,12 +238,14 @@ def _remove_leftovers(artifact: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- checking
 
+ALWAYS_HASHED = 1 << 20
+"""Files up to this many bytes are always compared by their hashes: names, for example, which people edit."""
 _hashing = False
 
 
 @contextmanager
 def verifying_hashes() -> Iterator[None]:
-    """In this block, files are compared with their manifests by their hashes, not only by their sizes."""
+    """In this block, large files too are compared with their manifests by their hashes, not only by their sizes."""
     global _hashing
     before, _hashing = _hashing, True
     try:
@@ -253,15 +255,15 @@ def verifying_hashes() -> Iterator[None]:
 
 
 def verifying() -> bool:
-    """Whether the contents of files are compared, not only their sizes."""
+    """Whether the contents of all files are compared, not only the sizes of large ones."""
     return _hashing
 
 
 def check_chain(artifact: Path) -> None:
     """Compare an artifact and everything it was made from with their manifests.
 
-    The artifact's own files must exist, in the recorded sizes (if `verifying`, with the recorded hashes). An input that was
-    moved away is not compared: nothing is known to have changed.
+    The artifact's own files must exist, in the recorded sizes; small files, and if `verifying` all, with the recorded
+    hashes. An input that was moved away is not compared: nothing is known to have changed.
 
     Raises:
         StaleArtifact: a file has changed since it was made, or since the artifact was made from it.
@@ -303,7 +305,8 @@ def _damaged(manifest: Path, made: Mapping[str, Any]) -> tuple[list[Path], list[
         except (FileNotFoundError, NotADirectoryError):
             missing.append(path)
             continue
-        if size != output["bytes"] or (_hashing and _hash_of(path) != output["sha256"]):
+        hashed = _hashing or size <= ALWAYS_HASHED
+        if size != output["bytes"] or (hashed and _hash_of(path) != output["sha256"]):
             changed.append(path)
     if manifest.name == MANIFEST:
         changed += sorted(path for path in manifest.parent.iterdir() if _PART.fullmatch(path.name) and path not in outputs)

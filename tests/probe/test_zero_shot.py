@@ -46,7 +46,7 @@ class Texts:
 def texts(monkeypatch: pytest.MonkeyPatch) -> Texts:
     tower = Texts()
     monkeypatch.setattr(dncbm.probe.zero_shot, "load_encoder", tower.load)
-    monkeypatch.setattr(dncbm.probe.zero_shot, "describe_encoder", lambda settings, name: {"encoder": name})
+    monkeypatch.setattr(dncbm.probe.zero_shot, "describe_encoder", lambda settings, name, made: {"encoder": name})
     return tower
 
 

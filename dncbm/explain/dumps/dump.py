@@ -31,9 +31,9 @@ from dncbm.probe.stage import PROBE, load_probe
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import HOOKS, SPLITS, LatentSelection, ProbeRun, SAERun, Selection
 from dncbm.runs.devices import default_cores
-from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.locks import locked
-from dncbm.runs.manifests import Outcome, file_hash, fingerprint, making, manifest_path, read_manifest, write_json
+from dncbm.runs.manifests import Outcome, fingerprint, making, manifest_path, read_manifest, write_json
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder.files import remove_leftovers, whole_file
@@ -486,25 +486,12 @@ def sources_of(settings: Settings, run: SAERun, dataset: str, split: str) -> Sou
     """
     folder = finished_strengths(settings, run, dataset, split)
     names, path = read_names(settings, run), Artifacts(settings).concept_names_in_use(run)
-    check_names(path)
     if len(names) != (n_latents := strengths_width(folder)):
         raise UserError(
             f"{path} names {len(names)} latents and the strengths have {n_latents}: make the names again with "
             f"{NAMES.command('--overwrite')}"
         )
     return Sources(settings, run, dataset, split, names, {f"{dataset} {split} strengths": folder, "names": path})
-
-
-def check_names(path: Path) -> None:
-    """Raises StaleArtifact if names were edited, even if the size of the file, by which files are compared, is the same."""
-    if path.is_file() and manifest_path(path).is_file():
-        written = read_manifest(path)["outputs"].get(path.name)
-        if written is not None and file_hash(path) != written["sha256"]:
-            raise StaleArtifact(
-                f"{path} has changed since it was made: make it again with {NAMES.command('--overwrite')}, or remove "
-                f"{manifest_path(path)} to use the file as it is",
-                [f"{path.name} has changed"],
-            )
 
 
 def probed_sources_of(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> tuple[Sources, torch.Tensor]:

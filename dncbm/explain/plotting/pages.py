@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from dncbm.explain.dumps.dump import Dump, Kind, check_names, counted
+from dncbm.explain.dumps.dump import Dump, Kind, counted
 from dncbm.explain.plotting.canvas import Canvas, need_latex
 from dncbm.explain.plotting.colours import SHEET
 from dncbm.explain.plotting.fonts import missing, printable
@@ -67,8 +67,6 @@ def plot_stage(kind: Kind, dump: Stage, draw: Draw, summary: str, *options: type
         if not manifest_path(files.dump).is_file():
             raise dump.missing("the dump", files.dump, "with the same flags")
         check_chain(files.dump)
-        for run in runs:
-            check_names(artifacts.concept_names_in_use(run))
         pages = kind.pages(found, _to_draw(found, kind, dump, selection), *options)
         with locked(files.figures):
             remove_leftovers(files.figures)

@@ -176,6 +176,8 @@ def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str
     Stops at the first damage, after calling `on_damage` once. (webdataset's own reader ignores a missing end and stops at
     a duplicate key.)
     """
+    from webdataset.tariterators import base_plus_ext
+
     try:
         with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
             size = os.fstat(file.fileno()).st_size
@@ -184,12 +186,11 @@ def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str
                 end = tar.offset if member.issparse() else member.offset_data + member.size
                 if member.size < 0 or tar.offset <= member.offset or end > size:
                     raise tarfile.ReadError("a member does not fit into the file")
-                folder, slash, name = member.name.rpartition("/")
-                base, _, suffix = name.partition(".")
-                if not member.isreg() or not base or not suffix or any(map(_is_left_out, (*folder.split("/"), name))):
+                key, suffix = base_plus_ext(member.name)
+                if not member.isreg() or not key or not suffix or any(map(_is_left_out, member.name.split("/"))):
                     continue
-                is_image = suffix_of(name) in IMAGE_SUFFIXES
-                yield folder + slash + base, suffix.lower(), _content(file, member) if is_image else None
+                is_image = suffix_of(member.name) in IMAGE_SUFFIXES
+                yield key, suffix.lower(), _content(file, member) if is_image else None
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the block of zeros that ends every tar
                 raise tarfile.ReadError("the end is missing")
