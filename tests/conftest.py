@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,9 @@ from dncbm.runs.settings import Settings, load_settings
 # The examples are the same on every machine, and a slow machine fails nothing.
 hypothesis.settings.register_profile("dncbm", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("dncbm")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in a background job: those of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "openmoji"
 ROOTS = {name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")}

@@ -30,7 +30,7 @@ from dncbm.features.stage import (
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.manifests import Outcome, manifest_path, read_manifest, verifying_hashes
+from dncbm.runs.manifests import Outcome, file_hash, manifest_path, read_manifest, verifying_hashes
 from dncbm.runs.ranks import Ranks
 from dncbm.runs.settings import Settings
 from tests.features.conftest import N_IMAGES
@@ -88,12 +88,13 @@ def array_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def accept_sizes(artifact: Path) -> None:
-    """Write the sizes that files have now into a manifest, as if they had been made like this."""
+def accept_files(artifact: Path) -> None:
+    """Write what files hold now into a manifest, as if they had been made like this."""
     path = manifest_path(artifact)
     made = json.loads(path.read_text())
     for name, output in made["outputs"].items():
-        output["bytes"] = (path.parent / name).stat().st_size
+        file = path.parent / name
+        output |= {"bytes": file.stat().st_size, "sha256": file_hash(file)}
     path.write_text(json.dumps(made))
 
 
@@ -331,7 +332,7 @@ class TestStageOfTheProbe:
         path = Artifacts(settings).labels("mine", "train")
         path.write_bytes(damage(path.read_bytes()))
         if is_expected:
-            accept_sizes(Artifacts(settings).probe_split("mine"))
+            accept_files(Artifacts(settings).probe_split("mine"))
         with refusal(path, "probe_features", "--overwrite"):
             probe_labels(settings, "mine", "train", np.arange(50))
 
@@ -344,7 +345,7 @@ class TestStageOfTheProbe:
         path.write_text(text)
         with refusal(path, "--overwrite"):
             probe_class_names(settings, "mine")
-        accept_sizes(path)
+        accept_files(path)
         with refusal(path, "05_save_probe_features.py", "--overwrite"):
             probe_class_names(settings, "mine")
 
