@@ -222,7 +222,8 @@ def test_summary_holds_what_it_promises(finished: Path, tmp_path: Path) -> None:
     run("scripts/10_accuracy_at_nec.py", *flags[:2], config=config)
     done = run("examples/openmoji/summarise.py", *flags, config=config)
     summary = json.loads((config.parent / "run/analysis/summary.json").read_text())
-    assert set(summary["sae"]) == {"l0", "explained_variance", "dead_fraction"}
+    assert list(summary["sae"]) == ["train_val", "train"]
+    assert all(set(figures) == {"l0", "explained_variance", "dead_fraction"} for figures in summary["sae"].values())
     assert set(summary["probe"]) == {"concepts_top1", "features_top1", "zero_shot_top1", "majority_top1"}
     assert set(summary["encoder"]) == {"retrieval_r1", "retrieval_r5", "retrieval_r10"}
     assert set(summary["nec"]) == {"concepts", "features", "random"}

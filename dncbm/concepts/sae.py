@@ -18,10 +18,10 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.manifests import Outcome, check_chain, making, read_manifest
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from dncbm.runs.tracking import NO_TRACKING, Log, tracker
-from sparse_autoencoder import CheckpointError, SparseAutoencoder, load_checkpoint, save_checkpoint, train
+from sparse_autoencoder import CheckpointError, SparseAutoencoder, evaluate, load_checkpoint, save_checkpoint, train
 from sparse_autoencoder.data import is_constant
 from sparse_autoencoder.declare import identity, values
 from sparse_autoencoder.trainer import TrainingResult
@@ -137,14 +137,18 @@ def _jsonable(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
 
 
 def sae_metrics(settings: Settings, run: SAERun) -> dict[str, dict[str, float | None]]:
-    """Split -> metrics of a trained SAE (`sparse_autoencoder.evaluate`), train_val first.
+    """Split -> metrics of an SAE (`sparse_autoencoder.evaluate`), train_val first.
 
-    Raises UserError if the SAE is missing, or was not measured when it was trained (a published one).
+    They are those that its training recorded. A published SAE, or one of an older version, is measured now.
+
+    Raises UserError if the SAE is missing, or it must be measured and the features are missing.
     """
     path = sae_path(settings, run)
-    found = read_manifest(path)["details"].get("metrics", {})
+    found = read_manifest(path)["details"].get("metrics", {}) if manifest_path(path).is_file() else {}
     if set(found) != set(SAE_SPLITS):
-        raise UserError(f"{path} was not measured on {' and '.join(SAE_SPLITS)}: train it again, {SAE.command('--overwrite')}")
+        sae = load_sae(settings, run)
+        stores = {split: open_features(settings, run.dataset, run.encoder, run.hook, split) for split in SAE_SPLITS}
+        found = _jsonable({split: evaluate(sae, store) for split, store in stores.items()})
     return {split: found[split] for split in SAE_SPLITS}
 
 
