@@ -41,5 +41,7 @@ def explain(settings: Settings, run: SAERun, probe: ProbeRun, drawing: Drawing, 
     return Outcome.RAN
 
 
+EXPLAIN = Stage(name="explain", script="", summary=__doc__ or "", function=explain, takes=(SAERun, ProbeRun, Drawing))
+
 if __name__ == "__main__":
-    main(Stage("explain", "", __doc__ or "", explain, (SAERun, ProbeRun, Drawing)))
+    main(EXPLAIN)

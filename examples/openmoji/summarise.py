@@ -186,6 +186,7 @@ def print_summary(summary: dict) -> None:
     print(f"Seconds  {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in summary['seconds'].items())}\n")
 
 
+SUMMARY = Stage(name="summary", script="", summary=__doc__ or "", function=summarise, takes=(SAERun, ProbeRun, Baseline))
+
 if __name__ == "__main__":
-    summary = __doc__ or ""
-    main(Stage(name="summary", script="", summary=summary, function=summarise, takes=(SAERun, ProbeRun, Baseline)))
+    main(SUMMARY)
