@@ -35,6 +35,7 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path,
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
@@ -73,7 +74,10 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path,
     if len(alive):
         axes[5].hist(alive, bins=np.geomspace(alive.min() / 1.1, alive.max() * 1.1, 50), color=COLOURS["l0"])
         axes[5].set_xscale("log")
-    title = f"how often latents are active ({len(density) - len(alive)} of {len(density)} are dead)"
+        axes[5].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[5].xaxis.set_major_formatter("{x:g}")
+        axes[5].xaxis.set_minor_formatter(NullFormatter())
+    title = f"latents by activity ({len(density) - len(alive)} of {len(density)} dead)"
     axes[5].set(title=title, xlabel="share of the training items", ylabel="latents")
 
     keys = []
