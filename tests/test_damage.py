@@ -125,7 +125,7 @@ def copied(complete: Path, folder: Path) -> Iterator[Path]:
 
 
 MADE = {
-    "sae": "SAE/SAEImg/*/*/*/*/sae_checkpoints",
+    "sae": f"{SAE}/[st]*",  # not the names beside it
     "vocabulary": "vocab/embeddings_*",
     "names": f"{SAE}/concept_names.csv*",
     "strengths": f"{PROBED}/*/all_concepts",
