@@ -373,4 +373,5 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Format())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its cache folder, fonts it looked for
     logging.getLogger("sparse_autoencoder").setLevel(logging.INFO)  # resampling, and which kind of step it chooses

@@ -306,7 +306,12 @@ class ProbeSchedule(_Checked):
         50, "epochs between measurements of image-wise coverage; 0: only at the end", flag="probe_eval_coverage_freq", least=0
     )
     ckpt_freq: int = setting(
-        0, "epochs between checkpoints of the probe; 0: only the final one", flag="probe_ckpt_freq", alias="ckpt_freq", least=0
+        0,
+        "epochs between checkpoints of the probe; 0: only the final one",
+        flag="probe_ckpt_freq",
+        alias="ckpt_freq",
+        least=0,
+        units=("epochs",),
     )
 
 

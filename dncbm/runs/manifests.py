@@ -113,9 +113,12 @@ def making(
     unfinished, scratch = unfinished_path(artifact), tuple(scratch)
     if _is_done(artifact, recipe):  # asked without the lock, which a folder that cannot be written does not allow
         print(f"already done: {artifact}")
-        with suppress(OSError):  # what a process left that was killed after it had finished
+        with suppress(OSError, UserError):  # what a process left that was killed after it had finished
             for path in (unfinished, *scratch):
                 path.unlink(missing_ok=True)
+            if lock_path(artifact).is_file():
+                with locked(artifact):  # which removes the file
+                    pass
         yield Work(Outcome.ALREADY_DONE)
         return
     before()

@@ -50,7 +50,7 @@ def draw_training(rows: list[dict[str, float]], density: np.ndarray, path: Path,
                 if points:
                     drawn.add(style)
                     positive = positive or any(value > 0 for _, value in points)
-                    marker = "." if len(points) < SMOOTH_OVER else None
+                    marker = None if len(points) >= SMOOTH_OVER else "." if style == "-" else "x"
                     # A curve has a label once, for its training.
                     legend = label if style == "-" else None
                     ax.plot(*zip(*points, strict=True), style, color=COLOURS[name], label=legend, marker=marker, linewidth=1.2)

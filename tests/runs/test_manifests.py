@@ -388,9 +388,11 @@ def test_state_is_removed_when_the_artifact_is_finished(artifact: Path, tmp_path
     assert not state.exists()
     state.touch()  # the process was killed just after it had written the manifest
     write_json(unfinished_path(artifact), {})
+    lock_path(artifact).touch()
     assert begin(artifact, RECIPE, scratch=[state]) is Outcome.ALREADY_DONE
     assert not state.exists()
     assert not unfinished_path(artifact).exists()
+    assert not lock_path(artifact).exists()
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprints
