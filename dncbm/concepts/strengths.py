@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dncbm.concepts.sae import SAE, load_sae, sae_path
+from dncbm.features.datasets import counted
 from dncbm.features.encoders import check_same_encoder
 from dncbm.features.stage import PROBE_FEATURES, open_features
 from dncbm.features.store import FeatureStore
@@ -77,7 +78,7 @@ def save_concept_strengths(
                     "encoders"
                 )
             details = encode_store(sae, store, folder, f"{dataset} {split}", BATCH)
-            said = f"concept strengths of {details['images']} images, L0 {details['l0']:.2f}"
+            said = f"concept strengths of {counted(details['images'], 'image')}, L0 {details['l0']:.2f}"
             work.done(folder.glob(PARTS), said, **details)
     return outcome
 

@@ -284,7 +284,7 @@ class _Progress:
         self.bar.update(len(piece.keys))
 
     def finished(self, shard: int, record: Mapping[str, Any]) -> None:
-        """Count the bad images of a shard, and estimate the total anew."""
+        """Count the bad images of a shard, and update the estimated total."""
         self.n_done += _size(record)
         self.size_done += 0 if self.is_known else self.shards.size(shard)
         self._estimate()

@@ -111,7 +111,7 @@ def nec_points(
         progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
 
     def keep(now: Progress, *, last: bool = False) -> None:
-        """The state is that of the path: what is solved again for a NEC starts anew."""
+        """The state is that of the path: what is solved again for a NEC starts from scratch."""
         about = {"step": step, "points": [asdict(point) for point in points], "momentum": now.momentum}
         tensors = {"weight": now.weight, "previous": now.previous}
         latest.keep(tensors, {"path": about | {"objectives": now.objectives}}, last=last)

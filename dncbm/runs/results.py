@@ -62,7 +62,7 @@ def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> Row
 def save_results(path: Path, *rows: Row) -> None:
     """Add rows, each in the place of an earlier row of the same run (KEY), whole or not at all.
 
-    The file is written anew under a lock, so that jobs of a cluster can share it. What an older version wrote gets the columns
+    The file is rewritten under a lock, so that jobs of a cluster can share it. What an older version wrote gets the columns
     that it lacks, blank; rows that are damaged are dropped with a warning.
 
     Raises UserError if the file is not one of results.
