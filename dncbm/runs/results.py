@@ -79,7 +79,7 @@ def save_results(path: Path, *rows: Row) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file. Where the file system has none, or somebody keeps it, go on without."""
+    """Wait for the lock of a file. Where the file system has none, or somebody keeps it, continue without."""
     lock = FileLock(f"{path}.lock", timeout=LOCK_S)
     try:
         lock.acquire()
