@@ -11,25 +11,24 @@ if _is_program:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import difflib
 import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
-from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, ProbeRun, SAERun, Unused, paper_preset
+from dncbm.flags import all_flags, complete, config_defaults, defaults_of, did_you_mean, flags_of, resolved, takes_of
+from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, Unused
 from dncbm.runs.devices import keep_freed_memory
 from dncbm.runs.errors import UserError, first_line
-from dncbm.runs.find import RUNS, find, require_inputs
 from dncbm.runs.manifests import verifying_hashes
 from dncbm.runs.ranks import world_size
 from dncbm.runs.settings import Settings, load_settings
-from dncbm.runs.stage import Command, Stage
-from dncbm.stages import COMMANDS, PIPELINE_COMMANDS, STAGES, Pipeline, run_pipeline, stages_of
+from dncbm.runs.stage import Command
+from dncbm.stages import COMMANDS, PIPELINE, STAGES
 from sparse_autoencoder import CheckpointError, NonFiniteError
 from sparse_autoencoder.declare import Flag, build, flags
 
@@ -58,49 +57,6 @@ def _run(command: str | Command, argv: Sequence[str] | None) -> None:
         stage.function(settings, *declared, device=execution.device, overwrite=execution.overwrite)
 
 
-def complete(settings: Settings, stage: Stage, values: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
-    """Flag -> value of a command line, with the settings of the finished run that the stage reads.
-
-    Raises UserError if an input of the stage is missing, or the flags do not say which run is meant.
-    """
-    found, given = dict(values), set(given)
-    if stage is PIPELINE:
-        return _complete_pipeline(settings, found, given)
-    if ProbeRun in stage.takes and found["probe_on_features"]:
-        if stage.explains is not None:
-            raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
-    elif stage.reads_run is not None:
-        found = find(settings, stage.reads_run, found, given)
-    require_inputs(settings, stage, found)
-    return found
-
-
-def _complete_pipeline(settings: Settings, values: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """The values, with the settings of the finished run that the stages of a pipeline read but do not train."""
-    stages = stages_of(build(Pipeline, values))
-    trained = {cls for stage in stages for cls in stage.trains}
-    for flag, cls in RUNS.items():
-        if values[flag] and cls in trained:
-            raise UserError(f"--{flag} names a finished run, but this pipeline trains one: start it --from a later stage")
-    baseline = values["probe_on_features"]  # needs no SAE
-    read = {cls for stage in stages for cls in stage.takes if not (baseline and ProbeRun in stage.trains)} - trained
-    for cls in (ProbeRun, SAERun):  # a probe comes with its SAE
-        if cls in read:
-            trains = next(command.load() for command in PIPELINE_COMMANDS if cls in command.trains)
-            return find(settings, trains, values, given)
-    return values
-
-
-PIPELINE = Stage(
-    name="pipeline",
-    script="run_pipeline.py",
-    summary="All stages in order. Finished stages are skipped; interrupted ones resume.",
-    function=run_pipeline,
-    takes=(Pipeline, *dict.fromkeys(cls for command in PIPELINE_COMMANDS for cls in command.takes)),
-    trains=(SAERun, ProbeRun),
-)
-
-
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -115,42 +71,24 @@ def parse(stage: Command, argv: Sequence[str] | None = None) -> tuple[Settings, 
         UserError: the config is wrong, its `defaults` included.
         SystemExit: the command line is wrong, or asks for help.
     """
-    takes = _takes(stage)
-    declared = {name: flag for cls in reversed(takes) for name, flag in flags(cls).items()}
-    defaults = {name: flag.default for name, flag in declared.items()}
     settings, configured, problem = None, dict[str, Any](), None
     try:
         settings = load_settings()
         configured = config_defaults(settings)
     except UserError as error:  # raised after the command line is read, since --help needs no config
         problem = error
-    defaults |= {name: configured[name] for name in declared if name in configured and declared[name].setting.configurable}
-    given = _given(stage, takes, defaults, argv)
+    given = _given(stage, defaults_of(stage, configured), argv)
     if settings is None or problem is not None:
         raise problem or UserError("the config was not read")
     if world_size() > 1 and not stage.several_processes:
         raise UserError("only stages 1 and 5 run in several processes: start this one without torchrun")
+    declared = flags_of(stage)
     ignored = [name for name in given if name not in declared]
     if ignored:
         print("flags of other stages, not used here: " + ", ".join(f"--{name}" for name in ignored))
     _warn_of_unused(settings, given)
     given = {name: value for name, value in given.items() if name in declared}
-    values = defaults | given
-    dataset = str(values.get("probe_dataset"))
-    preset = build(Preset, values).values(dataset)
-    if preset:
-        print(f"--preset {values['preset']} for {dataset}: " + ", ".join(f"--{k} {given.get(k, preset[k])}" for k in preset))
-    elif ProbeRun in set(stage.takes) - set(stage.trains) and not given.keys() & (paper := paper_preset(dataset)).keys():
-        preset = {} if configured.keys() & paper.keys() else paper
-    return settings, defaults | dict(preset) | given, set(given)
-
-
-def _takes(stage: Command) -> list[type]:
-    """The declarations whose flags a stage reads; where two have a flag of one name, the first counts."""
-    takes = [*stage.takes, *([Preset] if ProbeRun in stage.takes else []), Execution]
-    read = {SAERun: NamedSAE, ProbeRun: NamedProbe}
-    takes += [named for cls, named in read.items() if cls in stage.takes and (cls not in stage.trains or stage is PIPELINE)]
-    return [*takes, Unused]
+    return settings, resolved(stage, given, configured), set(given)
 
 
 def _warn_of_unused(settings: Settings, given: Mapping[str, Any]) -> None:
@@ -162,39 +100,16 @@ def _warn_of_unused(settings: Settings, given: Mapping[str, Any]) -> None:
             logging.getLogger(__name__).warning(text)
 
 
-def config_defaults(settings: Settings) -> dict[str, Any]:
-    """Flag -> value of the `defaults` of config.py.
-
-    Raises UserError if one is no flag of any script, or has a value that the flag does not allow.
-    """
-    groups = [*map(flags, (Execution, Preset, Unused)), *(command.flags() for command in (PIPELINE, *COMMANDS.values()))]
-    known = {name: flag for group in reversed(groups) for name, flag in group.items() if flag.setting.configurable}
-    found = {}
-    for name, value in settings.defaults.items():
-        where = f"{settings.path}: `defaults[{name!r}]`"
-        if name not in known:
-            raise UserError(f"{where}: the scripts have no flag --{name}{_did_you_mean(str(name), known)}")
-        if value is None and known[name].default is None:
-            continue
-        parts = value if known[name].is_tuple and isinstance(value, list | tuple) else [value]
-        try:
-            parsed = [known[name].parse(str(part)) for part in parts]
-            found[name] = tuple(one for part in parsed for one in part) if known[name].is_tuple else parsed[0]
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-    return found
-
-
-def _given(stage: Command, takes: Sequence[type], defaults: Mapping[str, Any], argv: Sequence[str] | None) -> dict[str, Any]:
+def _given(stage: Command, defaults: Mapping[str, Any], argv: Sequence[str] | None) -> dict[str, Any]:
     """Flag -> value of a command line."""
-    parser = _parser(stage, takes, defaults)
+    parser = _parser(stage, defaults)
     known = {action.dest for action in parser._actions}
     _accept_flags_of_others(parser)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = next((text for text in unknown if text.startswith("-")), "")
         own = [name for name in known if name != argparse.SUPPRESS]
-        near = _did_you_mean(flag.lstrip("-").partition("=")[0], own, _all_flags()) if flag else ""
+        near = did_you_mean(flag.lstrip("-").partition("=")[0], own, all_flags()) if flag else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
@@ -206,11 +121,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(WRONG_USAGE, f"error: {message} (--help lists the flags)\n")
 
 
-def _parser(stage: Command, takes: Sequence[type], defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
+def _parser(stage: Command, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
     parser = _Parser(
         description=stage.summary, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
     )
-    declared = {name: flag for cls in reversed(takes) for name, flag in flags(cls).items()}
+    takes, declared = takes_of(stage), flags_of(stage)
     shown = {name for cls in takes for name, flag in flags(cls).items() if _is_shown(stage, cls, flag)}
     aliases = {flag.setting.alias: name for name, flag in declared.items() if flag.setting.alias not in shown | {""}}
     waiting = {name: flag for name, flag in declared.items() if name not in aliases}
@@ -238,26 +153,12 @@ def _parser(stage: Command, takes: Sequence[type], defaults: Mapping[str, Any]) 
 def _accept_flags_of_others(parser: argparse.ArgumentParser) -> None:
     """Let a parser accept the flags of all stages, so that one line of flags serves them all. Their values are not checked."""
     taken = {text for action in parser._actions for text in action.option_strings}
-    for name, flag in _all_flags().items():
+    for name, flag in all_flags().items():
         if f"--{name}" in taken or flag.setting.positional:
             continue
         options: dict[str, Any] = {"action": "store_true"} if flag.type is bool else {"type": str}
         options |= {"nargs": "+"} if flag.setting.separate else {}
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
-
-
-def _all_flags() -> dict[str, Flag]:
-    """Every flag of every stage."""
-    takes = [cls for command in (PIPELINE, *COMMANDS.values()) for cls in _takes(command)]
-    return {name: flag for cls in dict.fromkeys(takes) for name, flag in flags(cls).items()}
-
-
-def _did_you_mean(name: str, *known: Iterable[str]) -> str:
-    """The nearest of the known names, those of the first list first."""
-    for names in known:
-        if near := difflib.get_close_matches(name, names, n=1):
-            return f"; did you mean --{near[0]}?"
-    return ""
 
 
 def _is_shown(stage: Command, declaration: type, flag: Flag) -> bool:

@@ -22,6 +22,7 @@ from dncbm.runs.commands import (
     VOCABULARY,
     ZERO_SHOT,
 )
+from dncbm.runs.declarations import ProbeRun, SAERun
 from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import Outcome, manifest_path
 from dncbm.runs.settings import Settings
@@ -147,3 +148,13 @@ def _check_encoder(settings: Settings, stages: Sequence[Stage], given: Mapping[t
             for path in STAGES[stage].outputs(Artifacts(settings), *declared):
                 if not path.is_file() or (overwrite and manifest_path(path).is_file()):
                     return check_encoder(settings, declared[0].encoder)
+
+
+PIPELINE = Stage(
+    name="pipeline",
+    script="run_pipeline.py",
+    summary="All stages in order. Finished stages are skipped; interrupted ones resume.",
+    function=run_pipeline,
+    takes=(Pipeline, *dict.fromkeys(cls for command in PIPELINE_COMMANDS for cls in command.takes)),
+    trains=(SAERun, ProbeRun),
+)

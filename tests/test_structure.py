@@ -15,7 +15,7 @@ from dncbm.runs.stage import Command
 from dncbm.stages import COMMANDS, STAGES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("runs", "features", "concepts", "probe", "explain", "stages", "cli")
+ROOMS = ("runs", "features", "concepts", "probe", "explain", "stages", "flags", "bottleneck", "cli")
 """Each may import those before it."""
 MODULES = sorted((ROOT / "dncbm").rglob("*.py"))
 
@@ -47,7 +47,7 @@ def test_the_sparse_autoencoder_stands_alone() -> None:
 
 
 def test_every_room_says_what_it_is_for() -> None:
-    for room in ROOMS[:5]:
+    for room in (room for room in ROOMS if (ROOT / "dncbm" / room).is_dir()):
         said = ast.get_docstring(ast.parse((ROOT / "dncbm" / room / "__init__.py").read_text()))
         assert said
         assert "import" in said
