@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dncbm.features.encoders import describe_encoder, load_encoder, why_unreadable
+from dncbm.features.encoders import describe_encoder, load_encoder
+from dncbm.features.hub import why_unreadable
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import NamedEncoder

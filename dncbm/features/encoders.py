@@ -3,12 +3,10 @@
 import difflib
 import functools
 import json
-import logging
 import os
-import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dncbm.features.hub import quiet_hub, why_not_loaded, why_unreadable
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import file_hash, manifest_path, read_manifest
 from dncbm.runs.settings import LOCAL_DIR, EncoderEntry, Settings
@@ -152,7 +151,7 @@ def _load(settings: Settings, name: str) -> tuple[torch.nn.Module, Callable[[Ima
     uses_hub = published or entry.model.startswith(HUB) or _is_on_hub(_text_config(entry).get("hf_model_name"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every worker process prints a warning
     try:
-        with _quiet(uses_hub), torch.random.fork_rng(devices=[]):
+        with quiet_hub(uses_hub), torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(DEFAULT_SEED)  # random weights are the same in every run
             openai = _openai_weights(checkpoint)
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -177,7 +176,7 @@ def _load(settings: Settings, name: str) -> tuple[torch.nn.Module, Callable[[Ima
             )
         raise UserError(
             f"cannot load the encoder {name!r} ({entry.model}, {checkpoint or entry.pretrained}): "
-            f"{_why_not(error, uses_hub)}; {do} in `encoders` of {settings.path}"
+            f"{why_not_loaded(error, uses_hub)}; {do} in `encoders` of {settings.path}"
         ) from error
     return model, preprocess
 
@@ -192,7 +191,7 @@ def _tokenizer(entry: EncoderEntry) -> Tokenizer:
         is_local = entry.model.startswith(LOCAL_DIR)
         uses_hub = not is_local and (entry.model.startswith(HUB) or bool(_text_config(entry).get("hf_tokenizer_name")))
         try:
-            with _quiet(uses_hub):
+            with quiet_hub(uses_hub):
                 return open_clip.get_tokenizer(entry.model)
         except Exception as error:
             do = (
@@ -200,7 +199,7 @@ def _tokenizer(entry: EncoderEntry) -> Tokenizer:
                 if is_local
                 else "it is downloaded on first use: load it once with internet access and HF_HOME on a shared disk"
             )
-            raise UserError(f"cannot load the tokenizer of {entry.model}: {_why_not(error, uses_hub)}; {do}") from error
+            raise UserError(f"cannot load the tokenizer of {entry.model}: {why_not_loaded(error, uses_hub)}; {do}") from error
 
     return lambda texts: load()(texts)
 
@@ -212,70 +211,6 @@ def _text_config(entry: EncoderEntry) -> Mapping[str, Any]:
     config = {} if entry.model.startswith(HUB) else open_clip.get_model_config(entry.model) or {}
     text: Mapping[str, Any] = config.get("text_cfg", {})
     return text
-
-
-@contextmanager
-def _quiet(uses_hub: bool) -> Iterator[None]:
-    """What open_clip logs inside is not printed, since it is an error here or of no interest.
-
-    If the hub is used but does not answer, it is not asked: its library would retry for a minute and say so in every line.
-    """
-    import huggingface_hub.constants as hub
-
-    was_offline, was_disabled = hub.HF_HUB_OFFLINE, logging.root.manager.disable
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-    logging.disable(logging.ERROR)
-    hub.HF_HUB_OFFLINE = was_offline or (uses_hub and not _hub_answers())
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = was_offline
-        logging.disable(was_disabled)
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Whether the hub can be reached, asked once and through the proxy that its library uses."""
-    import huggingface_hub.constants as hub
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(hub.ENDPOINT, timeout=5)
-    except Exception:
-        return False
-    return True
-
-
-def _why_not(error: Exception, uses_hub: bool) -> str:
-    """Why something was not loaded: without a hub, its library's advice would mislead."""
-    import huggingface_hub.constants as hub
-
-    is_silent = uses_hub and (hub.HF_HUB_OFFLINE or not _hub_answers())
-    if is_silent and any(isinstance(one, OSError) for one in _causes(error)):
-        silent = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else f"the hub {hub.ENDPOINT} does not answer"
-        return f"{silent}, and the files are not in the cache {hub.HF_HUB_CACHE}"
-    return why_unreadable(error)
-
-
-def why_unreadable(error: BaseException) -> str:
-    """Why a file of tensors was not loaded, in one line."""
-    if any(isinstance(one, pickle.UnpicklingError) for one in _causes(error)):  # torch's text advises to switch its safety off
-        return "it is no file of tensors, or holds other objects too, which are never loaded because they can run code"
-    if isinstance(error, StopIteration):
-        return "it holds no weights"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "loading state_dict" in lines[0]:
-        return f"the weights are of another model: {lines[1][:160].rstrip('. ')}{'...' if len(lines[1]) > 160 else ''}"
-    return first_line(error)[:300]
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those behind it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 # --------------------------------------------------------------------------------------------- the files of an encoder
@@ -495,7 +430,7 @@ def _download(settings: Settings, name: str, tag: Mapping[str, Any]) -> None:
     """Fetch published weights into the cache, if there is a connection; if not, loading them says so."""
     from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
-    with _quiet(uses_hub=True):
+    with quiet_hub(uses_hub=True):
         try:
             if tag:
                 download_pretrained(tag)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import dncbm.features.encoders
+import dncbm.features.hub
 from dncbm.features.encoders import Encoder, check_encoder, describe_encoder, load_encoder
 from dncbm.runs.declarations import Extraction, NamedEncoder, SAEFeatures, SAERun, Tracking
 from dncbm.runs.errors import UserError
@@ -407,11 +408,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(make_settings, hub: Path, refu
 
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
-    dncbm.features.encoders._hub_answers.cache_clear()
+    dncbm.features.hub.hub_answers.cache_clear()
     for _ in range(2):
         with refusal(f"{hub_constants.ENDPOINT} does not answer", hub):
             load_encoder(make_settings(), "openclip:tiny-clip/there", CPU)
-    dncbm.features.encoders._hub_answers.cache_clear()
+    dncbm.features.hub.hub_answers.cache_clear()
     assert asked == [("head", (hub_constants.ENDPOINT,))]
     assert not hub_constants.HF_HUB_OFFLINE
     assert capfd.readouterr() == ("", "")
