@@ -1,8 +1,9 @@
 """Discover-then-Name concept bottlenecks: from any CLIP-like image encoder to an interpretable classifier.
 
-Five rooms in the order in which data flows, each importing only those before it: `runs` (what a run is and where it lies),
-`features` (images to features), `concepts` (features to named concepts), `probe` (concept strengths to predictions) and
-`explain` (predictions to figures). `stages` lists the stages in order; `cli` makes command lines of them.
+Six rooms in the order in which data flows, each importing only those before it: `runs` (what a run is and where it lies),
+`features` (images to features), `concepts` (features to named concepts), `probe` (concept strengths to predictions),
+`explain` (predictions to figures) and `bottleneck` (the result as one object). `stages` lists the stages in order; `cli`
+makes command lines of them.
 
 What most people import is here. A stage is a function of the config and of declarations, for example
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from dncbm.bottleneck.model import ConceptBottleneckModel
     from dncbm.concepts.naming import assign_names, read_names
     from dncbm.concepts.sae import load_sae, train_sae
     from dncbm.concepts.strengths import load_concept_strengths, save_concept_strengths
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 __all__ = [  # noqa: RUF022 - by meaning
+    # the result as one object
+    "ConceptBottleneckModel",
     # the config, paths, errors
     "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
     # declarations: what a run is
@@ -62,6 +66,7 @@ __all__ = [  # noqa: RUF022 - by meaning
 
 # Imported when they are used: most need torch, which takes seconds, and `--help` needs none of them.
 _MODULES = {
+    "ConceptBottleneckModel": "dncbm.bottleneck.model",
     **dict.fromkeys(("assign_names", "read_names"), "dncbm.concepts.naming"),
     **dict.fromkeys(("load_sae", "train_sae"), "dncbm.concepts.sae"),
     **dict.fromkeys(("load_concept_strengths", "save_concept_strengths"), "dncbm.concepts.strengths"),

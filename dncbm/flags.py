@@ -74,16 +74,26 @@ def config_defaults(settings: Settings) -> dict[str, Any]:
     for name, value in settings.defaults.items():
         where = f"{settings.path}: `defaults[{name!r}]`"
         if name not in known:
-            raise UserError(f"{where}: the scripts have no flag --{name}{did_you_mean(str(name), known)}")
+            raise UserError(f"{where}: {unknown_flag(str(name), known)}")
         if value is None and known[name].default is None:
             continue
-        parts = value if known[name].is_tuple and isinstance(value, list | tuple) else [value]
         try:
-            parsed = [known[name].parse(str(part)) for part in parts]
-            found[name] = tuple(one for part in parsed for one in part) if known[name].is_tuple else parsed[0]
+            found[name] = parsed(known[name], value)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
     return found
+
+
+def parsed(flag: Flag, value: Any) -> Any:
+    """The value of a flag that Python code gives. Raises ValueError, which says what it must be, if it is not allowed."""
+    parts = value if flag.is_tuple and isinstance(value, list | tuple) else [value]
+    found = [flag.parse(str(part)) for part in parts]
+    return tuple(one for part in found for one in part) if flag.is_tuple else found[0]
+
+
+def unknown_flag(name: str, known: Iterable[str]) -> str:
+    """What to say of a flag that no script has."""
+    return f"the scripts have no flag --{name}{did_you_mean(name, known)}"
 
 
 def complete(settings: Settings, stage: Stage, values: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:

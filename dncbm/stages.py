@@ -7,7 +7,10 @@ from typing import Any
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import (
     DOWNLOAD,
+    EXPORT,
     GLOBAL_EXPLANATIONS,
+    IMPORT_PUBLISHED,
+    INTERVENE,
     LOCAL_EXPLANATIONS,
     META_CLUSTERS,
     NAMES,
@@ -42,6 +45,9 @@ _IN_ORDER: tuple[Command, ...] = (
     ZERO_SHOT,
     NEC,
     RESULTS_TABLE,
+    EXPORT,
+    IMPORT_PUBLISHED,
+    INTERVENE,
     *TASK_AGNOSTICITY.commands,
     *META_CLUSTERS.commands,
     *LOCAL_EXPLANATIONS.commands,
@@ -49,8 +55,8 @@ _IN_ORDER: tuple[Command, ...] = (
 )
 COMMANDS = {command.name: command for command in _IN_ORDER}
 """The command line of each stage. Reading it imports nothing that computes."""
-PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command is not DOWNLOAD)
-"""Downloading takes files that config.py does not name."""
+PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command not in (DOWNLOAD, EXPORT, IMPORT_PUBLISHED, INTERVENE))
+"""Downloads, exports, imports and interventions take files that config.py does not name."""
 
 
 class _Stages(MutableMapping[str, Stage]):

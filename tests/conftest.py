@@ -156,13 +156,18 @@ def make_store() -> Callable[..., FeatureStore]:
 
 @pytest.fixture(scope="session")
 def saga() -> Callable[..., np.ndarray]:
-    """scikit-learn's weights (C x inputs) that minimise strength * sum of cross-entropies + sum of |W|, without a bias."""
+    """scikit-learn's weights (C x inputs) that minimise strength * sum of cross-entropies + sum of |W|, without a bias.
+
+    With `of_images`, the cross-entropies count by these weights.
+    """
     new = tuple(int(part) for part in sklearn.__version__.split(".")[:2]) >= (1, 8)
     l1: dict[str, Any] = {"l1_ratio": 1.0} if new else {"penalty": "l1"}
 
-    def solve(x: np.ndarray, labels: np.ndarray, strength: float, tolerance: float) -> np.ndarray:
+    def solve(
+        x: np.ndarray, labels: np.ndarray, strength: float, tolerance: float, of_images: np.ndarray | None = None
+    ) -> np.ndarray:
         model = LogisticRegression(solver="saga", C=strength, fit_intercept=False, tol=tolerance, max_iter=20_000, **l1)
-        return model.fit(x.astype(np.float64), labels).coef_
+        return model.fit(x.astype(np.float64), labels, sample_weight=of_images).coef_
 
     return solve
 

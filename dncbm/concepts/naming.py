@@ -123,19 +123,24 @@ def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:
     check_chain(path)
     check_is_of_sae(settings, run, path)
     try:
-        names = _parse(path.read_text(encoding="utf-8-sig"))
-        if not names:
-            raise ValueError("it names no latent")
-        times = Counter(name.index for name in names)
-        if (twice := next((index for index, n in times.items() if n > 1), None)) is not None:
-            raise ValueError(f"it names latent {twice} twice")
-        if (missing := next((index for index in range(len(names)) if index not in times), None)) is not None:
-            raise ValueError(f"it has {len(names)} rows, but none for latent {missing}")
-        return sorted(names, key=lambda name: name.index)
+        return names_in(path)
     except UnicodeDecodeError as error:
         raise UserError(f"the names {path} are not UTF-8: save them as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read the names {path}, a CSV of index,name,similarity: {first_line(error)}") from error
+
+
+def names_in(path: Path) -> list[ConceptName]:
+    """The names in a file, in the order of the latents. Raises OSError, ValueError or csv.Error, which say what is wrong."""
+    names = _parse(path.read_text(encoding="utf-8-sig"))
+    if not names:
+        raise ValueError("it names no latent")
+    times = Counter(name.index for name in names)
+    if (twice := next((index for index, n in times.items() if n > 1), None)) is not None:
+        raise ValueError(f"it names latent {twice} twice")
+    if (missing := next((index for index in range(len(names)) if index not in times), None)) is not None:
+        raise ValueError(f"it has {len(names)} rows, but none for latent {missing}")
+    return sorted(names, key=lambda name: name.index)
 
 
 def _parse(text: str) -> list[ConceptName]:

@@ -24,7 +24,7 @@ from dncbm.runs.artifacts import Artifacts, shard_keys, strengths_part
 from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
-from dncbm.runs.manifests import Outcome, check_chain, fingerprint, making, manifest_path, read_manifest
+from dncbm.runs.manifests import Outcome, check_chain, fingerprint, how_made_again, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
 from sparse_autoencoder.declare import values
@@ -94,8 +94,8 @@ def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, titl
         for shard, path in enumerate(store.paths):
             part = strengths_part(folder, path)
             if not _is_whole(part, sae.n_latents, len(np.load(path, mmap_mode="r"))):
-                batches = [_to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
-                _write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
+                batches = [to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
+                write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
             bar.update(len(np.load(path, mmap_mode="r")))
     n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
     return {"images": len(store), "latents": sae.n_latents, "l0": n_active / len(store)}
@@ -117,11 +117,12 @@ def _is_whole(path: Path, n_latents: int, n_images: int) -> bool:
 def encode_in_memory(sae: SparseAutoencoder, store: FeatureStore) -> scipy.sparse.csr_matrix:
     """The latents of a feature store as one CSR matrix, for a code that is not saved."""
     device = sae.encoder_weight.device
-    parts = [_to_csr(sae.encode(x.to(device))) for x in store.batches(BATCH)]
+    parts = [to_csr(sae.encode(x.to(device))) for x in store.batches(BATCH)]
     return scipy.sparse.vstack(parts, format="csr")
 
 
-def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
+def to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
+    """Latents of a batch (B x F, on any device) as a CSR matrix."""
     rows, columns = latents.nonzero(as_tuple=True)  # in row order, on the device: only active entries are copied
     indptr = np.zeros(len(latents) + 1, dtype=np.int32)
     np.cumsum(torch.bincount(rows, minlength=len(latents)).cpu().numpy(), out=indptr[1:])
@@ -129,7 +130,7 @@ def _to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((data, columns.int().cpu().numpy(), indptr), shape=tuple(latents.shape))
 
 
-def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
+def write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
     """Scipy's .npz format with the keys added; uncompressed, so that it can be memory-mapped."""
     arrays = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "keys": keys}
     with whole_file(path) as temporary:
@@ -139,7 +140,7 @@ def _write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any])
 def map_part(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a part as memory maps: an uncompressed .npz holds each array as a whole .npy file.
 
-    Raises UserError if the file is damaged or was not written by `_write_part`. What the arrays hold is not looked at.
+    Raises UserError if the file is damaged or was not written by `write_part`. What the arrays hold is not looked at.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -219,10 +220,8 @@ def check_is_of_sae(settings: Settings, run: SAERun, artifact: Path) -> None:
         return
     made = read_manifest(artifact)
     if made["inputs"].get("SAE", "") not in ("", fingerprint(sae)):
-        stage = made["stage"]
         raise StaleArtifact(
-            f"{artifact} is out of date: it was not made from the SAE in use, {sae}; make it again with `python "
-            f"scripts/run_pipeline.py --from {stage} --to {stage} --overwrite` and the same flags",
+            f"{artifact} is out of date: it was not made from the SAE in use, {sae}; {how_made_again(made)}",
             ["SAE has changed"],
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dncbm.features.hub import quiet_hub, why_not_loaded, why_unreadable
+from dncbm.features.hub import HUB, quiet_hub, why_not_loaded, why_unreadable
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import file_hash, manifest_path, read_manifest
 from dncbm.runs.settings import LOCAL_DIR, EncoderEntry, Settings
@@ -23,7 +23,6 @@ from sparse_autoencoder import DEFAULT_SEED
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 RANDOM = "random"
 """The pretrained tag of an encoder that is to have random weights, the same in every run."""
-HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"
 CHECKPOINTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",

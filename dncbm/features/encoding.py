@@ -185,7 +185,7 @@ def encode_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = encoder.device.type == "cuda"
-    batch_size = extraction.batch_size or (256 if on_gpu else 32)
+    batch_size = extraction.batch_size or default_batch_size(encoder.device)
     pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
     mine = ranks.share_of(pending)
     reader = _Reader(shards, mine, encoder, batch_size, extraction.background)
@@ -202,7 +202,7 @@ def encode_shards(
             if piece.keys:
                 if not on_gpu:  # keeps the worker's buffer mapped; else it would be mapped again for each batch
                     received[piece.images.data_ptr()] = piece.images
-                in_flight.append(_to_host(_encode(encoder, piece.images, batch_size)))
+                in_flight.append(_to_host(encode_batch(encoder, piece.images, batch_size)))
                 piece.in_use.fill_(False)
                 features[piece.shard].append(in_flight[-1])
                 keys[piece.shard] += piece.keys
@@ -222,7 +222,12 @@ def encode_shards(
     return {**counts, "device": str(encoder.device), "precision": encoder.precision, "batch_size": batch_size}
 
 
-def _encode(encoder: Encoder, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+def default_batch_size(device: torch.device) -> int:
+    """Images encoded at a time, where nothing else is asked for."""
+    return 256 if device.type == "cuda" else 32
+
+
+def encode_batch(encoder: Encoder, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Features of a batch. On a CPU, the small batch at the end of a shard is padded.
 
     CPU kernels divide small batches among threads in other ways, so that the last bits would depend on the number of

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dncbm.runs.errors import first_line
+from dncbm.runs.settings import EncoderEntry
+
+HUB = "hf-hub:"
+"""What precedes a repository of the hub in place of a model of open_clip."""
 
 
 @contextmanager
@@ -71,3 +75,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def published_on_hub(entry: EncoderEntry) -> str | None:
+    """The hub's repository of an encoder's weights, if open_clip fetches them from there."""
+    import open_clip
+
+    if entry.model.startswith(HUB):
+        return entry.model.removeprefix(HUB)
+    tag = open_clip.get_pretrained_cfg(entry.model.replace("/", "-"), entry.pretrained or "") or {}
+    return str(tag.get("hf_hub", "")).strip("/") or None

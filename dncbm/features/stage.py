@@ -100,7 +100,21 @@ def _probe_split(
                 names["group_names"] = images["train"].group_names
             write_json(split_file, names | {"sizes": {split: len(indices[split]) for split in SPLITS}})
             work.done([split_file, *arrays])
+    if work.outcome is Outcome.PROVIDED and artifacts.split_indices(dataset, "train").is_file():
+        indices |= _given_indices(artifacts, dataset, images)
     return images, indices
+
+
+def _given_indices(artifacts: Artifacts, dataset: str, images: Mapping[str, ProbeImages]) -> dict[str, NDArray[np.int64]]:
+    """The indices of a split that was imported. Raises UserError if the images have other labels than were imported."""
+    for own_split, found in images.items():
+        path = artifacts.labels(dataset, own_split)
+        if path.is_file() and not np.array_equal(np.load(path), found.labels):
+            raise UserError(
+                f"the images of {dataset} ({own_split}) have other labels than {path}, which was imported: they are other "
+                "images, or in another order; put those there that it was made from, or pass --overwrite to divide them again"
+            )
+    return {split: np.load(artifacts.split_indices(dataset, split)) for split in ("train", "train_val")}
 
 
 def labels_hash(images: ProbeImages) -> str:

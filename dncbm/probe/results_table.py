@@ -181,7 +181,7 @@ def our_cells(rows: Sequence[Row], encoder: str, best_by: str = "train_val") -> 
     RULES say, never the one that happens to be best on `val`; with `best_by` none, all are. The accuracies at NEC are those of
     the SAEs that the other rows show; where these show none, those of the last.
     """
-    ours = _runs([row for row in rows if row["encoder"] == encoder])
+    ours = _runs([row for row in rows if row["encoder"] == encoder and row["method"] != "intervention"])
     probes = _grouped((runs for runs in ours if runs.method not in INPUTS), lambda runs: (runs.method, runs.dataset))
     shown = [runs for several in probes for runs in _choose(several, best_by)]
     at_nec: list[_Runs] = []

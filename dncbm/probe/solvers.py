@@ -10,7 +10,7 @@ bounds the curvature, however differently the inputs are scaled, so a rarely act
 path follows GLM-SAGA (Wong, Santurkar and Madry 2021): lambda falls geometrically, and each solution starts at the previous.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -50,9 +50,20 @@ class Progress:
 class CrossEntropy:
     """Mean cross-entropy of a split as a function of the weights, with its gradient and a bound of its curvature."""
 
-    def __init__(self, data: ProbeData, device: torch.device, scale: torch.Tensor | None = None) -> None:
-        """For weights on a device; each input is divided by its scale (default: 1)."""
+    def __init__(
+        self,
+        data: ProbeData,
+        device: torch.device,
+        scale: torch.Tensor | None = None,
+        image_weights: torch.Tensor | None = None,
+    ) -> None:
+        """For weights on a device; each input is divided by its scale (default: 1).
+
+        With `image_weights` (not negative, one per image), the cross-entropy of each image is multiplied by its weight before
+        the mean over all images is taken. An input whose scale is infinite is always 0.
+        """
         self.data, self.device = data, device
+        self._image_weights = None if image_weights is None else image_weights.float().to(device)
         self._scale = (torch.ones(data.width) if scale is None else scale).to(device)[:, None]
         sparse_on_cpu = device.type == "cpu" and not isinstance(data.inputs, FeatureStore)
         self._slopes = BatchSlopes(data.width) if sparse_on_cpu else None
@@ -66,8 +77,12 @@ class CrossEntropy:
     def _autograd(self, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
         weight = weight.detach().requires_grad_()
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for batch, labels in self.data.batches(BATCH, self.device):
-            loss = functional.cross_entropy(linear(batch, weight), labels, reduction="sum") / len(self.data)
+        for batch, labels, of_images in self._batches():
+            if of_images is None:
+                loss = functional.cross_entropy(linear(batch, weight), labels, reduction="sum") / len(self.data)
+            else:
+                losses = functional.cross_entropy(linear(batch, weight), labels, reduction="none")
+                loss = (losses * of_images).sum() / len(self.data)
             loss.backward()
             total += loss.detach()
         assert weight.grad is not None
@@ -77,17 +92,26 @@ class CrossEntropy:
         total, gradient = 0.0, torch.zeros_like(weight)
         for start in range(0, len(self.data), BATCH):
             rows = np.arange(start, min(start + BATCH, len(self.data)))
-            found = slopes(weight, self.data.inputs, rows, self.data.labels[start : start + BATCH], len(self.data))
+            of_images = None if self._image_weights is None else self._image_weights[start : start + BATCH]
+            labels = self.data.labels[start : start + BATCH]
+            found = slopes(weight, self.data.inputs, rows, labels, len(self.data), of_images)
             total += found.ce
             slopes.over_inputs(partial(add_gradient, *found[1:], gradient.numpy()))
         return total, gradient
 
+    def _batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
+        """All images in order: their inputs, labels and weights."""
+        for number, (batch, labels) in enumerate(self.data.batches(BATCH, self.device)):
+            start = number * BATCH
+            yield batch, labels, None if self._image_weights is None else self._image_weights[start : start + BATCH]
+
     def curvature(self) -> torch.Tensor:
-        """D_f (see the module's docstring) of every input, times `_tightness` for features."""
+        """D_f (see the module's docstring) of every input, times `_tightness` for features; images count by their weights."""
         inverse = (1 / self._scale).requires_grad_()
-        for batch, _ in self.data.batches(BATCH, self.device):
+        for batch, _, of_images in self._batches():
             sums = linear(_absolute(batch), inverse)
-            (sums * sums.detach()).sum().backward()
+            fixed = sums.detach() if of_images is None else sums.detach() * of_images[:, None]
+            (sums * fixed).sum().backward()
         assert inverse.grad is not None
         bound = (inverse.grad / self._scale)[:, 0] / (2 * len(self.data))
         return bound if not isinstance(self.data.inputs, FeatureStore) else bound * self._tightness(bound)
@@ -98,9 +122,10 @@ class CrossEntropy:
         Features of opposite sign cancel, which Jensen's inequality ignores. They are few enough for their Gram matrix.
         """
         gram = torch.zeros(len(bound), len(bound), device=self.device)
-        for batch, _ in self.data.batches(BATCH, self.device):
+        for batch, _, of_images in self._batches():
             assert isinstance(batch, torch.Tensor)
             x = batch / self._scale.T
+            x = x if of_images is None else x * of_images.sqrt()[:, None]
             gram.addmm_(x.T, x, alpha=0.5 / len(self.data))
         unit = bound.clamp(min=1e-30).rsqrt()
         # On the CPU, since mps has no float64. The margin covers the rounding of the products.
@@ -141,27 +166,30 @@ def minimise(
     max_passes: int,
     tolerance: float,
     support: torch.Tensor | None = None,
+    penalised: torch.Tensor | None = None,
     on_pass: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Minimise cross-entropy + lambda * mean |W|, starting or resuming from `progress`.
 
     Stops when the objective has fallen by less than `tolerance` of itself over STALLED_OVER passes, or after `max_passes`
     passes over the images, those of `progress` included; `on_pass` is called after each. `curvature` is `loss.curvature()`.
-    Weights of an input that is always 0, and those outside `support` (bool, inputs x C), become 0.
+    Weights of an input that is always 0, and those outside `support` (bool, inputs x C), become 0. The penalty counts only the
+    weights of inputs that are `penalised` (bool, one per input; by default all): an intercept's are not.
     """
     penalty = sparsity_lambda / progress.weight.numel()
     # With step size 0, the weights of an input that is always 0 would stay at their start: `used` sets them to 0.
     size = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-30), torch.zeros_like(curvature))[:, None]
     used = (curvature > 0)[:, None].expand_as(progress.weight)
     used = used if support is None else used & support
+    threshold = size * penalty if penalised is None else size * penalty * penalised[:, None]
     while len(progress.objectives) < max_passes and not _stalled(progress.objectives, tolerance):
         weight, previous = progress.weight, progress.previous
         grown = (1 + (1 + 4 * progress.momentum**2) ** 0.5) / 2
         ahead = weight + (progress.momentum - 1) / grown * (weight - previous)
         ce, gradient = loss(ahead)
-        after = torch.where(used, soft_threshold(ahead - size * gradient, size * penalty), torch.zeros_like(weight))
+        after = torch.where(used, soft_threshold(ahead - size * gradient, threshold), torch.zeros_like(weight))
         uphill = float(((ahead - after) / size.clamp(min=1e-30) * (after - weight) * used).sum()) > 0
-        objective = ce + penalty * float(ahead.abs().sum())
+        objective = ce + penalty * float((ahead if penalised is None else ahead[penalised]).abs().sum())
         progress = Progress(after, weight, 1.0 if uphill else grown, [*progress.objectives, objective])
         if uphill:
             progress.previous = after

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,32 @@ def train_linear_probe(
             except Terminated:
                 print(f"stopped: the same command resumes from {state}")
                 return Outcome.STOPPED
-        metrics: dict[str, float] = dict(zero_counts(weight))
-        for split in SPLITS:
-            found = evaluate_probe(weight, data[split], probe.sparsity_lambda, coverage=split == "val")
-            metrics |= {f"{split}_{key}": value for key, value in found.items()}
-        accuracies = artifacts.probe_accuracies(run, probe)
-        metrics |= save_accuracies(settings, probe.dataset, weight, data["val"], accuracies)
         save_probe(weight, target)
         # Before the probe counts as done: if the row cannot be written now, the next run writes it.
-        save_results(artifacts.probe_results(), _result_row(run, probe, metrics))
+        metrics, accuracies = record_accuracy(settings, run, probe, weight, data)
         said = f"probe on {probe.inputs} of {probe.dataset}, top-1 {metrics['val_top1']:.1%} on val"
         about = {"device": str(torch_device), "classes": len(class_names)}
         work.done([target, accuracies], said, metrics=metrics, **about)
         _warn_of_many_concepts(run, data["train"])
     return work.outcome
+
+
+def record_accuracy(
+    settings: Settings, run: SAERun, probe: ProbeRun, weight: torch.Tensor, data: Mapping[str, ProbeData]
+) -> tuple[dict[str, float], Path]:
+    """Evaluate a probe (inputs x C) on every split; write the accuracy of classes and groups and its row of the results.
+
+    Returns the metrics and the file of accuracies. Raises UserError if the row cannot be written.
+    """
+    artifacts = Artifacts(settings)
+    metrics: dict[str, float] = dict(zero_counts(weight))
+    for split in SPLITS:
+        found = evaluate_probe(weight, data[split], probe.sparsity_lambda, coverage=split == "val")
+        metrics |= {f"{split}_{key}": value for key, value in found.items()}
+    accuracies = artifacts.probe_accuracies(run, probe)
+    metrics |= save_accuracies(settings, probe.dataset, weight, data["val"], accuracies)
+    save_results(artifacts.probe_results(), probe_row(run, probe, metrics))
+    return metrics, accuracies
 
 
 def _inputs_folder(settings: Settings, run: SAERun, probe: ProbeRun, split: str) -> Path:
@@ -166,7 +179,7 @@ def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data
     """
     kinds = {"class": (data.labels, probe_class_names(settings, dataset))}
     if data.groups is not None:
-        kinds["group"] = (data.groups, _group_names(settings, dataset, int(data.groups.max()) + 1))
+        kinds["group"] = (data.groups, group_names(settings, dataset, int(data.groups.max()) + 1))
     rows: list[tuple[Any, ...]] = []
     found: dict[str, float] = {}
     for kind, (membership, names) in kinds.items():
@@ -180,7 +193,8 @@ def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data
     return found
 
 
-def _group_names(settings: Settings, dataset: str, least: int) -> list[str]:
+def group_names(settings: Settings, dataset: str, least: int) -> list[str]:
+    """Names of the groups of a data set, or their numbers. Raises UserError if it does not name at least so many."""
     path = Artifacts(settings).probe_split(dataset)
     try:
         names = json.loads(path.read_text(encoding="utf-8")).get("group_names") or [str(group) for group in range(least)]
@@ -204,7 +218,8 @@ def _warn_of_many_concepts(run: SAERun, data: ProbeData) -> None:
     )
 
 
-def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict[str, Any]:
+def probe_row(run: SAERun, probe: ProbeRun, metrics: Mapping[str, float], **more: str) -> dict[str, str]:
+    """A row of the results with the settings of a probe, its metrics, and more columns, which replace those of a probe."""
     described: dict[str, Any] = {"probe_dataset": probe.dataset, "method": "probe", "on": probe.inputs}
     described |= {"encoder": run.encoder, "hook": run.hook, "probe": probe.config_name, "solver": probe.solver}
     described |= {"probe_epochs": probe.epochs, "probe_lambda": probe.sparsity_lambda, "seed": probe.seed}
@@ -212,7 +227,7 @@ def _result_row(run: SAERun, probe: ProbeRun, metrics: dict[str, float]) -> dict
         described |= {"sae_dataset": run.dataset, "sae": run.config_name, "sae_type": run.sparsity.kind}
     if probe.solver == "adam":
         described |= {"probe_lr": probe.lr, "probe_batch_size": probe.batch_size}
-    return result_row(described, metrics)
+    return result_row(described | more, metrics)
 
 
 def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor:

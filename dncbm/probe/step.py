@@ -169,8 +169,11 @@ class BatchSlopes:
         rows: NDArray[np.int64],
         labels: torch.Tensor,
         divisor: int,
+        row_weights: torch.Tensor | None = None,
     ) -> Slopes:
         """The slopes of some rows with their labels, for the sum of their cross-entropies / `divisor`.
+
+        With `row_weights` (float32, one per row), each cross-entropy is multiplied by its row's.
 
         Raises IndexError if the matrix is malformed or has other inputs than the weights.
         """
@@ -194,6 +197,8 @@ class BatchSlopes:
                 per_sample_weights=torch.from_numpy(data[begin:end]),
             ).requires_grad_()
             losses = functional.cross_entropy(logits, labels[first:last], reduction="none") / divisor
+            if row_weights is not None:
+                losses = losses * row_weights[first:last]
             slopes[first:last] = torch.autograd.grad(losses.sum(), logits)[0].numpy()
             return losses.detach()
 

@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dncbm.runs.declarations import ProbeFeatures, ProbeRun, SAERun
+from dncbm.runs.declarations import HOOKS, SPLITS, ProbeFeatures, ProbeRun, SAERun
 from dncbm.runs.settings import LOCAL_DIR, OPEN_CLIP, Settings
+from sparse_autoencoder.declare import flags
 
 
 def encoder_folder(encoder: str) -> str:
@@ -89,6 +91,105 @@ def strengths_part(strengths: Path, shard: Path) -> Path:
     return strengths / f"{shard.stem}.npz"
 
 
+# -------------------------------------------------------------------------------------------- the authors' own files
+
+PUBLISHED = {
+    "sae": r"sparse_autoencoder_final\.pt",
+    "names": r"concept_names\.csv",
+    "embeddings": r"embeddings_(?P<of>.+)\.pth",
+    "indices": r"(?P<split>train|train_val)_idxs\.pth",
+    "labels": r"all_labels_(?P<split>train|train_val|val)\.pth",
+    "features": r"(?P<split>train|train_val|val)(\.pth)?",
+    "strengths": r"all_concepts\.pth",
+    "probe": r"on_(?P<inputs>concepts|features)_final_(?P<name>.+)\.pt",
+}
+"""Kind of file that the paper's authors publish or that their code writes -> what it is called, a regular expression."""
+
+
+def published_name(kind: str, split: str = "*") -> str:
+    """What a file of the authors is called, for messages."""
+    called = {
+        "sae": "sparse_autoencoder_final.pt", "names": "concept_names.csv", "embeddings": "embeddings_*.pth",
+        "indices": f"{split}_idxs.pth", "labels": f"all_labels_{split}.pth", "features": f"{split}.pth",
+        "strengths": "all_concepts.pth", "probe": "on_concepts_final_*.pt",
+    }  # fmt: skip
+    return called[kind]
+
+
+_SAE_NAME = re.compile(
+    r"lr(?P<lr>[^_]+)_l1coeff(?P<l1_coeff>[^_]+)_ef(?P<expansion_factor>[^_]+)_rf(?P<resample_freq>[^_]+)"
+    r"_hook(?P<hook_points>[^_]+)_bs(?P<train_sae_bs>[^_]+)_epo(?P<num_epochs>\d+)(?P<save_suffix>[\w.-]*)"
+)
+_PROBE_NAME = re.compile(
+    r"lr(?P<probe_lr>[^_]+)_bs(?P<probe_train_bs>[^_]+)_epo(?P<probe_epochs>[^_]+)_nobias"
+    r"(_clCE_spL1_spl(?P<probe_sparsity_loss_lambda>[^_]+))?"
+)
+
+
+def published_kind(name: str) -> tuple[str, dict[str, str]] | None:
+    """The kind of the authors' file with this name, and the parts of the name; None if it is none of theirs."""
+    for kind, pattern in PUBLISHED.items():
+        if found := re.fullmatch(pattern, name):
+            return kind, {part: text for part, text in found.groupdict().items() if text}
+    return None
+
+
+def flags_of_published_sae(name: str) -> dict[str, Any]:
+    """Flag -> value that the folder name of an SAE run of the authors stands for; what follows the epochs is the suffix.
+
+    Raises ValueError if it is no such name.
+    """
+    return _flags_of(_SAE_NAME, name, SAERun)
+
+
+def flags_of_published_probe(name: str) -> dict[str, Any]:
+    """Flag -> value that the folder name of a probe of the authors stands for. Without a sparsity loss, lambda is 0.
+
+    Raises ValueError if it is no such name.
+    """
+    return {"probe_sparsity_loss_lambda": 0.0} | _flags_of(_PROBE_NAME, name, ProbeRun)
+
+
+def _flags_of(pattern: re.Pattern[str], name: str, run: type) -> dict[str, Any]:
+    found = pattern.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no name of the authors' runs")
+    known = flags(run)
+    return {flag: known[flag].parse(text) for flag, text in found.groupdict().items() if text is not None}
+
+
+def flags_of_published_path(path: Path, settings: Settings) -> dict[str, Any]:
+    """Flag -> value that the folders of one of the authors' files tell, the nearest folder first.
+
+    A folder counts if it is the name of an encoder or of a data set of the config, of a split, or of a run in the authors'
+    way. `sae` and `probe` are the names of runs, with the suffix that stands behind `sae_checkpoints`.
+    """
+    told: dict[str, Any] = {}
+    encoders = {encoder_folder(name): name for name in settings.encoders}
+    for folder in reversed(path.parent.parts):
+        encoder, hook = encoders.get(folder), {}
+        for known in HOOKS:
+            if encoder is None and (encoder := encoders.get(folder.removesuffix(f"_{known}"))) is not None:
+                hook = {"hook_points": known}
+        found: dict[str, Any] = {}
+        if encoder is not None:
+            found = {"img_enc_name": encoder, **hook}
+        elif folder in settings.sae_datasets:
+            found = {"sae_dataset": folder}
+        elif folder in settings.probe_datasets:
+            found = {"probe_dataset": folder}
+        elif folder in SPLITS:
+            found = {"probe_split": folder}
+        elif folder.startswith("sae_checkpoints"):
+            found = {"save_suffix": folder.removeprefix("sae_checkpoints")}
+        elif _SAE_NAME.fullmatch(folder):
+            found = {"sae": folder + told.get("save_suffix", "")}
+        elif _PROBE_NAME.fullmatch(folder):
+            found = {"probe": folder}
+        told = found | told
+    return told
+
+
 class Artifacts:
     """The path of every artifact under the roots of a config."""
 
@@ -152,8 +253,9 @@ class Artifacts:
         return published if published.is_file() and not self.sae(run).is_file() else self.sae(run)
 
     def saes(self) -> Iterable[Path]:
-        """Every SAE that was trained here, on whatever features."""
-        return (self.settings.sae_dir / "SAEImg").glob("*/*/*/*/sae_checkpoints/sparse_autoencoder_final.safetensors")
+        """Every SAE that was trained here or imported, on whatever features."""
+        checkpoints = (self.settings.sae_dir / "SAEImg").glob("*/*/*/*/sae_checkpoints/sparse_autoencoder_final.*")
+        return (path for path in checkpoints if path.suffix in (".safetensors", ".pt"))
 
     def sae_files(self, run: SAERun) -> Iterable[Path]:
         """Everything that training an SAE leaves, names included."""
@@ -203,7 +305,7 @@ class Artifacts:
         return self._probe_folder(run, probe) / f"on_{probe.inputs}_final_{probe.config_name}.safetensors"
 
     def probes(self) -> Iterable[Path]:
-        """Every probe on concepts that was trained here."""
+        """Every probe on concepts that was trained here or imported."""
         return self.settings.probe_dir.glob("*/*/*/*/*/*/on_concepts_ckpts/on_concepts_final_*.safetensors")
 
     def probe_files(self, run: SAERun, probe: ProbeRun) -> Iterable[Path]:
@@ -244,6 +346,10 @@ class Artifacts:
 
     def zero_shot_accuracies(self, features: ProbeFeatures) -> Path:
         return self._on_features("zero_shot", features) / "accuracies.csv"
+
+    def intervention(self, run: SAERun, probe: ProbeRun, edit: str) -> Path:
+        """Accuracies before and after an edit of a probe's concepts, which has a name."""
+        return self._probe_folder(run, probe) / "interventions" / f"{edit}.csv"
 
     def probe_results(self) -> Path:
         return self.settings.probe_dir / "probe_results.csv"
@@ -286,6 +392,24 @@ class Artifacts:
         """The folder of an explanation; the parts tell apart those of one kind and SAE."""
         sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
         return ExplanationFolder.at(self.settings.analysis_dir.joinpath(kind, sae, *parts))
+
+    def suggested_concepts(self, run: SAERun, text: str) -> Path:
+        """The list of the concepts nearest to a text."""
+        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
+        name = _short(re.sub(r"[^\w.-]+", "_", text).strip("_.") or "text")
+        return self.settings.analysis_dir / "suggested_concepts" / sae / f"{name}.txt"
+
+    # Exports
+
+    def export(self, run: SAERun, probe: ProbeRun | None, kind: str) -> Path:
+        """Folder of an export: `bundle`, or `saelens`, which has no probe."""
+        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
+        parts = (probe.dataset, probe.config_name) if probe else ()
+        return self.settings.analysis_dir.joinpath(kind, sae, *parts)
+
+    def exports(self, kind: str) -> Iterable[Path]:
+        """Every export of a kind to its default place."""
+        return (manifest.parent for manifest in (self.settings.analysis_dir / kind).glob("*/*/*/**/manifest.json"))
 
     # Figures and summaries
 

@@ -11,15 +11,19 @@ from dncbm.runs.declarations import (
     Download,
     Drawing,
     Explained,
+    Export,
     Extraction,
+    Intervention,
     LatentSelection,
     NamedEncoder,
+    NamedProbe,
     NamedSAE,
     ProbeDataset,
     ProbeFeatures,
     ProbeRun,
     ProbeSchedule,
     Prompts,
+    Published,
     Ranking,
     SAEFeatures,
     SAERun,
@@ -28,6 +32,7 @@ from dncbm.runs.declarations import (
     Splits,
     Tracking,
 )
+from dncbm.runs.manifests import IMPORTED
 from dncbm.runs.stage import Command
 
 DOWNLOAD = Command(
@@ -110,6 +115,27 @@ NEC = Command(
     summary="Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions.",
     takes=(SAERun, ProbeDataset),
     place="dncbm.explain.plotting.nec_curve:NEC_AND_FIGURE",
+)
+EXPORT = Command(
+    name="export",
+    script="11_export_model.py",
+    summary="Export the trained bottleneck as a folder that one line loads, or its SAE for SAELens.",
+    takes=(SAERun, ProbeRun, Export),
+    place="dncbm.bottleneck.export:EXPORT",
+)
+IMPORT_PUBLISHED = Command(
+    name=IMPORTED,
+    script="12_import_published.py",
+    summary="Import what the paper's authors publish or their code writes: SAEs, names, embeddings, features, probes.",
+    takes=(Published, NamedSAE, NamedProbe),
+    place="dncbm.bottleneck.published:IMPORT_PUBLISHED",
+)
+INTERVENE = Command(
+    name="intervene",
+    script="13_intervene.py",
+    summary="Remove, keep or scale concepts, and measure the probe's accuracy before, after, and after a refit.",
+    takes=(SAERun, ProbeRun, Intervention),
+    place="dncbm.probe.intervention_stage:INTERVENE",
 )
 
 

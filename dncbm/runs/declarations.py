@@ -409,6 +409,64 @@ class Ranking(_Checked):
     )  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------- interventions
+
+
+@dataclass(frozen=True)
+class Intervention(_Checked):
+    """Which concepts are edited. A list holds one name, label or index per line."""
+
+    keep: Path | None = setting(None, "list of the concepts to keep; all others are removed", configurable=False)
+    remove: Path | None = setting(None, "list of the concepts to remove", configurable=False)
+    scale: Path | None = setting(
+        None, "list of concepts with the factors of their strengths: `name,factor` per line", configurable=False
+    )
+    concepts: tuple[str, ...] = setting((), "concepts to remove, separated by commas", configurable=False)
+    reweight: bool = setting(
+        False, "also refit with images weighted so that their class is independent of the edited concepts"
+    )
+    suggest: str | None = setting(
+        None, "a text: only print the concepts nearest to it, and write a list of them", configurable=False
+    )
+    suggest_n: int = setting(50, "number of concepts to suggest", least=1)
+
+
+# -------------------------------------------------------------------------------------------------- published files
+
+
+@dataclass(frozen=True)
+class Published(_Checked):
+    """Files of the paper's authors, and what they are of where their folders do not tell."""
+
+    folder: Path = setting(Path(), "folder of the files, at any depth", positional=True)
+    encoder: str | None = setting(
+        None, "encoder of the files; by default the one that their folders name", flag="img_enc_name", configurable=False
+    )
+    sae_dataset: str | None = setting(
+        None, "data set of the SAE; by default the one that their folders name", configurable=False
+    )
+    probe_dataset: str | None = setting(
+        None, "data set of the probe; by default the one that their folders name", configurable=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+@dataclass(frozen=True)
+class Export(_Checked):
+    """Where a trained bottleneck is exported to, and in which format."""
+
+    output: Path | None = setting(None, "folder to write; by default one in analysis_dir", configurable=False)
+    to: str = setting(
+        "bundle", "bundle, which ConceptBottleneckModel.from_pretrained loads; or saelens, the SAE alone for SAELens",
+        choices=("bundle", "saelens"), configurable=False,
+    )  # fmt: skip
+    license: str | None = setting(
+        None, "licence of the weights, an identifier of the hub such as cc-by-4.0, for the model card"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ the authors' flags
 
 

@@ -25,6 +25,8 @@ from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.locks import lock_path, locked
 from sparse_autoencoder.files import remove_leftovers, whole_file
 
+IMPORTED = "import_published"
+"""The stage whose artifacts others have made. The stages that would make them use them as they are."""
 PACKAGES = ("torch", "open_clip_torch", "webdataset", "numpy", "scipy", "dncbm", "sparse_autoencoder")
 
 
@@ -177,6 +179,10 @@ def _begin(
         if artifact.is_file() and not overwrite:
             print(f"using the file supplied: {artifact}")
             return Outcome.PROVIDED
+    elif made is not None and found == finished and made["stage"] == IMPORTED != recipe["stage"] and not overwrite:
+        check_chain(artifact)
+        print(f"using what was imported: {artifact}")
+        return Outcome.PROVIDED
     elif made is None or _differences(made, recipe):
         differences = [] if made is None else _differences(made, recipe)
         if made and found == unfinished and made["settings"] == recipe["settings"] and parts_hold():
@@ -282,10 +288,10 @@ def _check_chain(artifact: Path, checked: set[Path]) -> None:
     made = read_manifest(artifact)
     missing, changed = _damaged(manifest, made)
     if missing and not checked:
-        raise UserError(f"{missing[0]} is missing: {_again(made)}")
+        raise UserError(f"{missing[0]} is missing: {how_made_again(made)}")
     checked.add(artifact)
     if changed:
-        raise _changed(artifact, changed[0], _again(made))
+        raise _changed(artifact, changed[0], how_made_again(made))
     for name, place in made["sources"].items():
         source = Path(os.path.normpath(manifest.parent / place))
         if not manifest_path(source).is_file() and not source.is_file():
@@ -293,7 +299,7 @@ def _check_chain(artifact: Path, checked: set[Path]) -> None:
         _check_chain(source, checked)
         if fingerprint(source) != made["inputs"][name]:
             raise StaleArtifact(
-                f"{artifact} is out of date: {name} ({source}) has changed since it was made; {_again(made)}",
+                f"{artifact} is out of date: {name} ({source}) has changed since it was made; {how_made_again(made)}",
                 [f"{name} has changed"],
             )
 
@@ -321,8 +327,11 @@ def _changed(artifact: Path, path: Path, again: str) -> StaleArtifact:
     return StaleArtifact(f"{path} has changed since it was made: {again}{keep}", [f"{path.name} has changed"])
 
 
-def _again(made: Mapping[str, Any]) -> str:
+def how_made_again(made: Mapping[str, Any]) -> str:
+    """For messages: what to do so that an artifact with this manifest is made again."""
     stage = made["stage"]
+    if stage == IMPORTED:
+        return "import it again with `python scripts/12_import_published.py FOLDER --overwrite`"
     return f"make it again with `python scripts/run_pipeline.py --from {stage} --to {stage} --overwrite` and the same flags"
 
 

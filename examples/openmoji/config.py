@@ -19,7 +19,15 @@ sae_datasets = {
     }
 }
 
-probe_datasets = {"openmoji_categories": "run/categories", "openmoji_outlines": "run/outlines"}
+probe_datasets = {
+    "openmoji_categories": "run/categories",
+    "openmoji_outlines": "run/outlines",
+    "openmoji_backgrounds": {
+        "path": "run/backgrounds",
+        "reader": "waterbirds100",
+        "splits": {"train": "0", "train_val": "1", "val": "2"},  # train_val has other emoji than train
+    },
+}
 
 encoders = {"openmoji_clip": "local-dir:run/clip"}
 

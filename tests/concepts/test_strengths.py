@@ -134,7 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(mine, monkeypatch, parts_don
     for path in parts.iterdir():
         path.unlink()
 
-    write, written = dncbm.concepts.strengths._write_part, []
+    write, written = dncbm.concepts.strengths.write_part, []
 
     def write_some(path: Path, *rest: object) -> None:
         if len(written) == parts_done:
@@ -143,7 +143,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(mine, monkeypatch, parts_don
         write(path, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(dncbm.concepts.strengths, "_write_part", write_some)
+        patched.setattr(dncbm.concepts.strengths, "write_part", write_some)
         with pytest.raises(KeyboardInterrupt):
             save(mine, "train")
     (parts / ".00001-k1ll3d.npz").write_bytes(b"half a part")

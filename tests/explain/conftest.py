@@ -116,7 +116,7 @@ class World:
 
         def write() -> None:
             for number, rows in enumerate((slice(None, half), slice(half, None))):
-                concepts._write_part(folder / f"{number:05d}.npz", scipy.sparse.csr_matrix(z[rows]), keys[rows])
+                concepts.write_part(folder / f"{number:05d}.npz", scipy.sparse.csr_matrix(z[rows]), keys[rows])
 
         make(folder, write)
 

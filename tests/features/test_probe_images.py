@@ -318,6 +318,38 @@ class TestWaterbirds:
         settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
         assert_holds(probe_images(settings, "waterbirds100", "train"), [(image, "waterbird")])
 
+    def test_the_table_names_its_classes_and_places(self, make_settings, root: Path, put) -> None:
+        images = [put(root / f"{i}.jpg", i) for i in range(3)]
+        settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
+        rows = ["0.jpg,1,0,1,food,sea", "1.jpg,0,0,0,animal,meadow", "2.jpg,1,2,0,food,meadow"]
+        (root / "metadata.csv").write_text("\n".join(["img_filename,y,split,place,y_name,place_name", *rows]))
+        train, val = (probe_images(settings, "waterbirds100", split) for split in ("train", "val"))
+        assert train.class_names == val.class_names == ("animal", "food")
+        assert_holds(val, [(images[2], "food")])
+        names = ("animal on meadow", "animal on sea", "food on meadow", "food on sea")
+        assert train.group_names == val.group_names == names
+        assert [names[group] for group in train.groups] == ["food on sea", "animal on meadow"]
+        only = "\n".join(["img_filename,y,split,place,place_name", "0.jpg,1,0,1,sea", "1.jpg,0,0,0,meadow"])
+        (root / "metadata.csv").write_text(only)
+        found = probe_images(settings, "waterbirds100", "train")
+        assert found.class_names == ("landbird", "waterbird")
+        assert found.group_names[1:3] == ("landbird on sea", "waterbird on meadow")
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            ("0,animal", "1,food", "1,drink"), ("0,animal", "1,animal"), ("0,animal", "1,"), ("0,animal", "1"),
+            ("0,animal", "0,animal"), ("0,animal", "1,food", "2,drink"),
+        ],
+    )  # fmt: skip
+    def test_a_number_has_one_name(self, make_settings, root: Path, refusal, rows: tuple[str, ...]) -> None:
+        """Whichever split the rows are of."""
+        lines = [f"{i}.jpg,{i},0,{row}" for i, row in enumerate(rows)]
+        (root / "metadata.csv").write_text("\n".join(["img_filename,split,place,y,y_name", *lines]))
+        settings = make_settings(probe_datasets={"waterbirds100": "waterbirds"})
+        with refusal("y_name", "one name for y 0 and another for y 1", root / "metadata.csv", settings.path):
+            probe_images(settings, "waterbirds100", "train")
+
     @pytest.mark.parametrize(
         ("row", "problem"),
         [

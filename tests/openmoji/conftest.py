@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
-MODULES = ("emoji_data", "images", "nouns", "small_clip", "build", "summarise")
+MODULES = ("emoji_data", "images", "backgrounds", "nouns", "small_clip", "build", "summarise")
 
 
 def _run_build(output: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """The solver of the probe's objective, against scikit-learn, autograd and the conditions of an optimum."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache
@@ -9,6 +10,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import dncbm.probe.solvers
 from dncbm.probe.model import ProbeData, linear, probe_loss
 from dncbm.probe.solvers import (
     CrossEntropy,
@@ -53,10 +55,16 @@ def solve(loss: CrossEntropy, penalty: float, start: Progress | None = None, **o
     return minimise(loss, loss.curvature(), start, penalty, **{"max_passes": 3000, "tolerance": 1e-7} | options)
 
 
-def objective(weight: np.ndarray, values: np.ndarray, labels: np.ndarray, penalty: float) -> float:
+def objective(
+    weight: np.ndarray, values: np.ndarray, labels: np.ndarray, penalty: float, of_images: np.ndarray | None = None
+) -> float:
     logits = values.astype(np.float64) @ weight
-    log_sums = np.log(np.exp(logits).sum(axis=1))
-    return float((log_sums - logits[np.arange(N), labels]).mean() + penalty * np.abs(weight).sum() / (F * C))
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(N), labels]
+    return float((losses * (1 if of_images is None else of_images)).mean() + penalty * np.abs(weight).sum() / (F * C))
+
+
+OF_IMAGES = torch.from_numpy(np.random.default_rng(2).exponential(size=N) * (np.arange(N) % 9 > 0))
+"""Weights of images, some of them 0."""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,32 @@ def test_the_optimum_is_that_of_scikit_learns_saga(
     assert zeros[-1].all()
 
 
+def test_with_weights_of_images_the_optimum_is_that_of_scikit_learns_sample_weight(
+    data: ProbeData, values: np.ndarray, labels: np.ndarray, saga
+) -> None:
+    of_images = OF_IMAGES.numpy()
+    theirs = saga(values, labels, F * C / (3.0 * N), 1e-7, of_images).T
+    with closing(CrossEntropy(data, CPU, image_weights=OF_IMAGES)) as loss:
+        ours = solve(loss, 3.0).weight.numpy()
+    found, expected = (objective(weight, values, labels, 3.0, of_images) for weight in (ours, theirs))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found < 0.99 * objective(theirs * 0, values, labels, 3.0, of_images)
+
+
+def test_an_intercept_is_not_penalised(values: np.ndarray, labels: np.ndarray) -> None:
+    """So that classes are predicted as often as they are there; other weights fulfil the conditions of the penalty."""
+    x = np.hstack([values, np.ones((N, 1), dtype=np.float32)])
+    data, penalised = ProbeData(scipy.sparse.csr_matrix(x), torch.from_numpy(labels)), torch.arange(F + 1) < F
+    with closing(CrossEntropy(data, CPU)) as loss:
+        start = Progress.at(torch.zeros(F + 1, C))
+        weight = solve(loss, 10.0, start, tolerance=0, max_passes=2000, penalised=penalised).weight
+        gradient = loss(weight)[1][:F]
+    predicted = torch.softmax(torch.from_numpy(x) @ weight, dim=1).mean(dim=0)
+    torch.testing.assert_close(predicted, data.labels.bincount().float() / N, rtol=1e-3, atol=0)
+    assert float(gradient.abs().max()) == pytest.approx(10.0 / ((F + 1) * C), rel=0.01)
+    assert 0 < int((weight[:F] == 0).sum()) < F * C
+
+
 def test_at_the_optimum_the_subgradient_holds_zero(data: ProbeData) -> None:
     """|gradient| <= lambda / (C F) where a weight is 0, and gradient = -sign * lambda / (C F) elsewhere."""
     with closing(CrossEntropy(data, CPU)) as loss:
@@ -93,29 +127,32 @@ def test_at_the_optimum_the_subgradient_holds_zero(data: ProbeData) -> None:
     torch.testing.assert_close(gradient[~zero], -limit * found.weight[~zero].sign(), rtol=0.01, atol=0)
 
 
-def test_loss_and_gradient_are_autograds(data: ProbeData, values: np.ndarray) -> None:
+def test_loss_and_gradient_are_autograds(data: ProbeData, values: np.ndarray, monkeypatch) -> None:
+    monkeypatch.setattr(dncbm.probe.solvers, "BATCH", 64)
     weight = torch.randn(F, C, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(F, generator=torch.Generator().manual_seed(1)) + 0.5
-    for divide in (None, scale):
-        x = torch.from_numpy(values) / (1 if divide is None else divide)
+    for divide, of_images in itertools.product((None, scale), (None, OF_IMAGES)):
+        x, times = torch.from_numpy(values) / (1 if divide is None else divide), 1 if of_images is None else of_images.float()
         dense = weight.clone().requires_grad_()
-        expected = torch.nn.functional.cross_entropy(x @ dense, data.labels)
+        expected = (torch.nn.functional.cross_entropy(x @ dense, data.labels, reduction="none") * times).mean()
         expected.backward()
-        with closing(CrossEntropy(data, CPU, divide)) as loss:
+        with closing(CrossEntropy(data, CPU, divide, of_images)) as loss:
             found, gradient = loss(weight)
             torch.testing.assert_close(gradient, dense.grad, rtol=1e-4, atol=1e-6)
-            by_hand = (x.abs() * x.abs().sum(dim=1, keepdim=True)).sum(dim=0) / (2 * N)
+            by_hand = ((x.abs() * x.abs().sum(dim=1, keepdim=True)).T * times).sum(dim=1) / (2 * N)
             torch.testing.assert_close(loss.curvature(), by_hand, rtol=1e-4, atol=1e-6)
         assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_curvature_bounds_the_hessian(data: ProbeData, values: np.ndarray) -> None:
+@pytest.mark.parametrize("of_images", [None, OF_IMAGES], ids=["all alike", "by weight"])
+def test_the_curvature_bounds_the_hessian(data: ProbeData, values: np.ndarray, of_images: torch.Tensor | None) -> None:
     x = torch.from_numpy(values).double()
 
     def mean_loss(weight: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(x @ weight.reshape(F, C), data.labels)
+        losses = torch.nn.functional.cross_entropy(x @ weight.reshape(F, C), data.labels, reduction="none")
+        return (losses * (1 if of_images is None else of_images)).mean()
 
-    with closing(CrossEntropy(data, CPU)) as loss:
+    with closing(CrossEntropy(data, CPU, image_weights=of_images)) as loss:
         bound = loss.curvature().double().repeat_interleave(C).diag()
     for scale in (0.0, 0.05):
         at = scale * torch.randn(F * C, generator=torch.Generator().manual_seed(0)).double()

@@ -53,7 +53,8 @@ class Page:
     title: str
     class_name: str
     size: int
-    recall: float
+    recall: float | None
+    """Share of the images that is predicted right, if it is known."""
     rank_by: str
     concepts: tuple[tuple[str, float], ...]
     """Label and mean contribution, or mean-centred strength, the largest first."""
@@ -132,10 +133,15 @@ def page(dump: Dump, classes: Sequence[int], ranking: Ranking) -> Page:
     )  # fmt: skip
 
 
+def sized(page: Page) -> str:
+    """The number of images of a class, and how many of them are predicted right."""
+    return counted(page.size, "images") + ("" if page.recall is None else f", {page.recall:.0%} predicted right")
+
+
 def describe(page: Page) -> str:
     """The figure in words."""
     what = "Mean contributions" if page.rank_by == "contribution" else "Mean-centred strengths"
-    said = f"Class {page.class_name}, {counted(page.size, 'images')}, {page.recall:.0%} predicted right."
+    said = f"Class {page.class_name}, {sized(page)}."
     return f"{said} {what}: {listed(page.concepts)}."
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.strengths import STRENGTHS
 from dncbm.explain.dumps.dump import (
@@ -48,15 +50,17 @@ class Page:
 
     name: str
     title: str
-    image: Path
-    index: int
+    image: Path | Image.Image | None
+    index: int | None
+    """In the data set's own split; None if the image is of none."""
     predicted: str
-    true: str
+    true: str | None
+    """The true class, if it is known."""
     right: bool
     probability: float
     logit: float
     """Logit of the predicted class."""
-    true_logit: float
+    true_logit: float | None
     concepts: tuple[tuple[str, float], ...]
     """Label and contribution, the largest in absolute value first."""
     remaining: float
@@ -120,8 +124,9 @@ def page(dump: Dump, images: Sequence[int]) -> Page:
 
 def describe(page: Page) -> str:
     """The figure in words."""
-    right = "which is right" if page.right else f"which is wrong: it is {page.true}"
-    said = f"Image {page.index}, predicted {page.predicted} with probability {page.probability:.0%}, {right}."
+    right = "" if page.true is None else ", which is right" if page.right else f", which is wrong: it is {page.true}"
+    which = "An image" if page.index is None else f"Image {page.index}"
+    said = f"{which}, predicted {page.predicted} with probability {page.probability:.0%}{right}."
     return f"{said} Contributions to the logit: {listed(page.concepts)}."
 
 

@@ -1,5 +1,6 @@
 """A page measured in inches: text of known width, images, bars. Everything has a fixed place, so nothing overlaps."""
 
+import io
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dncbm.explain.plotting.colours import FAINT, INK, ON_BADGE, REST, sign_colour
+from dncbm.explain.plotting.colours import FAINT, INK, ON_BADGE, REST, RULE, sign_colour
 from dncbm.explain.plotting.fonts import LINE, TEXT, families, printable, quiet, text_width, wrapped
 from dncbm.features.datasets import BadImage, open_image, read_file
 from dncbm.runs.errors import UserError
@@ -70,14 +71,20 @@ class Canvas:
     def line(self, x0: float, y0: float, x1: float, y1: float, colour: str = REST, width: float = 0.5) -> None:
         self.axes.plot([x0, x1], [y0, y1], color=colour, linewidth=width, solid_capstyle="butt")
 
-    def image(self, path: Path, x: float, y: float, side: float) -> None:
-        """A square image, with no more pixels than are printed. Raises UserError if it cannot be read."""
+    def image(self, image: Path | Image.Image | None, x: float, y: float, side: float) -> None:
+        """A square image, with no more pixels than are printed; an empty square if there is none.
+
+        Raises UserError if its file cannot be read.
+        """
+        if image is None:
+            self.rectangle(x, y, side, side, RULE)
+            return
         pixels = round(side * DPI)
         try:
-            small = open_image(read_file(path)).convert("RGB")
+            small = open_image(read_file(image) if isinstance(image, Path) else image).convert("RGB")
         except (OSError, ValueError, SyntaxError, BadImage) as error:
             raise UserError(
-                f"cannot read {path}: remove it, and run the _dump.py of this figure again with the same flags"
+                f"cannot read {image}: remove it, and run the _dump.py of this figure again with the same flags"
             ) from error
         if small.width > pixels:
             small = small.resize((pixels, pixels), Image.Resampling.LANCZOS)
@@ -128,6 +135,14 @@ class Canvas:
             with whole_file(png) as temporary:
                 metadata: dict[str, Any] = {"Description": description, "Software": None}
                 self.figure.savefig(temporary, format="png", dpi=DPI, metadata=metadata)
+
+    def png(self) -> bytes:
+        """The page as a PNG, for a notebook."""
+        self._interpolate("antialiased")
+        buffer = io.BytesIO()
+        with quiet():
+            self.figure.savefig(buffer, format="png", dpi=DPI)
+        return buffer.getvalue()
 
     def _interpolate(self, how: str) -> None:
         for image in self.axes.images:

@@ -22,19 +22,19 @@ def draw(page: Page, *, use_latex: bool = False) -> Canvas:
     side = min(IMAGE, max(LEAST_IMAGE, CAPTION + bars_beside(IMAGE).height))  # few concepts leave room for few pixels only
     bars = bars_beside(side)
     verdict, colour = ("right", RIGHT) if page.right else ("wrong", WRONG)
-    badge = text_width(verdict, 6.5, bold=True) + 0.1
-    true_logit = "" if page.right else f"logit {signed(page.true_logit, 2)}"
+    badge = text_width(verdict, 6.5, bold=True) + 0.18 if page.true is not None else 0.0
+    said = [("predicted", page.predicted, f"probability {page.probability:.0%}", COLUMN - MARGIN - badge)]
+    if page.true is not None and page.true_logit is not None:
+        said.append(("true", page.true, "" if page.right else f"logit {signed(page.true_logit, 2)}", COLUMN - MARGIN))
     classes = []
-    for what, name, more, right in (
-        ("predicted", page.predicted, f"probability {page.probability:.0%}", COLUMN - MARGIN - badge - 0.08),
-        ("true", page.true, true_logit, COLUMN - MARGIN),
-    ):
+    for what, name, more, right in said:
         room = right - NAME - (text_width(more, TEXT) + 0.1 if more else 0)
         classes.append((what, wrapped(name, room, SIZE, bold=True), more, right))
     head = 0.04 + sum(0.16 + (len(lines) - 1) * SIZE * LINE for _, lines, _, _ in classes)
     canvas = Canvas(COLUMN, head + max(side, CAPTION + bars.height) + 2 * MARGIN, use_latex=use_latex)
 
-    canvas.badge(COLUMN - MARGIN, 0.12, verdict, colour)
+    if page.true is not None:
+        canvas.badge(COLUMN - MARGIN, 0.12, verdict, colour)
     y = 0.12
     for what, lines, more, right in classes:
         canvas.text(MARGIN, y, what, colour=FAINT)

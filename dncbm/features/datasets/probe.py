@@ -245,24 +245,47 @@ def _cifar(name: str, root: Path, own_names: Mapping[str, str], split: str) -> P
 
 
 def _waterbirds(root: Path, own_names: Mapping[str, str], split: str) -> ProbeImages:
+    """A folder with Waterbirds' `metadata.csv`: img_filename, y (class), place (background), both 0 or 1, and split (0 to 2).
+
+    The optional columns `y_name` and `place_name` name classes and backgrounds; without them, the names are Waterbirds' own.
+    Groups are called `<class> on <background>`.
+
+    Raises ValueError for a table that breaks these rules, or gives a number two names or two numbers the same name.
+    """
     table = root / "metadata.csv"
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == own_names[split]]
+            rows = list(csv.DictReader(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} is not UTF-8") from error
+    # Of all rows, so that the names are the same in every split.
+    class_names = _names_in(table, rows, "y", ("landbird", "waterbird"))
+    place_names = _names_in(table, rows, "place", ("land", "water"))
+    rows = [row for row in rows if row["split"] == own_names[split]]
     labels, places = ([int(row[column] or "") for row in rows] for column in ("y", "place"))
     if not {*labels, *places} <= {0, 1}:
         raise ValueError(f"y and place in {table} must be 0 or 1")
     groups = 2 * np.asarray(labels, dtype=np.int64) + np.asarray(places, dtype=np.int64)
     paths = [os.path.join(root, row["img_filename"] or "") for row in rows]
-    found = _from_files(paths, labels, ("landbird", "waterbird"), root)
+    found = _from_files(paths, labels, class_names, root)
     return replace(
         found,
         groups=groups,
-        group_names=("landbird on land", "landbird on water", "waterbird on land", "waterbird on water"),
+        group_names=tuple(f"{name} on {place}" for name in class_names for place in place_names),
         content_hash=text_hash([found.content_hash, *map(str, groups)]),
     )
+
+
+def _names_in(table: Path, rows: Sequence[Mapping[str, str]], column: str, default: tuple[str, str]) -> tuple[str, str]:
+    """The names of the numbers 0 and 1 in a column, from the column `<column>_name` if the table has that."""
+    named = f"{column}_name"
+    if not rows or named not in rows[0]:
+        return default
+    pairs = {(row[column], row[named]) for row in rows}
+    names = dict(pairs)
+    if len(pairs) != 2 or names.keys() != {"0", "1"} or not all(names.values()) or names["0"] == names["1"]:
+        raise ValueError(f"{named} in {table} must have one name for {column} 0 and another for {column} 1")
+    return names["0"], names["1"]
 
 
 def _from_files(

@@ -1,0 +1,193 @@
+"""The authors' file formats: what a file of theirs holds, checked, and the same in our formats.
+
+Their tensors are memory-mapped where the file allows, so that features and dense strengths are never in memory as a whole.
+"""
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dncbm.concepts.strengths import to_csr, write_part
+from dncbm.features.datasets import SHARD_SIZE, counted
+from dncbm.features.datasets.probe import ProbeImages
+from dncbm.runs.artifacts import published_name, shard_files, strengths_part
+from dncbm.runs.declarations import SPLITS
+from dncbm.runs.errors import UserError, first_line
+from sparse_autoencoder.files import whole_file
+
+BATCH = 1024
+"""Rows of a dense tensor that are looked at at a time."""
+
+
+def read_torch(path: Path) -> Any:
+    """What a file of the authors holds, on the CPU and memory-mapped where its format allows. Nothing in it is run.
+
+    Raises UserError if it is damaged or holds more than tensors, numbers and texts.
+    """
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():  # torch warns of what it then refuses
+            warnings.simplefilter("ignore")
+            with path.open("rb") as file:
+                is_zip = file.read(2) == b"PK"  # else of a version of torch from before 2020
+            return load(mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors; nothing in it was run: remove it") from error
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+    except Exception as error:  # torch raises anything for a damaged file
+        raise UserError(f"{path} is damaged, or no file of PyTorch: get it again, or remove it") from error
+
+
+def read_matrix(path: Path) -> torch.Tensor:
+    """Rows of numbers, N x D; an axis of components between them (N x 1 x D) is removed. Raises UserError if it is no such."""
+    found = read_torch(path)
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.layout != torch.strided:
+        raise UserError(f"{path} does not hold one dense tensor of floating-point numbers")
+    found = found.detach()
+    if found.ndim == 3 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 2 or 0 in found.shape:
+        raise UserError(
+            f"{path} has the shape {' x '.join(map(str, found.shape)) or '()'}, where rows of numbers were expected"
+        )
+    return found
+
+
+def read_integers(path: Path) -> NDArray[np.int64]:
+    """Labels or indices. Raises UserError if it holds anything else."""
+    found = read_torch(path)
+    if not isinstance(found, torch.Tensor) or found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        raise UserError(f"{path} does not hold one row of whole numbers")
+    numbers: NDArray[np.int64] = found.to(torch.int64).numpy()
+    if not len(numbers) or numbers.min() < 0:
+        raise UserError(f"{path} holds no numbers, or negative ones")
+    return numbers
+
+
+def read_probe(path: Path) -> tuple[torch.Tensor, float | None]:
+    """The weights of a probe, C x inputs float32, and the top-1 on val that its file records.
+
+    Raises UserError if it is no checkpoint of the authors' `train_linear_probe.py`.
+    """
+    found = read_torch(path)
+    state = found.get("model") if isinstance(found, dict) else None
+    weight = state.get("weight") if isinstance(state, dict) else None
+    if (
+        not isinstance(weight, torch.Tensor)
+        or weight.ndim != 2
+        or not weight.is_floating_point()
+        or set(state or {}) != {"weight"}
+    ):
+        raise UserError(
+            f"{path} is no probe of the authors: it must hold `model`, and that nothing but `weight`, classes x inputs"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{path} holds NaN or infinity")
+    accuracy = found.get("test_acc_top1")  # their test split is our val
+    known = isinstance(accuracy, float) or (isinstance(accuracy, torch.Tensor) and accuracy.numel() == 1)
+    return weight.detach().float(), float(accuracy) if known else None
+
+
+def check_rows(found: torch.Tensor, path: Path, least: float = -np.inf) -> None:
+    """Raises UserError if rows hold NaN, infinity, also as float32, or a number below `least`."""
+    for start in range(0, len(found), BATCH):
+        rows = found[start : start + BATCH].float()
+        low, high = torch.aminmax(rows)  # NaN if there is one
+        if not (-np.inf < low and high < np.inf):
+            bad = start + int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
+            raise UserError(f"{path} holds NaN or infinity, first in row {bad}")
+        if low < least:
+            raise UserError(f"{path} holds the negative strength {float(low):g}")
+
+
+def labels_of_images(
+    images: Mapping[str, ProbeImages],
+    indices: Mapping[str, NDArray[np.int64]],
+    labels: Mapping[str, NDArray[np.int64]],
+    paths: Mapping[str, Path],
+) -> dict[str, NDArray[np.int64]]:
+    """Own split -> labels of the images. Raises UserError if the authors' files contradict them."""
+    own = {split: found.labels for split, found in images.items()}
+    n_train = sum(map(len, indices.values()))
+    if n_train != len(own["train"]):
+        raise UserError(
+            f"the authors' indices of train and train_val divide {counted(n_train, 'image')}, but {images['train'].root} has "
+            f"{len(own['train'])} for train: they are of other images"
+        )
+    for split, given in labels.items():
+        wanted = own["val"] if split == "val" else own["train"][indices[split]]
+        if not np.array_equal(given, wanted) and not (
+            # The authors' save_probe_features.py writes the labels of train_val over those of train.
+            split == "train" and np.array_equal(given, own["train"][indices["train_val"]])
+        ):
+            raise UserError(
+                f"{paths[split]} has other labels than the images in {images['train'].root}: they are other images, or in "
+                "another order"
+            )
+    return own
+
+
+def labels_of_files(
+    indices: Mapping[str, NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]], paths: Mapping[str, Path], folder: Path
+) -> dict[str, NDArray[np.int64]]:
+    """Own split -> labels as the authors' files have them. Raises UserError if some are missing."""
+    if missing := [split for split in SPLITS if split not in labels]:
+        raise UserError(
+            f"{folder} has no {' and no '.join(published_name('labels', split) for split in missing)}: put the images there "
+            "that `probe_datasets` in config.py names, and the labels are read from them"
+        )
+    own = np.empty(sum(map(len, indices.values())), dtype=np.int64)
+    for split, rows in indices.items():
+        if len(labels[split]) != len(rows):
+            why, there = "", counted(len(rows), "image")
+            if split == "train" and len(labels[split]) == len(indices["train_val"]):
+                why = " (the authors' save_probe_features.py writes those of train_val over them)"
+            raise UserError(
+                f"{paths[split]} has {counted(len(labels[split]), 'label')} for {there} of {split}{why}: "
+                "put the images there that `probe_datasets` in config.py names, and the labels are read from them"
+            )
+        own[rows] = labels[split]
+    return {"train": own, "val": labels["val"]}
+
+
+def write_features(found: torch.Tensor, keys: NDArray[np.int64], folder: Path, title: str) -> list[Path]:
+    """Write rows as shards of a FeatureStore, in float16 or float32."""
+    dtype = found.dtype if found.dtype in (torch.float16, torch.float32) else torch.float32
+    outputs = list[Path]()
+    for number, rows in enumerate(_shards(len(found), title)):
+        _, *paths = shard_files(folder, number)
+        for path, array in zip(paths, (keys[rows], found[rows].to(dtype).numpy()), strict=True):
+            with whole_file(path) as temporary:
+                np.save(temporary, array)
+        outputs += paths
+    return outputs
+
+
+def write_strengths(found: torch.Tensor, keys: NDArray[np.int64], folder: Path, title: str) -> list[Path]:
+    """Write dense strengths as CSR parts, with a dense batch in memory."""
+    outputs = list[Path]()
+    for number, rows in enumerate(_shards(len(found), title)):
+        batches = [to_csr(batch.float()) for batch in found[rows].split(BATCH)]
+        part = strengths_part(folder, shard_files(folder, number)[-1])
+        write_part(part, scipy.sparse.vstack(batches, format="csr"), keys[rows])
+        outputs.append(part)
+    return outputs
+
+
+def _shards(n_rows: int, title: str) -> Iterator[slice]:
+    with tqdm(desc=title, total=n_rows, unit="image") as bar:
+        for start in range(0, n_rows, SHARD_SIZE):
+            yield (rows := slice(start, min(start + SHARD_SIZE, n_rows)))
+            bar.update(rows.stop - rows.start)

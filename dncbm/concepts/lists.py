@@ -1,0 +1,115 @@
+"""Lists of concepts that people write: one name, label or index per line, or with a factor each.
+
+Blank lines and lines that begin with # are skipped. A line of digits alone is an index. After a backslash at its beginning, a
+line is a name or label whatever it looks like: `\\#1`, `\\2020`.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dncbm.concepts.lookup import Named, concepts_of, spellings_of
+from dncbm.concepts.naming import ConceptName, concept_labels
+from dncbm.runs.errors import UserError
+
+COMMENT, ESCAPE = "#", "\\"
+
+
+def read_concepts(path: Path, names: Sequence[ConceptName]) -> list[int]:
+    """The concepts that a list names, in ascending order.
+
+    Raises UserError, naming the file and the line, if the file cannot be read or names no concept, or a concept is unknown.
+    """
+    found = _Finder(path, names)
+    return sorted({index for number, line in _lines(path) for index in found(number, line)})
+
+
+def read_factors(path: Path, names: Sequence[ConceptName]) -> dict[int, float]:
+    """Index -> factor of the concepts in a list of `name,factor`, or `name` and factor with a tab between them.
+
+    A name may hold commas: the last one counts. Raises UserError as `read_concepts`, and if a line has no factor that is
+    finite and at least 0, or a concept has two.
+    """
+    finder, found = _Finder(path, names), dict[int, float]()
+    for number, line in _lines(path):
+        name, separator, text = line.rpartition("\t" if "\t" in line else ",")
+        try:
+            factor = float(text) if separator else math.nan
+        except ValueError:
+            factor = math.nan
+        if not 0 <= factor < math.inf:
+            raise _wrong(path, number, f"write a name, a comma and a factor of at least 0, not {line[:100]!r}")
+        for index in finder(number, name.strip()):
+            if found.setdefault(index, factor) != factor:
+                raise _wrong(path, number, f"{names[index].name} has the factor {factor:g}, and {found[index]:g} above")
+    return found
+
+
+def concepts_named(texts: Iterable[str], names: Sequence[ConceptName]) -> list[int]:
+    """The concepts that words of a command line name, written as lines of a list are, in ascending order.
+
+    Raises UserError if a concept is unknown.
+    """
+    known = spellings_of(names)
+    return concepts_of(names, [_meant(text, known) for text in texts])
+
+
+def _meant(text: str, known: Mapping[str, Collection[int]]) -> Named:
+    """The name, label or index that a text stands for. Raises UserError if it is an index and also the name of a concept."""
+    if text.startswith(ESCAPE):
+        return text.removeprefix(ESCAPE)
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        return text
+    if text in known:
+        raise UserError(f"{text} is an index and a name: write {ESCAPE}{text} for the name, or a label for the index")
+    return int(text)
+
+
+def list_of(concepts: Sequence[int], names: Sequence[ConceptName], about: str) -> str:
+    """The text of a list that `read_concepts` reads: concepts by their labels, below a comment."""
+    labels = concept_labels(names)
+    return "\n".join([f"{COMMENT} {' '.join(about.split())}", *(_line(labels[index]) for index in concepts), ""])
+
+
+def _line(label: str) -> str:
+    return ESCAPE + label if label.isdigit() or label.startswith((COMMENT, ESCAPE)) else label
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number and the text of every line that is no comment. Raises UserError if there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise _wrong(path, line, "this is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read the list of concepts {path}: {error.strerror or error}") from error
+    found = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    found = [(number, line) for number, line in found if line and not line.startswith(COMMENT)]
+    if not found:
+        raise UserError(f"{path} names no concept: write one name, label or index per line")
+    yield from found
+
+
+class _Finder:
+    """Finds the concepts of the lines of a file: all names are looked at once, not for each line."""
+
+    def __init__(self, path: Path, names: Sequence[ConceptName]) -> None:
+        self._path, self._names, self._known = path, names, spellings_of(names)
+
+    def __call__(self, number: int, text: str) -> Collection[int]:
+        """The concepts of a line. Raises UserError, naming the line, if there is none."""
+        try:
+            meant = _meant(text, self._known)
+            if isinstance(meant, str) and meant in self._known:
+                return self._known[meant]
+            if isinstance(meant, int) and meant < len(self._names):
+                return [meant]
+            return concepts_of(self._names, [meant])
+        except UserError as error:
+            raise _wrong(self._path, number, str(error)) from error
+
+
+def _wrong(path: Path, number: int, what: str) -> UserError:
+    return UserError(f"{path}, line {number}: {what}")

@@ -1,0 +1,71 @@
+"""Which latents or classes people mean: names, labels or indices, as they write them."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+
+from dncbm.concepts.naming import ConceptName, concept_labels
+from dncbm.runs.errors import UserError
+
+Named = str | int
+"""A name, a label (`dog #17`), or an index."""
+MOST_LISTED = 12
+
+
+def concepts_of(names: Sequence[ConceptName], wanted: Iterable[Named]) -> list[int]:
+    """The latents that names, labels or indices stand for, in ascending order; a name stands for all latents that share it.
+
+    Raises UserError, which suggests the nearest names, if one is unknown.
+    """
+    by_text = spellings_of(names)
+    return sorted({index for one in wanted for index in _found(one, by_text, len(names), "concept")})
+
+
+def spellings_of(names: Sequence[ConceptName]) -> dict[str, set[int]]:
+    """Name or label -> the latents that it stands for."""
+    return _by_text([name.name for name in names], concept_labels(names))
+
+
+def concept_of(names: Sequence[ConceptName], wanted: Named) -> int:
+    """The latent that a name, label or index stands for.
+
+    Raises UserError if it is unknown, or several latents share the name, whose labels are listed.
+    """
+    found = concepts_of(names, [wanted])
+    if len(found) > 1:
+        labels = concept_labels(names)
+        listed = ", ".join(labels[index] for index in found[:MOST_LISTED]) + (", ..." if len(found) > MOST_LISTED else "")
+        raise UserError(f"{len(found)} concepts have the name {wanted!r}: choose one of {listed}")
+    return found[0]
+
+
+def class_of(classes: Sequence[str], folders: Sequence[str], wanted: Named) -> int:
+    """The class that a number, or a name as people or the data set write it, stands for.
+
+    Raises UserError, which suggests the nearest names, if it is unknown, or several classes have the name.
+    """
+    found = sorted(_found(wanted, _by_text(classes, folders), len(classes), "class"))
+    if len(found) > 1:
+        raise UserError(f"{len(found)} classes have the name {wanted!r}: choose a number, {', '.join(map(str, found))}")
+    return found[0]
+
+
+def _by_text(*spellings: Sequence[str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for texts in spellings:
+        for index, text in enumerate(texts):
+            found.setdefault(text, set()).add(index)
+    return found
+
+
+def _found(wanted: Named, by_text: dict[str, set[int]], n: int, what: str) -> set[int]:
+    if isinstance(wanted, Integral) and not isinstance(wanted, bool):
+        if not 0 <= int(wanted) < n:
+            raise UserError(f"there is no {what} {wanted}: they are numbered from 0 to {n - 1}")
+        return {int(wanted)}
+    if not isinstance(wanted, str):
+        raise UserError(f"a {what} is a name or a number, not {wanted!r}")
+    if wanted not in by_text:
+        near = ", ".join(map(repr, difflib.get_close_matches(wanted, by_text, n=3)))
+        raise UserError(f"there is no {what} named {wanted[:100]!r}" + (f"; did you mean {near}?" if near else ""))
+    return by_text[wanted]

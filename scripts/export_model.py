@@ -1,0 +1,1 @@
+11_export_model.py

@@ -1,0 +1,1 @@
+12_import_published.py

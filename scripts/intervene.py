@@ -1,0 +1,1 @@
+13_intervene.py
