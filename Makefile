@@ -16,6 +16,7 @@ demo: $(VENV)/.installed
 	$(DEMO) scripts/06_save_concept_strengths.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) examples/openmoji/summarise.py
 	$(DEMO) examples/openmoji/explain.py
+	$(DEMO) scripts/11_export_model.py --overwrite --license cc-by-sa-4.0 --output examples/openmoji/run/model
 
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .

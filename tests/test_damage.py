@@ -49,20 +49,20 @@ CASES = {
     "labels": Case(f"{LABELS}/all_labels_train.npy", PROBING),
     "labels of val": Case(f"{LABELS}/all_labels_val.npy", (*PROBING, "local_explanations_dump")),
     "indices of train_val": Case(f"{LABELS}/train_val_idxs.npy", ("probe_features",)),
-    "class names": Case(f"{LABELS}/split.json", (*PROBING, "global_explanations_dump")),
+    "class names": Case(f"{LABELS}/split.json", (*PROBING, "global_explanations_dump", "export")),
     "manifest of the split": Case(f"{LABELS}/split.json.manifest.json", ("probe", "probe_features")),
     "words": Case("vocab/*.txt", ("names",)),
     "word embeddings": Case("vocab/embeddings_*.npy", ("names", "vocabulary")),
     "manifest of the embeddings": Case("vocab/embeddings_*.manifest.json", ("names",)),
-    "SAE": Case(f"{SAE}/sparse_autoencoder_final.safetensors", ("names", "strengths", "nec")),
+    "SAE": Case(f"{SAE}/sparse_autoencoder_final.safetensors", ("names", "strengths", "nec", "export")),
     "manifest of the SAE": Case(f"{SAE}/sparse_autoencoder_final.safetensors.manifest.json", ("names", "strengths", "sae")),
     "training log": Case(f"{SAE}/training_log.csv", ("sae", "names")),
-    "names": Case(f"{SAE}/concept_names.csv", (*DUMPS, "names")),
+    "names": Case(f"{SAE}/concept_names.csv", (*DUMPS, "names", "export")),
     "manifest of the names": Case(f"{SAE}/concept_names.csv.manifest.json", ("task_agnosticity_dump",)),
-    "strengths": Case(f"{PROBED}/val/all_concepts/00000.npz", ("probe", "nec", *DUMPS)),
+    "strengths": Case(f"{PROBED}/val/all_concepts/00000.npz", ("probe", "nec", *DUMPS, "export")),
     "manifest of strengths": Case(f"{PROBED}/val/all_concepts/manifest.json", ("probe", "strengths", *DUMPS)),
-    "probe": Case(f"{PROBE}/on_concepts_final_*.safetensors", (*DUMPS[2:], "probe")),
-    "manifest of the probe": Case(f"{PROBE}/on_concepts_final_*.manifest.json", ("local_explanations_dump", "probe")),
+    "probe": Case(f"{PROBE}/on_concepts_final_*.safetensors", (*DUMPS[2:], "probe", "export")),
+    "manifest of the probe": Case(f"{PROBE}/on_concepts_final_*.manifest.json", ("local_explanations_dump", "export")),
     "accuracies": Case(f"{PROBE}/on_concepts_accuracies_*.csv", ("probe",)),
     "results": Case("probe/probe_results.csv", ("results_table", "probe", "zero_shot", "nec")),
     "table of NEC": Case(f"{PROBED}/nec/nec.csv", ("nec",)),
@@ -71,6 +71,8 @@ CASES = {
     "what was chosen": Case(f"{DUMP}/chosen.json", ("plot", "dump")),
     "manifest of a dump": Case(f"{DUMP}/manifest.json", ("plot", "dump")),
     "thumbnail": Case(f"{DUMP}/images/*/*.jpg", ("plot", "dump")),
+    "config of a bundle": Case("analysis/bundle/**/config.json", ("export",)),
+    "SAE of a bundle": Case("analysis/bundle/**/sae.safetensors", ("export",)),
     "clusters": Case("analysis/meta_clusters/**/clustering/labels.npy", ("meta_clusters_dump",)),
 }
 """Kind -> its files, and stages; `plot` and `dump` stand for those of the dump's own kind."""
@@ -100,6 +102,7 @@ def complete(small_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nec, "MAX_PASSES", 2)
         assert execute(folder, "pipeline", "--to", "global_explanations_plot") == ""
+        assert execute(folder, "export") == ""
         yield folder
 
 
@@ -133,6 +136,7 @@ MADE = {
     "nec": f"{PROBED}/nec",
     "zero_shot": "probe/zero_shot",
     "results_table": "analysis/results.*",
+    "export": "analysis/bundle",
 } | {f"{kind}_{step}": f"analysis/{kind}/**/{part}" for kind in KINDS for step, part in (("dump", "data"), ("plot", "vis"))}
 """Stage -> what it makes: removed before, so that the stage has to read its inputs."""
 COMPARED = (".npy", ".safetensors", ".png", ".jpg", ".csv")

@@ -409,7 +409,7 @@ def test_what_contributing_says_is_true(finished: Path, tmp_path: Path) -> None:
         (tree / file).write_text(old.replace(before, text + before, 1), encoding="utf-8")
 
     variants = "sparse_autoencoder/sparse_autoencoder/variants"
-    new = {f"{variants}/shifted.py": variant, "dncbm/features/class_sizes.py": stage, "scripts/12_class_sizes.py": script}
+    new = {f"{variants}/shifted.py": variant, "dncbm/features/class_sizes.py": stage, "scripts/20_class_sizes.py": script}
     new |= {"dncbm/explain/dumps/active_concepts.py": dump, "dncbm/explain/plotting/active_concepts.py": plot}
     for name, text in new.items():
         (tree / name).write_text(text, encoding="utf-8")

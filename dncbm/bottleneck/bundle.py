@@ -22,9 +22,9 @@ import torch
 
 from dncbm.bottleneck.card import card
 from dncbm.bottleneck.contents import Contents, Statistics
-from dncbm.bottleneck.encoder import Fingerprint, bundled_encoder
+from dncbm.bottleneck.encoder import IMAGES, TOLERANCES, Fingerprint, bundled_encoder
 from dncbm.concepts.naming import names_in
-from dncbm.features.hub import quiet_hub, why_not_loaded
+from dncbm.features.hub import hub_answers, quiet_hub, why_not_loaded
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import file_hash, write_json
 from dncbm.runs.results import write_csv
@@ -52,34 +52,33 @@ def write_bundle(contents: Contents, folder: Path, *, source: str | None = None,
     Args:
         contents: with a fingerprint.
         folder: where; made if it is missing.
-        source: what the card says to load; by default the folder.
+        source: the repository of the hub that the card says to load; by default the folder's name.
         license: identifier of the hub for the licence of the weights, for the card.
 
     Returns the folder. Raises UserError if it holds something else.
     """
     check_target(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
+    text = card(contents, source or folder.absolute().name, license)
+    head = {"schema": SCHEMA, "library": LIBRARY}
+    write_json(folder / CONFIG, head)  # marks the folder as ours, and lists no files yet
     save_checkpoint(contents.sae, folder / SAE)
     strengths = contents.statistics.class_strengths
     arrays = {f"class_strengths.{part}": torch.from_numpy(getattr(strengths, part).copy()) for part in CSR}
     about = {"format": "dncbm_probe", "schema_version": str(SCHEMA)}
     write_safetensors({"weight": contents.weight.T.contiguous(), **arrays}, folder / PROBE, about)
     activity = contents.statistics.activity.tolist()
-    rows = (
-        (n.index, n.name, f"{n.similarity:.6f}", f"{share:.6g}") for n, share in zip(contents.names, activity, strict=True)
-    )
+    rows = ((n.index, n.name, f"{n.similarity:.6f}", share) for n, share in zip(contents.names, activity, strict=True))
     write_csv(folder / CONCEPTS, ("index", "name", "similarity", "activity"), rows)
     write_json(folder / CLASSES, _classes_as_json(contents))
     assert contents.fingerprint is not None
     with whole_file(folder / FINGERPRINT) as temporary:
         np.savez(temporary, features=contents.fingerprint.features)
     with whole_file(folder / CARD) as temporary:
-        temporary.write_text(card(contents, source or folder.name, license), encoding="utf-8", errors="backslashreplace")
-    encoder = contents.encoder.as_json(folder) | {
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    encoder = contents.encoder.as_json(folder if source is None else None) | {
         "fingerprint_precision": contents.fingerprint.precision, "preprocessing": contents.fingerprint.preprocessing
     }  # fmt: skip
-    config = {"schema": SCHEMA, "library": LIBRARY, "encoder": encoder, "split": contents.statistics.split} | contents.about
+    config = head | {"encoder": encoder, "split": contents.statistics.split} | contents.about
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in HASHED}
     write_json(folder / CONFIG, config | {"files": files})
     return folder
@@ -95,7 +94,7 @@ def check_target(folder: Path) -> None:
     try:
         ours = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["library"] == LIBRARY
     except (OSError, ValueError, KeyError, TypeError):
-        ours = CONFIG not in held and SAE in held  # a bundle that was interrupted
+        ours = False
     if not ours:
         raise UserError(f"{folder} holds {held[0]}, which is of no bundle: name another folder")
 
@@ -136,6 +135,15 @@ def read_bundle(folder: Path, encoder: str | None = None) -> Contents:
 
 
 _AGAIN = "download or save it again"
+_MISSING = object()
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("dncbm", "split", "vocabulary", "datasets.sae", "datasets.probe"), str),
+    **dict.fromkeys(("encoder.name", "encoder.model", "encoder.background", "encoder.fingerprint_precision"), str),
+    **dict.fromkeys(("files", "sae", "probe", "metrics.sae", "metrics.probe", "encoder.preprocessing"), dict),
+    "encoder.pretrained": (str, type(None)),
+    "interventions": list,
+}
+"""What is read of `config.json`, and its type."""
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -153,15 +161,22 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} was written by a newer dncbm ({by}; schema {schema}, and this version reads {SCHEMA}): update dncbm"
         )
-    try:
-        files, parts = config["files"], (config["encoder"], config["datasets"], config["sae"], config["probe"])
-        complete = files.keys() == set(HASHED) and all(isinstance(part, dict) for part in parts)
-        complete = complete and all(isinstance(about["bytes"], int) and about["sha256"] for about in files.values())
-        complete = complete and isinstance(config["interventions"], list) and isinstance(config["datasets"]["probe"], str)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} lacks what a config of a bundle holds ({first_line(error)}): {_AGAIN}") from error
-    if not complete:
-        raise UserError(f"{path} lacks what a config of a bundle holds: {_AGAIN}")
+    if "files" not in config:
+        raise UserError(f"the bundle {folder} was not saved completely: {_AGAIN}")
+    for key, kind in _NEEDED.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        if not isinstance(value, kind):
+            wrong = "lacks" if value is _MISSING else "has a wrong value of"
+            raise UserError(f"{path} {wrong} {key!r}, which a bundle needs: {_AGAIN}")
+    files = config["files"]
+    if files.keys() != set(HASHED) or not all(
+        isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in files.values()
+    ):
+        raise UserError(f"{path} does not list the files of a bundle: {_AGAIN}")
+    if (precision := config["encoder"]["fingerprint_precision"]) not in TOLERANCES:
+        raise UserError(f"{path} has the unknown precision {precision!r}: {_AGAIN}")
     return config
 
 
@@ -175,19 +190,19 @@ def _contents(folder: Path, config: dict[str, Any], encoder: str | None) -> Cont
     classes = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
     with np.load(folder / FINGERPRINT, allow_pickle=False) as file:
         features = file["features"]
-    data, indices, indptr = (tensors[f"class_strengths.{part}"].numpy() for part in CSR)
-    strengths = scipy.sparse.csr_matrix((data, indices, indptr), shape=(len(classes), len(names)))
-    strengths.check_format()
     for what, found, wanted in (
         ("concepts of the SAE and names", sae.n_latents, len(names)),
         ("concepts of the probe and names", weight.shape[0], len(names)),
         ("classes of the probe and names", weight.shape[1], len(classes)),
-        ("features of the SAE and of the encoder", sae.n_inputs, features.shape[1]),
+        ("features of the SAE and of the encoder", (IMAGES, sae.n_inputs), features.shape),
     ):
         if found != wanted:
             raise ValueError(f"its {what} differ in number, {found} and {wanted}")
     if weight.dtype != torch.float32 or not bool(torch.isfinite(weight).all()):
         raise ValueError("the probe's weights are not all numbers of type float32")
+    data, indices, indptr = (tensors[f"class_strengths.{part}"].numpy() for part in CSR)
+    strengths = scipy.sparse.csr_matrix((data, indices, indptr), shape=(len(classes), len(names)))
+    strengths.check_format()
     recall = np.array([np.nan if one["recall"] is None else one["recall"] for one in classes], dtype=np.float64)
     sizes = np.array([one["images"] for one in classes], dtype=np.int64)
     about = {key: value for key, value in config.items() if key not in ("schema", "library", "encoder", "split", "files")}
@@ -215,8 +230,8 @@ def download(repository: str, *, revision: str | None = None, token: str | None 
         with quiet_hub(uses_hub=True):
             return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=list(FILES)))
     except Exception as error:
-        at = "" if revision is None else f" at {revision}"
-        why = why_not_loaded(error, uses_hub=True)
+        why = _refused(error) or why_not_loaded(error, uses_hub=True)
+        at = "" if revision is None else f" at {revision!r}"
         raise UserError(f"{repository!r} is no folder, and no repository of the hub that can be read{at}: {why}") from error
 
 
@@ -225,7 +240,7 @@ def upload(folder: Path, repository: str, *, private: bool | None, token: str | 
 
     Raises UserError if the hub does not answer or refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     try:
         with quiet_hub(uses_hub=True):
@@ -235,5 +250,23 @@ def upload(folder: Path, repository: str, *, private: bool | None, token: str | 
                 repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=commit_message
             )
     except Exception as error:
-        raise UserError(f"cannot upload to {repository!r}: {why_not_loaded(error, True)}") from error
+        is_silent = not constants.HF_HUB_OFFLINE and not hub_answers()
+        why = f"the hub {constants.ENDPOINT} does not answer" if is_silent else _refused(error) or first_line(error)
+        raise UserError(f"cannot upload to {repository!r}: {why}") from error
     return str(commit.commit_url)
+
+
+def _refused(error: Exception) -> str | None:
+    """What the hub means and what to do, if it has refused: its library says so in several lines."""
+    from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "accept its conditions on its page, and pass token= or run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has none of this name that you may see: correct the name, or pass token= or run `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such branch, tag or commit"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status in (401, 403):
+        return f"the hub refuses the access ({status}): pass a token= that allows it, or run `hf auth login`"
+    return None

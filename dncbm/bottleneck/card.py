@@ -13,6 +13,8 @@ from dncbm.features.hub import published_on_hub
 LIBRARY_NAME = "dncbm"
 TAGS = ["dncbm", "concept-bottleneck", "sparse-autoencoder", "interpretability", "clip"]
 CLASSES_SHOWN, CONCEPTS_SHOWN = 8, 5
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the direction of whatever follows. Letters that are written from right to left need none of them."""
 
 CITATION = r"""@inproceedings{rao2024discover,
   title     = {Discover-then-Name: Task-Agnostic Concept Bottlenecks via Automated Concept Discovery},
@@ -48,14 +50,13 @@ def _header(contents: Contents, source: str, license: str | None) -> str:
 
 def _body(contents: Contents, source: str, license: str | None) -> list[str]:
     about, encoder = contents.about, contents.encoder
-    title = f"{about['datasets']['probe']} by named concepts of {encoder.name}"
-    edits = (
-        f"\n\nIts concepts were edited after training: {'; '.join(about['interventions'])}." if about["interventions"] else ""
-    )
+    title, name = _shown(f"{about['datasets']['probe']} by named concepts of {encoder.title}"), _shown(encoder.title)
+    edits = "; ".join(map(_shown, about["interventions"]))
+    edits = f"\n\nIts concepts were edited after training: {edits}." if edits else ""
     return [
         f"# {title}",
         "A concept bottleneck after Discover-then-Name (DN-CBM). A sparse autoencoder divides the features of the image "
-        f"encoder `{encoder.name}` into {len(contents.names)} concepts, each named after its nearest word, and a sparse "
+        f"encoder {name} into {len(contents.names)} concepts, each named after its nearest word, and a sparse "
         f"linear probe classifies {len(contents.classes)} classes by the strengths of these concepts. Every prediction is a "
         f"sum of contributions of named concepts.{edits}",
         "## Load it",
@@ -99,7 +100,7 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], split: str) -> str:
         rows += [(f"active latents per image (L0) on {on}", found.get("l0"), "{:.1f}")]
         rows += [(f"explained variance of the SAE on {on}", found.get("explained_variance"), "{:.3f}")]
         rows += [(f"dead latents on {on}", found.get("dead_fraction"), "{:.1%}")]
-    return _table(("what", "value"), [(what, _cell(form.format(value))) for what, value, form in rows if value is not None])
+    return _table(("what", "value"), [(what, _shown(form.format(value))) for what, value, form in rows if value is not None])
 
 
 def _leading_concepts(contents: Contents) -> str:
@@ -109,8 +110,8 @@ def _leading_concepts(contents: Contents) -> str:
     top = leading(contributions(found.class_strengths[chosen], contents.weight, chosen), CONCEPTS_SHOWN)
     rows = [
         (
-            _cell(contents.classes[number]),
-            ", ".join(f"{_cell(labels[f])} ({v:+.2f})" for f, v in zip(*pair, strict=True) if f >= 0) or "none",
+            _shown(contents.classes[number]),
+            ", ".join(f"{_shown(labels[f])} ({v:+.2f})" for f, v in zip(*pair, strict=True) if f >= 0) or "none",
         )
         for number, *pair in zip(chosen.tolist(), top.concepts.tolist(), top.values.tolist(), strict=True)
     ]
@@ -120,9 +121,9 @@ def _leading_concepts(contents: Contents) -> str:
 def _settings(about: Mapping[str, Any]) -> str:
     rows = [("SAE trained on", about["datasets"]["sae"]), ("probe trained on", about["datasets"]["probe"])]
     rows += [("vocabulary", about["vocabulary"]), ("dncbm", about["dncbm"])]
-    named = [(what, _cell(value)) for what, value in rows]
+    named = [(what, _shown(value)) for what, value in rows]
     settings = [(flag, value) for part in ("sae", "probe") for flag, value in about[part].items() if value != ""]
-    return _table(("setting", "value"), [*named, *((f"`{flag}`", _cell(str(value))) for flag, value in settings)])
+    return _table(("setting", "value"), [*named, *((f"`{flag}`", _shown(str(value))) for flag, value in settings)])
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -130,9 +131,9 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     return "\n".join([*lines, *(f"| {a} | {b} |" for a, b in rows)])
 
 
-def _cell(text: str) -> str:
-    """A text that neither ends a cell nor becomes HTML or an image of somebody else."""
-    shown = " ".join(text.split())
-    for character in "\\|<>[]*_":
-        shown = shown.replace(character, "\\" + character)
-    return shown
+_ACTIVE = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|~$"} | {"&": "&amp;"} | dict.fromkeys(map(ord, _TURNING)))
+
+
+def _shown(text: str) -> str:
+    """A text that shows as it is: it ends no cell, and becomes neither HTML nor an image of somebody else."""
+    return " ".join(text.split()).translate(_ACTIVE)

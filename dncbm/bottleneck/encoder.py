@@ -51,6 +51,11 @@ class EncoderReference:
     """Whether it was read from a bundle, so that somebody else may have it elsewhere."""
 
     @property
+    def title(self) -> str:
+        """The name, without the place that a `local-dir:` has on this machine."""
+        return Path(self.name).name if self.name.startswith(LOCAL_DIR) else self.name
+
+    @property
     def background(self) -> str:
         """What is put behind transparent images."""
         return str(self.about["background"])
@@ -85,15 +90,23 @@ class EncoderReference:
             f"one with the same weights and preprocessing, {_WHERE}"
         )
 
-    def as_json(self, folder: Path) -> dict[str, Any]:
-        """For the `config.json` of a bundle in a folder. Paths are relative to it."""
+    def as_json(self, folder: Path | None) -> dict[str, Any]:
+        """For the `config.json` of a bundle in a folder. Paths are relative to it.
+
+        Without a folder, for a bundle that is to be read elsewhere, only the names of files and folders are written: paths
+        of this machine mean nothing there, and may tell more than its owner wants to publish.
+        """
         entry = self.settings.encoder(self.location)
         model, pretrained = entry.model, entry.pretrained
         if model.startswith(LOCAL_DIR):
-            model = LOCAL_DIR + os.path.relpath(model.removeprefix(LOCAL_DIR), folder.absolute())
+            model = LOCAL_DIR + _place(model.removeprefix(LOCAL_DIR), folder)
         if pretrained and Path(pretrained).is_file():
-            pretrained = FILE + os.path.relpath(pretrained, folder.absolute())
-        return {"name": self.name, "model": model, "pretrained": pretrained, **self.about}
+            pretrained = FILE + _place(pretrained, folder)
+        return {"name": self.title, "model": model, "pretrained": pretrained, **self.about}
+
+
+def _place(path: str, folder: Path | None) -> str:
+    return Path(path).name if folder is None else os.path.relpath(path, folder.absolute())
 
 
 _WHERE = 'from_pretrained(..., encoder="local-dir:FOLDER") or encoder="openclip:MODEL/PRETRAINED"'

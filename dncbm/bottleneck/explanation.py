@@ -118,6 +118,9 @@ class Concept:
         rows = [(name, f"{weight:+.4f}") for name, weight in self.weights[:n]]
         return f"{facts}\n{text_table(('class', 'weight'), rows)}"
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
+
 
 @dataclass(frozen=True)
 class ClassExplanation:

@@ -1,9 +1,10 @@
 """The export stage: a finished run as a bundle, or its SAE for SAELens."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dncbm.bottleneck.bundle import FILES, SCHEMA, check_target
+from dncbm.bottleneck.bundle import CONFIG, FILES, SCHEMA, check_target
 from dncbm.bottleneck.model import ConceptBottleneckModel
 from dncbm.bottleneck.run import SPLIT, contents_of_run
 from dncbm.bottleneck.saelens import save_saelens
@@ -14,7 +15,8 @@ from dncbm.probe.stage import PROBE
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Export, ProbeRun, SAERun
-from dncbm.runs.manifests import Outcome, making, manifest_path, read_manifest
+from dncbm.runs.errors import UserError
+from dncbm.runs.manifests import Outcome, making, manifest_path, read_manifest, unfinished_path
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
 
@@ -46,8 +48,8 @@ def _write_bundle(
     }  # fmt: skip
     with making(
         folder, EXPORT.name, {"to": export.to, "schema": SCHEMA, "license": export.license}, inputs, overwrite=overwrite,
-        run=values(run) | values(probe) | values(export), files=lambda: [folder / name for name in FILES],
-        before=partial(check_target, folder),
+        run=values(run) | values(probe) | {"to": export.to}, files=lambda: [folder / name for name in FILES],
+        before=partial(_check_bundle, folder, overwrite),
     ) as work:  # fmt: skip
         if work.needed:
             contents = contents_of_run(settings, run, probe, check_encoder=True)
@@ -69,8 +71,8 @@ def _write_saelens(
     source = sae_path(settings, run)
     files = [folder / name for name in ("cfg.json", "sae_weights.safetensors")]
     with making(
-        folder, EXPORT.name, {"to": export.to}, {"SAE": source}, overwrite=overwrite, run=values(run) | values(export),
-        files=lambda: files,
+        folder, EXPORT.name, {"to": export.to}, {"SAE": source}, overwrite=overwrite, run=values(run) | {"to": export.to},
+        files=lambda: files, before=partial(_check_saelens, folder, files),
     ) as work:  # fmt: skip
         if work.needed:
             made = read_manifest(source) if manifest_path(source).is_file() else {}
@@ -82,6 +84,24 @@ def _write_saelens(
             work.done(files, "SAE for SAELens")
     print(f"from sae_lens import SAE\nsae = SAE.load_from_disk({str(folder)!r})")
     return work.outcome
+
+
+def _check_bundle(folder: Path, overwrite: bool) -> None:
+    """Raises UserError if a folder holds something else than a bundle, or one that was not exported by this stage."""
+    check_target(folder)
+    if (folder / CONFIG).is_file() and not _was_exported(folder) and not overwrite:
+        raise UserError(f"{folder} holds a bundle that this stage did not make: name another folder, or pass --overwrite")
+
+
+def _check_saelens(folder: Path, files: Sequence[Path]) -> None:
+    """Raises UserError if a folder holds files that an export would replace, but this stage has made none there."""
+    held = [path for path in files if path.exists()]
+    if held and not _was_exported(folder):
+        raise UserError(f"{folder} holds {held[0].name}, which this stage did not make: name another folder")
+
+
+def _was_exported(folder: Path) -> bool:
+    return manifest_path(folder).is_file() or unfinished_path(folder).is_file()
 
 
 EXPORT = commands.EXPORT.stage(

@@ -48,7 +48,7 @@ Inputs: TypeAlias = Picture | Iterable[Picture] | torch.Tensor | NDArray[Any] | 
 features, B x D or a FeatureStore; or concept strengths, a CSR matrix of B x F."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConceptBottleneckModel:
     """A concept bottleneck: an image encoder, an SAE with named latents, and a linear probe (METHOD sections 1 to 4).
 

@@ -9,11 +9,11 @@ import csv
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -43,11 +43,9 @@ from dncbm.runs import commands
 from dncbm.runs.artifacts import (
     PUBLISHED,
     Artifacts,
-    encoder_folder,
-    flags_of_published_path,
     flags_of_published_probe,
     flags_of_published_sae,
-    published_kind,
+    published_file,
     published_name,
 )
 from dncbm.runs.declarations import (
@@ -115,12 +113,14 @@ def import_published(
             "name the folder that has theirs"
         )
     work = _Import(settings, folder, files, resolve_device(device), overwrite)
-    for kind, function in work.steps().items():
-        for file in [one for one in files if one.kind == kind]:
-            work.attempt(file.path, function, file)
-        if kind == "embeddings":  # what follows needs the labels, which come from several files
-            for dataset in dict.fromkeys(one.told.get("probe_dataset") for one in files if one.kind in ("indices", "labels")):
-                work.import_split(dataset)
+    work.each("sae", work.sae)
+    work.each(WORDS, work.words)
+    work.each("names", work.names)
+    work.each("embeddings", work.embeddings)
+    work.splits()
+    work.each("features", work.features)
+    work.each("strengths", work.strengths)
+    work.each("probe", work.probe)
     work.print_report(n_others)
     if n_refused := sum(row.status == "refused" for row in work.rows):
         raise UserError(f"{n_refused} of {counted(len(work.rows), 'file')} could not be imported, for the reasons above")
@@ -136,25 +136,28 @@ class _File:
 
     path: Path
     kind: str
-    told: Mapping[str, Any]
-    """Flag -> value that the command line, the file's name and its folders tell."""
+    by_name: Mapping[str, Any]
+    """Flag -> value that its name and its folders tell."""
+    given: Mapping[str, Any]
+    """Flag -> value of the command line, which wins."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Flag -> value of all that is known of it."""
+        return {**self.by_name, **self.given}
 
 
-def _find(settings: Settings, folder: Path, given: dict[str, Any]) -> tuple[list[_File], int]:
-    """The files that have names of the authors', sorted, and the number of the others. What was made here does not count."""
+def _find(settings: Settings, folder: Path, given: Mapping[str, Any]) -> tuple[list[_File], int]:
+    """The files that are called like the authors', and the number of the others. What was made or imported here is neither."""
     words = Artifacts(settings).words().name
     files, n_others = list[_File](), 0
     for path in _walk(folder):
-        kind, parts = (WORDS, dict[str, str]()) if path.name == words else published_kind(path.name) or ("", {})
-        if not kind:
+        found = (WORDS, dict[str, Any]()) if path.name == words else published_file(path, settings)
+        if found is None:
             n_others += 1
-        elif not manifest_path(path).is_file() or kind in ("features", WORDS):
-            told = flags_of_published_path(path.absolute(), settings)
-            told |= {"probe_split": parts["split"]} if "split" in parts else {}
-            told |= {"of": parts["of"]} if "of" in parts else {}
-            told |= {"probe_on_features": parts.get("inputs") == "features"} if kind == "probe" else {}
-            told = {"probe": parts["name"]} | told if kind == "probe" else told
-            files.append(_File(path, kind, told | given))
+        elif not manifest_path(path).is_file():
+            kind, told = found
+            files.append(_File(path, kind, told, given))
     return files, n_others
 
 
@@ -173,6 +176,10 @@ def _walk(folder: Path) -> Iterator[Path]:
         entered.add((about.st_dev, about.st_ino))
         below[:] = sorted(name for name in below if not is_hidden(name))
         yield from (path for name in sorted(names) if not is_hidden(name) and (path := Path(top, name)).is_file())
+
+
+_Done: TypeAlias = tuple[Outcome, str, Path]
+"""What an import did, what the file holds, and where that lies now."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +213,20 @@ class _Import:
     def artifacts(self) -> Artifacts:
         return Artifacts(self.settings)
 
-    def steps(self) -> dict[str, Callable[[_File], tuple[Outcome, str, Path]]]:
-        """Kind of file -> what imports it, in the order in which they build on each other."""
-        return {
-            "sae": self.sae, WORDS: self.words, "names": self.names, "embeddings": self.embeddings,
-            "features": self.features, "strengths": self.strengths, "probe": self.probe,
-        }  # fmt: skip
+    def each(self, kind: str, function: Callable[[_File], _Done]) -> None:
+        """Import every file of a kind."""
+        for file in self.files:
+            if file.kind == kind:
+                self.attempt([file], partial(function, file))
 
-    def attempt(self, path: Path, function: Callable[..., tuple[Outcome, str, Path]], *arguments: Any) -> None:
-        """Import a file and add a line to the report; what cannot be used is refused there."""
-        shown = os.path.relpath(path, self.folder)
+    def attempt(self, files: Sequence[_File], function: Callable[[], _Done]) -> None:
+        """Import files and add a line to the report; what cannot be used is refused there."""
+        names = [os.path.relpath(file.path, self.folder) for file in files]
+        shown = ", ".join(names)
+        if len(names) > 1 and len(folders := {os.path.dirname(name) for name in names}) == 1:
+            shown = os.path.join(folders.pop(), f"{{{','.join(os.path.basename(name) for name in names)}}}")
         try:
-            outcome, what, target = function(*arguments)
+            outcome, what, target = function()
         except (UserError, CheckpointError) as error:
             self.rows.append(_Row("refused", shown, str(error)))
             return
@@ -285,7 +294,7 @@ class _Import:
 
     def run_of(self, file: _File, expansion_factor: int | None = None) -> SAERun:
         """The SAE that a file belongs to: the one that is named, else the only one found that agrees, else the default."""
-        told = {flag: file.told[flag] for flag in ("img_enc_name", "hook_points", "sae_dataset") if flag in file.told}
+        told = {flag: file.told[flag] for flag in ("img_enc_name", "sae_dataset") if flag in file.told}
         if "sae" in file.told:
             try:
                 named = flags_of_published_sae(file.told["sae"])
@@ -310,6 +319,14 @@ class _Import:
             self.runs.append(run)
         return run
 
+    def encoder_of(self, file: _File) -> str:
+        """The encoder of a file: the one that is named, else that of the SAEs found, else the default."""
+        of_runs = {run.encoder for run in self.runs}
+        name = file.told.get("img_enc_name") or (of_runs.pop() if len(of_runs) == 1 else None)
+        encoder = build(NamedEncoder, self.defaults | ({"img_enc_name": name} if name else {})).encoder
+        self.settings.encoder(encoder)  # which must be in the config
+        return encoder
+
     def dataset_of(self, file: _File) -> str:
         """The probe data set that a file is of. Raises UserError if nothing tells, or config.py lacks it."""
         dataset = file.told.get("probe_dataset")
@@ -331,7 +348,7 @@ class _Import:
 
     # Files that are copied
 
-    def sae(self, file: _File) -> tuple[Outcome, str, Path]:
+    def sae(self, file: _File) -> _Done:
         model = load_checkpoint(file.path)
         shape = f"{model.n_latents} latents of {model.n_inputs} features"
         factor, rest = divmod(model.n_latents, model.n_inputs)
@@ -353,7 +370,7 @@ class _Import:
         target = self.artifacts.published_sae(run)
         return self.copy(file, target, run=values(run), latents=model.n_latents), f"SAE of {shape}", target
 
-    def words(self, file: _File) -> tuple[Outcome, str, Path]:
+    def words(self, file: _File) -> _Done:
         target = self.artifacts.words()
         if target.is_file():  # words have no manifest: anybody may edit them
             if file_hash(file.path) != file_hash(target) and not self.overwrite:
@@ -364,7 +381,7 @@ class _Import:
             shutil.copyfile(file.path, temporary)
         return Outcome.RAN, "words", target
 
-    def names(self, file: _File) -> tuple[Outcome, str, Path]:
+    def names(self, file: _File) -> _Done:
         run = self.run_of(file)
         checkpoint, model = self.published_sae(file, run)
         try:
@@ -378,18 +395,17 @@ class _Import:
         used = f", but {ours} is used before it" if ours.is_file() else ""
         return outcome, f"names of {len(names)} latents{used}", target
 
-    def embeddings(self, file: _File) -> tuple[Outcome, str, Path]:
+    def embeddings(self, file: _File) -> _Done:
         vocabulary = f"_{self.settings.vocabulary}"
-        if not file.told["of"].endswith(vocabulary):
+        if not file.path.stem.endswith(vocabulary):
             raise UserError(
                 f"{file.path}: its name does not end with {vocabulary}.pth, the `vocabulary` in {self.settings.path}"
             )
-        by_folder = {encoder_folder(name): name for name in self.settings.encoders}
-        named = by_folder.get(file.told["of"].removesuffix(vocabulary), file.told.get("img_enc_name"))
-        if named is None:
+        if "img_enc_name" not in file.told:
             raise UserError(
                 f"{file.path}: no encoder of {self.settings.path} has this name: say with --img_enc_name which it is"
             )
+        named = self.encoder_of(file)
         found = read_matrix(file.path)
         words, checked = self.artifacts.words(), ""
         if words.is_file():
@@ -421,17 +437,16 @@ class _Import:
 
     # Labels and the split
 
-    def import_split(self, dataset: str | None) -> None:
-        """Import the labels and the indices of a probe data set, which several files hold together."""
-        files = [one for one in self.files if one.kind in ("indices", "labels") and one.told.get("probe_dataset") == dataset]
-        if len({one.path.parent for one in files}) == 1:
-            name = files[0].path.name if len(files) == 1 else f"{{{','.join(one.path.name for one in files)}}}"
-            self.attempt(files[0].path.with_name(name), self.split, files)
-        else:
-            for one in files:
-                self.attempt(one.path, self.split, files)
+    def splits(self) -> None:
+        """Import the labels and the indices of every probe data set, which several files hold together."""
+        by_dataset: dict[str | None, list[_File]] = {}
+        for file in self.files:
+            if file.kind in ("indices", "labels"):
+                by_dataset.setdefault(file.told.get("probe_dataset"), []).append(file)
+        for files in by_dataset.values():
+            self.attempt(files, partial(self.split, files))
 
-    def split(self, files: list[_File]) -> tuple[Outcome, str, Path]:
+    def split(self, files: Sequence[_File]) -> _Done:
         dataset = self.dataset_of(files[0])
         by_kind: dict[str, dict[str, Path]] = {"indices": {}, "labels": {}}
         for one in files:
@@ -512,12 +527,11 @@ class _Import:
 
     # Files that are converted
 
-    def features(self, file: _File) -> tuple[Outcome, str, Path]:
+    def features(self, file: _File) -> _Done:
         told, split = file.told, file.told["probe_split"]
-        place = {"img_enc_name": self.defaults.get("img_enc_name")} | dict(told)
+        place = told | {"img_enc_name": self.encoder_of(file)}
         found = read_matrix(file.path)
-        folders = flags_of_published_path(file.path.absolute(), self.settings)
-        of_probe = "probe_dataset" in folders or ("sae_dataset" not in folders and "probe_dataset" in told)
+        of_probe = "probe_dataset" in (told if "sae_dataset" not in file.by_name else file.by_name)
         about: SAEFeatures | ProbeFeatures
         inputs: dict[str, Path] = {}
         if of_probe:
@@ -532,16 +546,15 @@ class _Import:
             raise UserError(
                 f"{file.path}: no folder is the name of a data set of config.py: name it with --probe_dataset or --sae_dataset"
             )
-        self.settings.encoder(about.encoder)
         self._check_width(file.path, found, about.encoder)
         target = self.artifacts.features(about.dataset, about.encoder, about.hook, split)
         outcome = self.make(
             [file.path], target, partial(write_features, found, keys, target, f"{about.dataset} {split}"), inputs=inputs,
-            run=values(about) | values(Extraction()), before=partial(check_rows, found, file.path), images=len(found),
+            run=values(about), before=partial(check_rows, found, file.path), images=len(found),
         )  # fmt: skip
         return outcome, f"features of {counted(len(found), 'image')}, {about.dataset} {split}", target
 
-    def strengths(self, file: _File) -> tuple[Outcome, str, Path]:
+    def strengths(self, file: _File) -> _Done:
         dataset, run, split = self.dataset_of(file), self.run_of(file), file.told.get("probe_split")
         if split is None:
             raise UserError(f"{file.path}: it must lie in a folder called {', '.join(SPLITS)}, which says what its rows are")
@@ -589,7 +602,7 @@ class _Import:
                 f"{store.folder}: it belongs to another SAE, or its rows are in another order"
             )
 
-    def probe(self, file: _File) -> tuple[Outcome, str, Path]:
+    def probe(self, file: _File) -> _Done:
         dataset = self.dataset_of(file)
         run = self.run_of(file)
         try:
@@ -684,11 +697,11 @@ class _Import:
         if not all(path.is_file() or manifest_path(path).is_file() for path in outputs):
             defaults = {name: one.default for name, one in stage.flags().items()} | config_defaults(self.settings)
             given = {name: value for one in declared for name, value in values(one).items() if value != defaults.get(name)}
-            shown = " ".join(f"--{name} {value}" for name, value in given.items() if name in flags_shown(stage))
+            shown = " ".join(f"--{name} {value}" for name, value in given.items() if name in _flags_that_locate(stage))
             yield what, f"run {stage.command(*([shown] if shown else []))}"
 
 
-def flags_shown(stage: Stage) -> set[str]:
+def _flags_that_locate(stage: Stage) -> set[str]:
     """The flags that say which output of a stage is meant."""
     return {name for name, one in stage.flags().items() if one.setting.in_name is not None or name == "probe_split"}
 

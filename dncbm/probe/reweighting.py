@@ -23,8 +23,10 @@ from dncbm.probe.solvers import BATCH, CrossEntropy, Progress, minimise, root_me
 FOLDS = 5
 MOST = 20.0
 """Larger weights are clipped to this."""
-PATH_RATIO, PATH_STEPS, PATIENCE = 0.5, 14, 2
-"""Each lambda is this share of the previous one; the path ends after so many, or if so many in a row predict no better."""
+PATH_RATIO, PATH_STEPS = 0.5, 14
+"""Each lambda is this share of the previous one, and the path ends after this many."""
+LEAST_GAIN, PATIENCE = 1e-4, 2
+"""It ends earlier if this many lambdas in a row predict no better by this log-likelihood per image."""
 MAX_PASSES, TOLERANCE = 300, 1e-5
 """For one lambda."""
 
@@ -104,7 +106,7 @@ def _held_out_likelihood(
             ]
             weights = [progress.weight for progress in solved]
             now = _likelihood(inputs, torch.stack(weights) / scale[:, None], fold)
-            better = bool(now.mean() > best.mean())
+            better = bool(now.mean() > best.mean() + LEAST_GAIN)
             best, since = (now, 0) if better else (best, since + 1)
             if since == PATIENCE:
                 break

@@ -126,14 +126,6 @@ _PROBE_NAME = re.compile(
 )
 
 
-def published_kind(name: str) -> tuple[str, dict[str, str]] | None:
-    """The kind of the authors' file with this name, and the parts of the name; None if it is none of theirs."""
-    for kind, pattern in PUBLISHED.items():
-        if found := re.fullmatch(pattern, name):
-            return kind, {part: text for part, text in found.groupdict().items() if text}
-    return None
-
-
 def flags_of_published_sae(name: str) -> dict[str, Any]:
     """Flag -> value that the folder name of an SAE run of the authors stands for; what follows the epochs is the suffix.
 
@@ -158,36 +150,60 @@ def _flags_of(pattern: re.Pattern[str], name: str, run: type) -> dict[str, Any]:
     return {flag: known[flag].parse(text) for flag, text in found.groupdict().items() if text is not None}
 
 
-def flags_of_published_path(path: Path, settings: Settings) -> dict[str, Any]:
-    """Flag -> value that the folders of one of the authors' files tell, the nearest folder first.
+def published_file(path: Path, settings: Settings) -> tuple[str, dict[str, Any]] | None:
+    """The kind of one of the authors' files, and flag -> value that its name and its folders tell, the nearest folder first.
 
     A folder counts if it is the name of an encoder or of a data set of the config, of a split, or of a run in the authors'
-    way. `sae` and `probe` are the names of runs, with the suffix that stands behind `sae_checkpoints`.
+    way. `sae` and `probe` are the names of runs, that of an SAE with what follows `sae_checkpoints` in its folder.
+
+    Returns None if no file of the authors is called so.
     """
+    named = {kind: match for kind, pattern in PUBLISHED.items() if (match := re.fullmatch(pattern, path.name))}
+    if not named:
+        return None
+    ((kind, match), *_) = named.items()
+    parts = match.groupdict()
     told: dict[str, Any] = {}
-    encoders = {encoder_folder(name): name for name in settings.encoders}
-    for folder in reversed(path.parent.parts):
-        encoder, hook = encoders.get(folder), {}
-        for known in HOOKS:
-            if encoder is None and (encoder := encoders.get(folder.removesuffix(f"_{known}"))) is not None:
-                hook = {"hook_points": known}
-        found: dict[str, Any] = {}
-        if encoder is not None:
-            found = {"img_enc_name": encoder, **hook}
-        elif folder in settings.sae_datasets:
-            found = {"sae_dataset": folder}
-        elif folder in settings.probe_datasets:
-            found = {"probe_dataset": folder}
-        elif folder in SPLITS:
-            found = {"probe_split": folder}
-        elif folder.startswith("sae_checkpoints"):
-            found = {"save_suffix": folder.removeprefix("sae_checkpoints")}
-        elif _SAE_NAME.fullmatch(folder):
-            found = {"sae": folder + told.get("save_suffix", "")}
-        elif _PROBE_NAME.fullmatch(folder):
-            found = {"probe": folder}
-        told = found | told
-    return told
+    if parts.get("split"):
+        told["probe_split"] = parts["split"]
+    if kind == "embeddings" and (encoder := _encoder_of(parts["of"].removesuffix(f"_{settings.vocabulary}"), settings)):
+        told["img_enc_name"] = encoder
+    for folder in reversed(path.absolute().parent.parts):
+        told = _told_by(folder, settings) | told
+    suffix = told.pop("save_suffix", "")
+    if kind == "sae" and "sae" in told:
+        told["sae"] += suffix
+    if kind == "probe":
+        told = {"probe": parts["name"]} | told | {"probe_on_features": parts["inputs"] == "features"}
+    return kind, told
+
+
+def _told_by(folder: str, settings: Settings) -> dict[str, Any]:
+    """Flag -> value that a folder's name tells."""
+    if (encoder := _encoder_of(folder, settings)) is not None:
+        return {"img_enc_name": encoder}
+    if folder in settings.sae_datasets:
+        return {"sae_dataset": folder}
+    if folder in settings.probe_datasets:
+        return {"probe_dataset": folder}
+    if folder in SPLITS:
+        return {"probe_split": folder}
+    if folder.startswith("sae_checkpoints"):
+        return {"save_suffix": folder.removeprefix("sae_checkpoints")}
+    if _SAE_NAME.fullmatch(folder):
+        return {"sae": folder}
+    return {"probe": folder} if _PROBE_NAME.fullmatch(folder) else {}
+
+
+def _encoder_of(text: str, settings: Settings) -> str | None:
+    """The encoder of the config that a text names, however it is written: `clip_ViT-B16`, `ViT-B_16`, `clip_ViT-B16_out`."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]", "", name.lower().removeprefix("clip"))
+
+    endings = ("", *HOOKS)
+    names = (name for name in settings.encoders if plain(name))
+    return next((name for name in names if plain(text) in [plain(name) + ending for ending in endings]), None)
 
 
 class Artifacts:

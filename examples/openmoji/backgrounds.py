@@ -32,6 +32,7 @@ IMAGES_PER_EMOJI = 8  # in training, on average
 COPIES = 4  # of each held-out emoji on each kind of background
 EMOJI_SIZE = (0.5, 0.6)  # longer side of an emoji, as a share of the image
 RIDGE_STEPS = 64  # line segments of a hill or wave
+OUTLINE = 0.01  # width of the lines in backgrounds, as a share of the image
 SCALE = 2  # backgrounds are drawn this much larger, for smooth edges
 
 # Members of the two categories that are not an animal, or not food but a drink, a vessel or an animal.
@@ -107,14 +108,11 @@ def _mostly_on_own(records: Sequence[Emoji], label: int, wanted: int) -> list[Sc
 Colour = tuple[int, int, int]
 
 
-def _mixed(low: Colour, high: Colour, share: float) -> Colour:
-    """A colour on the line between two: `low` at share 0, `high` at 1."""
+def _between(random: Random, low: Colour, high: Colour) -> Colour:
+    """A colour on the line between two."""
+    share = random.random()
     red, green, blue = (round(a + share * (b - a)) for a, b in zip(low, high, strict=True))
     return red, green, blue
-
-
-def _between(random: Random, low: Colour, high: Colour) -> Colour:
-    return _mixed(low, high, random.random())
 
 
 def _ridge(random: Random, height: float, swing: float, waves: float) -> list[tuple[float, float]]:
@@ -129,28 +127,29 @@ def _ridge(random: Random, height: float, swing: float, waves: float) -> list[tu
 
 
 class _Canvas:
-    """Draws filled shapes whose coordinates are shares of the image."""
+    """Draws filled shapes with an outline. Coordinates are shares of the image."""
 
-    def __init__(self, colour: Colour) -> None:
+    def __init__(self, sky: Colour, outline: Colour) -> None:
         self.size = IMAGE_SIZE * SCALE
-        self.image = Image.new("RGB", (self.size, self.size), colour)
+        self.image = Image.new("RGB", (self.size, self.size), sky)
         self.draw = ImageDraw.Draw(self.image)
+        self.outline, self.width = outline, round(OUTLINE * self.size)
 
     def _pixels(self, points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
         return [(round(x * self.size), round(y * self.size)) for x, y in points]
 
+    def below(self, ridge: Sequence[tuple[float, float]], colour: Colour) -> None:
+        """Everything under a ridge. Only the ridge is outlined."""
+        self.draw.polygon(self._pixels([*ridge, (1, 1), (0, 1)]), fill=colour)
+        self.draw.line(self._pixels(ridge), fill=self.outline, width=self.width, joint="curve")
+
     def polygon(self, points: Sequence[tuple[float, float]], colour: Colour) -> None:
         self.draw.polygon(self._pixels(points), fill=colour)
-
-    def below(self, ridge: Sequence[tuple[float, float]], colour: Colour) -> None:
-        self.polygon([*ridge, (1, 1), (0, 1)], colour)
-
-    def line(self, points: Sequence[tuple[float, float]], width: float, colour: Colour) -> None:
-        self.draw.line(self._pixels(points), fill=colour, width=round(width * self.size), joint="curve")
+        self.draw.line(self._pixels([*points, points[0]]), fill=self.outline, width=self.width, joint="curve")
 
     def ellipse(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
         box = self._pixels([(x - width / 2, y - height / 2), (x + width / 2, y + height / 2)])
-        self.draw.ellipse([*box[0], *box[1]], fill=colour)
+        self.draw.ellipse([*box[0], *box[1]], fill=colour, outline=self.outline, width=self.width)
 
 
 def _sky(random: Random) -> Colour:
@@ -158,52 +157,44 @@ def _sky(random: Random) -> Colour:
 
 
 def _tree(canvas: _Canvas, random: Random, x: float, foot: float) -> None:
-    height = random.uniform(0.16, 0.26)
-    trunk, leaves = _between(random, (94, 62, 34), (130, 88, 50)), _between(random, (24, 92, 46), (62, 132, 58))
-    middle = foot - 0.4 * height
-    canvas.polygon([(x - 0.012, middle), (x + 0.012, middle), (x + 0.014, foot), (x - 0.014, foot)], trunk)
+    height = random.uniform(0.2, 0.3)
+    top, leaves = foot - 0.3 * height, _between(random, (60, 130, 40), (120, 180, 50))
+    canvas.polygon([(x - 0.014, top), (x + 0.014, top), (x + 0.014, foot), (x - 0.014, foot)], (106, 70, 47))
     if random.random() < 0.5:
-        canvas.ellipse(x, foot - 0.65 * height, 0.6 * height, 0.75 * height, leaves)
+        canvas.ellipse(x, foot - 0.65 * height, 0.66 * height, 0.8 * height, leaves)
     else:
-        for top, half in ((1.0, 0.16), (0.82, 0.22), (0.62, 0.28)):
-            tip, base = foot - top * height, foot - (top - 0.42) * height
-            canvas.polygon([(x, tip), (x + half * height, base), (x - half * height, base)], leaves)
+        for up, half in ((0.62, 0.28), (0.82, 0.22), (1.0, 0.16)):
+            base = foot - (up - 0.42) * height
+            canvas.polygon([(x, foot - up * height), (x + half * height, base), (x - half * height, base)], leaves)
 
 
 def land(random: Random) -> Image.Image:
     """Hills with trees under a pale sky."""
-    canvas = _Canvas(_sky(random))
-    horizon = random.uniform(0.3, 0.42)
-    far = _ridge(random, horizon - 0.06, 0.06, random.uniform(0.8, 1.6))
-    canvas.below(far, _between(random, (126, 178, 120), (150, 194, 130)))
-    hill = _ridge(random, horizon + 0.06, 0.04, random.uniform(0.6, 1.2))
-    canvas.below(hill, _between(random, (98, 168, 84), (128, 186, 96)))
-    for i in range(6):
-        x = (i + random.uniform(0.15, 0.85)) / 6
-        _tree(canvas, random, x, hill[round(x * RIDGE_STEPS)][1] + random.uniform(0.01, 0.05))
-    meadow = _ridge(random, horizon + 0.24, 0.03, random.uniform(0.5, 1.1))
-    canvas.below(meadow, _between(random, (84, 152, 64), (122, 184, 80)))
-    blade = _between(random, (52, 116, 46), (78, 138, 52))
-    for _ in range(14):
-        x, y = random.random(), random.uniform(horizon + 0.34, 0.98)
-        for lean in (-0.012, 0.0, 0.012):
-            canvas.line([(x, y), (x + lean, y - 0.03)], 0.006, blade)
+    canvas = _Canvas(_sky(random), outline=(38, 92, 34))
+    horizon, trees = random.uniform(0.3, 0.42), 5
+
+    def hill(below_horizon: float, swing: float, waves: float) -> list[tuple[float, float]]:
+        ridge = _ridge(random, horizon + below_horizon, swing, waves * random.uniform(1, 2))
+        canvas.below(ridge, _between(random, (92, 158, 49), (150, 190, 80)))
+        return ridge
+
+    hill(-0.06, 0.06, 0.8)
+    ridge = hill(0.06, 0.04, 0.6)
+    for i in range(trees):
+        x = (i + random.uniform(0.15, 0.85)) / trees
+        _tree(canvas, random, x, foot=ridge[round(x * RIDGE_STEPS)][1] + 0.03)
+    hill(0.26, 0.03, 0.5)
     return canvas.image
 
 
 def water(random: Random) -> Image.Image:
     """Waves under a pale sky."""
-    canvas = _Canvas(_sky(random))
-    height = random.uniform(0.26, 0.38)
-    far, near = _between(random, (84, 168, 222), (112, 190, 232)), _between(random, (16, 84, 164), (32, 110, 184))
-    foam = _between(random, (214, 238, 250), (240, 250, 255))
-    rows = 7
+    canvas = _Canvas(_sky(random), outline=(28, 86, 164))
+    horizon, rows = random.uniform(0.28, 0.38), 7
+    blues = (_between(random, (138, 206, 242), (154, 216, 247)), _between(random, (87, 170, 224), (107, 186, 232)))
     for i in range(rows):
-        crest = _ridge(random, height, 0.012 + 0.003 * i, random.uniform(2.2, 3.4))
-        canvas.below(crest, _mixed(far, near, i / (rows - 1)))
-        if i:
-            canvas.line(crest, 0.008, foam)
-        height += 0.06 + 0.014 * i
+        ridge = _ridge(random, horizon + 0.66 * i / rows, 0.02 + 0.004 * i, random.uniform(2.5, 3.5))
+        canvas.below(ridge, blues[i % 2])
     return canvas.image
 
 

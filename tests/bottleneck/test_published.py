@@ -1,10 +1,11 @@
-"""Published files: a folder written here as the authors' code writes it, and what the stages make of it once it is imported."""
+"""Published files: a folder written here as the authors' code writes it, and what the stages make of it once imported."""
 
 import csv
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ from dncbm.concepts.naming import read_names
 from dncbm.concepts.sae import load_sae
 from dncbm.concepts.strengths import load_concept_strengths
 from dncbm.concepts.vocabulary import load_vocabulary
-from dncbm.features.stage import open_features, probe_class_names, probe_labels
+from dncbm.features.stage import open_features, probe_class_names, probe_labels, save_probe_features
 from dncbm.probe.stage import load_probe
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import ProbeRun, SAERun
+from dncbm.runs.declarations import Extraction, ProbeFeatures, ProbeRun, SAERun, Splits
 from dncbm.runs.manifests import manifest_path
 from dncbm.runs.settings import Settings, load_settings
 
@@ -293,7 +294,6 @@ class TestImages:
         assert probe_class_names(settings, "mine") == CLASSES
         assert "missing" not in rows_of(capsys.readouterr().out)
         main("local_explanations_dump", [*ALL_FLAGS, "--probe_split", "train_val"])
-        main("probe_features", [*ALL_FLAGS])  # whose encoder does not even exist
 
     def test_give_the_labels_that_the_authors_script_writes_over(
         self, settings: Settings, theirs: Theirs, images: Path
@@ -308,17 +308,60 @@ class TestImages:
         refused(theirs.folder, "all_labels_val.pth", "other labels than the images")
         assert not Artifacts(settings).probe_split("mine").exists()
 
-    def test_the_split_that_was_imported_is_kept_by_stage_5(self, settings: Settings, theirs: Theirs, images: Path) -> None:
-        """So that what is extracted here goes with what was imported."""
+    def test_what_stage_5_adds_goes_with_what_was_imported(
+        self, settings: Settings, theirs: Theirs, images: Path, monkeypatch, make_encoder, capsys, refusal
+    ) -> None:
+        (theirs.probed / "clip_tiny1/out/train_val.pth").unlink()
         import_all(theirs.folder)
-        from dncbm.features.stage import _probe_split
-
-        _, indices = _probe_split(settings, "mine", False)
-        for split, rows in theirs.indices.items():
-            np.testing.assert_array_equal(indices[split], rows.numpy())
+        monkeypatch.setattr("dncbm.features.stage.describe_encoder", lambda *_: {"encoder": "channel means"})
+        monkeypatch.setattr("dncbm.features.stage.load_encoder", lambda *_: make_encoder())
+        capsys.readouterr()
+        extract = partial(
+            save_probe_features, settings, ProbeFeatures("mine", RUN.encoder), Splits(), Extraction(num_workers=0)
+        )
+        extract()
+        assert capsys.readouterr().out.count("using what was imported") == 3  # the split, train and val
+        store = open_features(settings, "mine", RUN.encoder, "out", "train_val")
+        assert sorted(store.keys) == sorted(theirs.indices["train_val"].tolist())
+        for row, key in enumerate(store.keys):
+            label = int(probe_labels(settings, "mine", "train_val", np.array([key]))[0])
+            assert round(float(store.gather(np.array([row]))[0, 1]) * 255) == 40 * label  # the green of the class
         shutil.move(images / "train/ant/000.png", images / "train/bee/1000.png")
-        with pytest.raises(Exception, match="have other labels than"):
-            _probe_split(settings, "mine", False)
+        with refusal("have other labels than", "all_labels_train.npy", "--overwrite"):
+            extract()
+
+
+FORMS: dict[str, Callable[[Theirs], object]] = {
+    "an old format of torch": lambda t: [
+        torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+        for path in (t.probes / "val/all_concepts.pth", t.probed / "train_idxs.pth", t.probed / "clip_tiny1/out/val.pth", t.probe)
+    ],
+    "an axis of components": lambda t: save(t.z["val"][:, None], t.probes / "val/all_concepts.pth"),
+    "float64": lambda t: [
+        save(t.x["val"].double(), t.probed / "clip_tiny1/out/val.pth"), save(t.z["val"].double(), t.probes / "val/all_concepts.pth")
+    ],
+    "int32 labels": lambda t: save(t.labels["val"].int(), t.probed / "all_labels_val.pth"),
+    "weights of a parameter": lambda t: save(checkpoint(torch.nn.Parameter(t.weight), 0.3), t.probe),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_hold_the_same(settings: Settings, theirs: Theirs, form: str) -> None:
+    FORMS[form](theirs)
+    import_all(theirs.folder)
+    store = open_features(settings, "mine", RUN.encoder, "out", "val")
+    torch.testing.assert_close(store.gather(np.arange(12)), theirs.x["val"].float(), atol=0, rtol=0)
+    np.testing.assert_array_equal(
+        load_concept_strengths(settings, RUN, "mine", "val").matrix.toarray(), theirs.z["val"].numpy()
+    )
+    np.testing.assert_array_equal(probe_labels(settings, "mine", "val", np.arange(12)), theirs.labels["val"].numpy())
+    torch.testing.assert_close(load_probe(settings, RUN, PROBE), theirs.weight.T, atol=0, rtol=0)
+
+
+def test_a_probe_without_a_sparsity_loss_has_lambda_0(settings: Settings, theirs: Theirs) -> None:
+    theirs.probe.parents[1].rename(theirs.probes / "lr0.01_bs512_epo200_nobias")
+    import_all(theirs.folder)
+    torch.testing.assert_close(load_probe(settings, RUN, ProbeRun("mine", sparsity_lambda=0.0)), theirs.weight.T)
 
 
 REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
@@ -455,6 +498,12 @@ class TestPlaces:
         import_all(loose, *RUN_FLAGS, "--probe_dataset", "mine")
         assert len(read_names(settings, RUN)) == F
         torch.testing.assert_close(load_probe_file(settings), theirs.weight)
+
+    @pytest.mark.parametrize("folder", ["clip_tiny1", "Tiny-1", "tiny_1_out"])
+    def test_folders_may_call_the_encoder_by_similar_names(self, settings: Settings, theirs: Theirs, tmp_path, folder) -> None:
+        shutil.copytree(theirs.sae.parents[1], tmp_path / f"some/{folder}/{SAE_NAME}")
+        import_all(tmp_path / "some", "--sae_dataset", "photos")
+        assert len(read_names(settings, RUN)) == F
 
     def test_flags_win(self, settings: Settings, theirs: Theirs) -> None:
         name = f"{SAE_NAME}_theirs"
