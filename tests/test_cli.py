@@ -133,9 +133,15 @@ def test_the_papers_commands(stage, command: str, expected: tuple) -> None:
     assert stage(command) == (*expected, Execution("auto", False))
 
 
+def positional(found: Stage) -> list[str]:
+    """A value for each setting of a stage that is written without a flag."""
+    return ["a" for flag in found.flags().values() if flag.setting.positional]
+
+
 @pytest.mark.parametrize("script", [PIPELINE.script, *(found.script for found in STAGES.values())])
 def test_device_and_overwrite_reach_every_stage(stage, script: str) -> None:
-    files = " a b" if "download" in script else ""
+    found = next(one for one in (PIPELINE, *STAGES.values()) if one.script == script)
+    files = "".join(f" {text}" for text in positional(found))
     assert stage(f"{script}{files}")[-1] == Execution("auto", False)
     assert stage(f"{script}{files} --device cuda:1")[-1] == Execution("cuda:1", False)
     assert stage(f"{script}{files} --overwrite")[-1] == Execution("auto", True)
@@ -195,13 +201,12 @@ def test_every_flag_of_every_script_changes_its_field_and_nothing_else(
     """What the stage function gets differs from the defaults in the fields of this flag."""
     monkeypatch.setenv("DNCBM_CONFIG", str(write_config()))
     found = PIPELINE if name == PIPELINE.name else STAGES[name]
-    positional = ["a", "b"] if name == "download" else []
     text = other_value(flag)
     variant = ["--sae_type", flag.variants[0]] if flag.variants else []
     takes = (*found.takes, Execution)
 
     def declared(*more: str) -> list[Any]:
-        _, read, _ = parse(found, [*positional, *variant, *more])
+        _, read, _ = parse(found, [*positional(found), *variant, *more])
         return [build(cls, read) for cls in takes]
 
     before, after = declared(), declared(f"--{flag.name}", *([text] if text else []))
@@ -308,7 +313,7 @@ ONE_FOR_ALL = (
 @pytest.mark.parametrize("found", [PIPELINE, *STAGES.values()], ids=lambda found: found.name)
 def test_one_line_of_flags_serves_every_stage(write_config, monkeypatch, capsys, found: Stage) -> None:
     monkeypatch.setenv("DNCBM_CONFIG", str(write_config()))
-    _, read, given = parse(found, [*(["a", "b"] if found.name == "download" else []), *shlex.split(ONE_FOR_ALL)])
+    _, read, given = parse(found, [*positional(found), *shlex.split(ONE_FOR_ALL)])
     own = {name: flag for cls in (*found.takes, Execution) for name, flag in flags(cls).items()}
     assert given <= read.keys()
     if "lr" in own:
@@ -653,7 +658,7 @@ def test_only_the_extraction_runs_in_several_processes(write_config, monkeypatch
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "DNCBM_CONFIG": str(write_config())}.items():
         monkeypatch.setenv(key, value)
     with refusal("without torchrun"):
-        parse(STAGES[name], ["a", "b"] if name == "download" else [])
+        parse(STAGES[name], positional(STAGES[name]))
 
 
 # ------------------------------------------------------------------------------------- the run that a stage reads

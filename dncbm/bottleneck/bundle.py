@@ -250,8 +250,11 @@ def upload(folder: Path, repository: str, *, private: bool | None, token: str | 
                 repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=commit_message
             )
     except Exception as error:
-        is_silent = not constants.HF_HUB_OFFLINE and not hub_answers()
-        why = f"the hub {constants.ENDPOINT} does not answer" if is_silent else _refused(error) or first_line(error)
+        why = _refused(error) or first_line(error)
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        elif not hub_answers():
+            why = f"the hub {constants.ENDPOINT} does not answer"
         raise UserError(f"cannot upload to {repository!r}: {why}") from error
     return str(commit.commit_url)
 

@@ -122,8 +122,9 @@ def _settings(about: Mapping[str, Any]) -> str:
     rows = [("SAE trained on", about["datasets"]["sae"]), ("probe trained on", about["datasets"]["probe"])]
     rows += [("vocabulary", about["vocabulary"]), ("dncbm", about["dncbm"])]
     named = [(what, _shown(value)) for what, value in rows]
-    settings = [(flag, value) for part in ("sae", "probe") for flag, value in about[part].items() if value != ""]
-    return _table(("setting", "value"), [*named, *((f"`{flag}`", _shown(str(value))) for flag, value in settings)])
+    settings = about["sae"] | about["probe"]  # which share --seed
+    flags = [(f"`{flag}`", _shown(str(value))) for flag, value in settings.items() if value != ""]
+    return _table(("setting", "value"), [*named, *flags])
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

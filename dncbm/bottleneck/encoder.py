@@ -17,9 +17,10 @@ from dncbm.runs.settings import LOCAL_DIR, EncoderEntry, Settings
 
 FILE = "file:"
 """What precedes the path of a checkpoint file in a bundle; a pretrained tag has nothing before it."""
-TOLERANCES = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}
-"""Precision -> how far features may be from those of a fingerprint, relative to their norm. Other processors round in other
-ways; other weights or another preprocessing are an order of magnitude further away."""
+TOLERANCES = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 5e-2}
+"""Precision -> how far features may be from those of a fingerprint, relative to their norm. Other processors and precisions
+round in other ways: bfloat16 moves the demo's features by 2.5 %. Bilinear instead of bicubic resampling moves them by 9 %,
+another mean by 8 %, other weights by far more."""
 IMAGES, HEIGHT, WIDTH = 4, 256, 288
 
 

@@ -45,7 +45,7 @@ class Contribution:
     """strength * weight."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Why an image was classified as it was (METHOD section 5).
 
@@ -89,12 +89,15 @@ class Explanation:
             remaining=sum(one.contribution for one in rest), n_remaining=len(rest),
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        return f"<Explanation: {local_explanations.describe(self._page(local_explanations.N_CONCEPTS))}>"
+
     def _repr_html_(self) -> str:
         canvas = self._canvas(local_explanations.N_CONCEPTS)
         return as_html(canvas, local_explanations.describe(self._page(local_explanations.N_CONCEPTS)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concept:
     """A concept: what it is called, how often it is active, and the classes that it votes for and against."""
 
@@ -114,15 +117,22 @@ class Concept:
 
     def table(self, n: int | None = 10) -> str:
         """What is known of it, and the n classes of largest weight (None: all), as text."""
-        facts = f"{self.label}: latent {self.index}, similarity {self.similarity:.3f}, active on {self.activity:.1%} of images"
         rows = [(name, f"{weight:+.4f}") for name, weight in self.weights[:n]]
-        return f"{facts}\n{text_table(('class', 'weight'), rows)}"
+        return f"{self._facts}\n{text_table(('class', 'weight'), rows)}"
+
+    @property
+    def _facts(self) -> str:
+        active = f"active on {self.activity:.1%} of images"
+        return f"{self.label}: latent {self.index}, similarity {self.similarity:.3f}, {active}"
+
+    def __repr__(self) -> str:
+        return f"<Concept {self._facts}>"
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClassExplanation:
     """The concepts that lead a class: the mean contributions over its images in the split (METHOD section 5).
 
@@ -155,6 +165,9 @@ class ClassExplanation:
             concepts=tuple((one.label, one.contribution) for one in shown), images=(), mean_logit=self.mean_logit,
             remaining=sum(one.contribution for one in rest), n_remaining=len(rest),
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<ClassExplanation: {global_explanations.describe(self._page(global_explanations.N_CONCEPTS))}>"
 
     def _repr_html_(self) -> str:
         page = self._page(global_explanations.N_CONCEPTS)

@@ -29,16 +29,16 @@ from dncbm.bottleneck.published_files import (
     write_features,
     write_strengths,
 )
-from dncbm.concepts.naming import NAMES, names_in
-from dncbm.concepts.sae import SAE, load_sae
-from dncbm.concepts.strengths import STRENGTHS
-from dncbm.concepts.vocabulary import VOCABULARY
+from dncbm.bottleneck.published_report import Row, missing, print_report
+from dncbm.concepts.naming import names_in
+from dncbm.concepts.sae import load_sae
 from dncbm.features.datasets import counted, is_hidden
 from dncbm.features.datasets.probe import ProbeImages, probe_images
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names
 from dncbm.flags import config_defaults
 from dncbm.probe.fit import save_probe
-from dncbm.probe.stage import PROBE, load_probe_data, record_accuracy
+from dncbm.probe.model import ProbeData
+from dncbm.probe.stage import load_probe_data, record_accuracy
 from dncbm.runs import commands
 from dncbm.runs.artifacts import (
     PUBLISHED,
@@ -50,7 +50,6 @@ from dncbm.runs.artifacts import (
 )
 from dncbm.runs.declarations import (
     SPLITS,
-    Extraction,
     ImageEncoder,
     NamedEncoder,
     NamedProbe,
@@ -67,7 +66,6 @@ from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import IMPORTED, Outcome, check_chain, file_hash, making, manifest_path, read_manifest, write_json
 from dncbm.runs.settings import LOCAL_DIR, Settings
-from dncbm.runs.stage import Stage
 from sparse_autoencoder import CheckpointError, SparseAutoencoder, load_checkpoint
 from sparse_autoencoder.declare import build, values
 from sparse_autoencoder.files import whole_file
@@ -121,7 +119,11 @@ def import_published(
     work.each("features", work.features)
     work.each("strengths", work.strengths)
     work.each("probe", work.probe)
-    work.print_report(n_others)
+    datasets = dict.fromkeys(one.told["probe_dataset"] for one in files if "probe_dataset" in one.told)
+    probed = {one.told["probe_dataset"] for one in files if one.kind == "probe" and "probe_dataset" in one.told}
+    print_report([*work.rows, *missing(settings, work.runs, list(datasets), probed)])
+    if n_others:
+        print(f"{counted(n_others, 'file')} of other names {'was' if n_others == 1 else 'were'} not opened")
     if n_refused := sum(row.status == "refused" for row in work.rows):
         raise UserError(f"{n_refused} of {counted(len(work.rows), 'file')} could not be imported, for the reasons above")
     return Outcome.RAN if any(row.status == "imported" for row in work.rows) else Outcome.ALREADY_DONE
@@ -182,15 +184,6 @@ _Done: TypeAlias = tuple[Outcome, str, Path]
 """What an import did, what the file holds, and where that lies now."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A line of the report."""
-
-    status: str
-    what: str
-    where: str
-
-
 # -------------------------------------------------------------------------------------------------------- importing
 
 
@@ -203,7 +196,7 @@ class _Import:
     files: list[_File]
     device: torch.device
     overwrite: bool
-    rows: list[_Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     runs: list[SAERun] = field(default_factory=list)
     """The SAEs that files were taken to belong to."""
     taken: dict[Path, Path] = field(default_factory=dict)
@@ -228,10 +221,10 @@ class _Import:
         try:
             outcome, what, target = function()
         except (UserError, CheckpointError) as error:
-            self.rows.append(_Row("refused", shown, str(error)))
+            self.rows.append(Row("refused", shown, (str(error),)))
             return
         status = {Outcome.RAN: "imported", Outcome.ALREADY_DONE: "already done", Outcome.PROVIDED: "in place"}[outcome]
-        self.rows.append(_Row(status, what, f"{shown} -> {target}"))
+        self.rows.append(Row(status, what, (shown, f"-> {target}")))
 
     def make(
         self,
@@ -496,7 +489,7 @@ class _Import:
 
         named_by = "images" if images else "numbers"
         outcome = self.make([one.path for one in files], target, write, settings={"class names": named_by})
-        said = "" if images else ", numbered: their names are in no file of the authors, and the images are not there"
+        said = "" if images else " (numbered: no file of the authors names them, and the images are missing)"
         return outcome, f"labels and split of {dataset}, {counted(len(names), 'class')[:-1]}es{said}", target
 
     def _images(self, dataset: str) -> dict[str, ProbeImages]:
@@ -622,24 +615,49 @@ class _Import:
             n_classes = len(probe_class_names(self.settings, dataset))
             if len(weight) != n_classes:
                 raise UserError(f"{file.path} has {len(weight)} classes, but {dataset} has {n_classes}")
-        target = self.artifacts.probe(run, probe)
+        target, accuracies = self.artifacts.probe(run, probe), self.artifacts.probe_accuracies(run, probe)
+        data: dict[str, ProbeData] = {}
+        metrics: dict[str, float] = {}
+
+        def load() -> None:
+            if not self._not_evaluable(run, probe):
+                data.update({split: load_probe_data(self.settings, run, probe, split) for split in SPLITS})
+
+        def evaluate() -> None:
+            metrics.update(record_accuracy(self.settings, run, probe, weight.T.contiguous().to(self.device), data)[0])
 
         def write() -> list[Path]:
             save_probe(weight.T, target)
-            return [target]
+            if data:
+                evaluate()
+            return [target, accuracies] if data else [target]
 
         shown = values(ImageEncoder(run.encoder, run.hook) if probe.on_features else run) | values(probe)
         files = partial(self.artifacts.probe_files, run, probe)
-        outcome = self.make([file.path], target, write, inputs=inputs, run=shown, files=files, classes=len(weight))
-        said = self._evaluate(run, probe, weight, accuracy, again=outcome is Outcome.RAN)
+        outcome = self.make(
+            [file.path],
+            target,
+            write,
+            inputs=inputs,
+            run=shown,
+            files=files,
+            before=load,
+            classes=len(weight),
+            metrics=metrics,
+        )
+        if outcome is Outcome.ALREADY_DONE and not accuracies.is_file():  # its inputs or the labels were missing before
+            load()
+            if data:
+                evaluate()
+        said = "" if accuracies.is_file() else f", not evaluated: {self._not_evaluable(run, probe)}"
+        if metrics:
+            said = _compared(target, metrics["val_top1"], accuracy)
         return outcome, f"probe on {probe.inputs} of {dataset}{said}", target
 
-    def _evaluate(self, run: SAERun, probe: ProbeRun, weight: torch.Tensor, theirs: float | None, *, again: bool) -> str:
-        """Evaluate a probe if its inputs and labels are there; what came out, for the report."""
-        if self.artifacts.probe_accuracies(run, probe).is_file() and not again:
-            return ""
+    def _not_evaluable(self, run: SAERun, probe: ProbeRun) -> str:
+        """What a probe lacks to be evaluated; nothing if its inputs and the labels are there."""
         if not self.artifacts.probe_split(probe.dataset).is_file():
-            return ", not evaluated: there are no labels"
+            return "there are no labels"
         for split in SPLITS:
             folder = (
                 self.artifacts.features(probe.dataset, run.encoder, run.hook, split)
@@ -647,63 +665,20 @@ class _Import:
                 else self.artifacts.strengths(run, probe.dataset, split)
             )
             if not manifest_path(folder).is_file():
-                return f", not evaluated: the {probe.inputs} of {split} are missing"
-        data = {split: load_probe_data(self.settings, run, probe, split) for split in SPLITS}
-        metrics, _ = record_accuracy(self.settings, run, probe, weight.T.contiguous().to(self.device), data)
-        ours = metrics["val_top1"]
-        if theirs is not None and abs(ours - theirs) > FAR_OFF:
-            messages.warning(
-                f"{self.artifacts.probe(run, probe)}: top-1 on val is {ours:.1%} here, and {theirs:.1%} in the authors' file: "
-                "the labels or their inputs may be others, or in another order"
-            )
-        return f", top-1 {ours:.1%} on val" + (f" ({theirs:.1%} in the file)" if theirs is not None else "")
-
-    # The report
-
-    def print_report(self, n_others: int) -> None:
-        """Print what was found and where it went, and what is missing and how it is made."""
-        rows = [*self.rows, *(_Row("missing", what, how) for what, how in dict(self._missing()).items())]
-        widths = [max(len(getattr(row, column)) for row in rows) for column in ("status", "what")]
-        for row in rows:
-            print(f"{row.status:<{widths[0]}}  {row.what:<{widths[1]}}  {row.where}".rstrip())
-        if n_others:
-            print(f"{counted(n_others, 'file')} of other names {'was' if n_others == 1 else 'were'} not opened")
-
-    def _missing(self) -> Iterator[tuple[str, str]]:
-        """What the stages after these files need, and how it is made."""
-        datasets = dict.fromkeys(one.told["probe_dataset"] for one in self.files if "probe_dataset" in one.told)
-        datasets = {dataset: None for dataset in datasets if dataset in self.settings.probe_datasets}
-        if not self.artifacts.words().is_file():
-            yield "words", f"put the vocabulary there, one word per line: {self.artifacts.words()}"
-        for run in self.runs:
-            yield from self._unless_made(f"SAE {run.config_name}", SAE, run)
-            yield from self._unless_made(f"word embeddings by {run.encoder}", VOCABULARY, NamedEncoder(run.encoder))
-            yield from self._unless_made(f"names of {run.config_name}", NAMES, run)
-            for dataset in datasets:
-                about = ProbeFeatures(dataset, run.encoder, run.hook)
-                for split in SPLITS:
-                    chosen, of = Splits(split), f"{dataset} {split}"
-                    yield from self._unless_made(f"features of {of}", PROBE_FEATURES, about, chosen, Extraction())
-                    yield from self._unless_made(f"strengths of {of}", STRENGTHS, run, ProbeDataset(dataset), chosen)
-                has_probe = any(one.kind == "probe" and one.told.get("probe_dataset") == dataset for one in self.files)
-                if not has_probe:
-                    yield from self._unless_made(f"probe on {dataset}", PROBE, run, ProbeRun(dataset))
-        for dataset in datasets:
-            if not (path := self.settings.probe_datasets[dataset].path).is_dir():
-                yield f"images of {dataset}", f"stage 5 and the thumbnails of stage 11 need them: {path}"
-
-    def _unless_made(self, what: str, stage: Stage, *declared: Any) -> Iterator[tuple[str, str]]:
-        outputs = list(stage.outputs(self.artifacts, *declared))
-        if not all(path.is_file() or manifest_path(path).is_file() for path in outputs):
-            defaults = {name: one.default for name, one in stage.flags().items()} | config_defaults(self.settings)
-            given = {name: value for one in declared for name, value in values(one).items() if value != defaults.get(name)}
-            shown = " ".join(f"--{name} {value}" for name, value in given.items() if name in _flags_that_locate(stage))
-            yield what, f"run {stage.command(*([shown] if shown else []))}"
+                return f"the {probe.inputs} of {split} are missing"
+        return ""
 
 
-def _flags_that_locate(stage: Stage) -> set[str]:
-    """The flags that say which output of a stage is meant."""
-    return {name for name, one in stage.flags().items() if one.setting.in_name is not None or name == "probe_split"}
+def _compared(probe: Path, ours: float, theirs: float | None) -> str:
+    """The accuracy of a probe on val, for the report, beside that in the authors' file; a warning if they differ."""
+    if theirs is None:
+        return f", top-1 {ours:.1%} on val"
+    if abs(ours - theirs) > FAR_OFF:
+        messages.warning(
+            f"{probe}: top-1 on val is {ours:.1%} here, and {theirs:.1%} in the authors' file: the labels or the probe's "
+            "inputs may be others, or in another order"
+        )
+    return f", top-1 {ours:.1%} on val ({theirs:.1%} in the file)"
 
 
 @cache

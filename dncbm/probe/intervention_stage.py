@@ -55,7 +55,7 @@ def measure_intervention(
         return suggest_concepts(settings, run, edit.suggest, edit.suggest_n, device=device, overwrite=overwrite)
     artifacts, names = Artifacts(settings), read_names(settings, run)
     factors = factors_asked(edit, names)
-    name, weights = _name(edit, factors), artifacts.probe(run, probe)
+    name, weights = edit_name(edit, factors), artifacts.probe(run, probe)
     if not weights.is_file():
         raise PROBE.missing("the probe", weights, "with these flags")
     target, seed = artifacts.intervention(run, probe, name), run.training.seed
@@ -120,7 +120,7 @@ def factors_asked(edit: Intervention, names: Sequence[ConceptName]) -> torch.Ten
     return factors_of(names, remove=removed, keep=kept, scale=scaled)
 
 
-def _name(edit: Intervention, factors: torch.Tensor) -> str:
+def edit_name(edit: Intervention, factors: torch.Tensor) -> str:
     """What an edit does, in short, and a hash that tells it from others: `remove12_1a2b3c4d`."""
     counts = {"remove": int((factors == 0).sum()), "scale": int(((factors != 0) & (factors != 1)).sum())}
     if edit.keep is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from dncbm.cli import main
 from dncbm.concepts.naming import read_names
 from dncbm.concepts.sae import load_sae
-from dncbm.concepts.strengths import load_concept_strengths
+from dncbm.concepts.strengths import load_concept_strengths, write_part
 from dncbm.concepts.vocabulary import load_vocabulary
 from dncbm.features.stage import open_features, probe_class_names, probe_labels, save_probe_features
 from dncbm.probe.stage import load_probe
@@ -73,6 +74,10 @@ class Theirs:
     @property
     def probe(self) -> Path:
         return self.probes / PROBE_NAME / f"on_concepts_ckpts/on_concepts_final_{PROBE_NAME}.pt"
+
+    def features(self, split: str) -> Path:
+        """Of the probe's images."""
+        return self.probed / f"clip_tiny1/out/{split}.pth"
 
     def accuracy(self, split: str, weight: torch.Tensor) -> float:
         """Of a probe with these weights, C x F."""
@@ -174,19 +179,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             import_all(folder, *flags)
         assert "could not be imported" in str(ended.value)
         out = capsys.readouterr().out
-        lines = [line for line in out.splitlines() if line.startswith("refused")]
-        assert any(all(str(part) in line for part in parts) for line in lines), "\n".join(lines)
+        entries = re.findall(r"^refused +(.*\n.*)$", out, flags=re.M)
+        assert any(all(str(part) in entry for part in parts) for entry in entries), "\n".join(entries)
         return out
 
     return run
 
 
-def rows_of(out: str) -> list[str]:
-    return [
-        line.split("  ")[0]
-        for line in out.splitlines()
-        if line.startswith(("imported", "already done  ", "refused", "missing"))
-    ]
+def statuses(out: str) -> list[str]:
+    """The first column of the report."""
+    return re.findall(r"^(imported|already done|in place|refused|missing)  ", out, flags=re.M)
 
 
 class TestEverything:
@@ -215,7 +217,7 @@ class TestEverything:
         torch.testing.assert_close(load_probe(settings, RUN, on_features), theirs.weight[:, :D].T, atol=0, rtol=0)
         out = capsys.readouterr().out
         # 3 features of each, 3 strengths, 2 probes, SAE, names, embeddings; the five files of labels and indices are one
-        assert rows_of(out) == ["imported"] * 15 + ["missing"]
+        assert statuses(out) == ["imported"] * 15 + ["missing"]
         assert f"stage 5 and the thumbnails of stage 11 need them: {settings.probe_datasets['mine'].path}" in out
         assert "1 file of other names was not opened" in out
         assert "class 0" in probe_class_names(settings, "mine")
@@ -262,7 +264,7 @@ class TestEverything:
         before = {path: path.stat().st_mtime_ns for path in settings.path.parent.rglob("*") if path.is_file()}
         capsys.readouterr()
         import_all(theirs.folder)
-        assert set(rows_of(capsys.readouterr().out)) == {"already done", "missing"}
+        assert set(statuses(capsys.readouterr().out)) == {"already done", "missing"}
         assert {path: path.stat().st_mtime_ns for path in settings.path.parent.rglob("*") if path.is_file()} == before
 
     def test_another_file_replaces_only_with_overwrite(self, settings: Settings, theirs: Theirs, refused) -> None:
@@ -273,6 +275,34 @@ class TestEverything:
         torch.testing.assert_close(load_probe(settings, RUN, PROBE), theirs.weight.T)
         import_all(theirs.folder, "--overwrite")
         torch.testing.assert_close(load_probe(settings, RUN, PROBE), other.T)
+
+    def test_a_stage_replaces_it_only_with_overwrite(self, settings: Settings, theirs: Theirs) -> None:
+        import_all(theirs.folder)
+        manifest = manifest_path(Artifacts(settings).strengths(RUN, "mine", "val"))
+        main("strengths", ALL_FLAGS)
+        assert '"stage": "import_published"' in manifest.read_text()
+        main("strengths", [*ALL_FLAGS, "--overwrite", "--device", "cpu"])
+        assert '"stage": "strengths"' in manifest.read_text()
+        found = load_concept_strengths(settings, RUN, "mine", "val").matrix.toarray()
+        np.testing.assert_allclose(found, theirs.z["val"].numpy(), atol=1e-5)
+
+    def test_an_interrupted_import_resumes(self, settings: Settings, theirs: Theirs, monkeypatch) -> None:
+        monkeypatch.setattr("dncbm.bottleneck.published_files.SHARD_SIZE", 7)
+
+        def write_one(path: Path, *arrays: object) -> None:
+            if path.stem != "00000":
+                raise KeyboardInterrupt
+            write_part(path, *arrays)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("dncbm.bottleneck.published_files.write_part", write_one)
+            with pytest.raises(SystemExit) as ended:
+                import_all(theirs.folder)
+        assert ended.value.code == 130
+        import_all(theirs.folder)
+        for split in SIZES:
+            found = load_concept_strengths(settings, RUN, "mine", split).matrix.toarray()
+            np.testing.assert_array_equal(found, theirs.z[split].numpy())
 
     def test_shards_and_parts_of_a_larger_split(self, settings: Settings, theirs: Theirs, monkeypatch) -> None:
         monkeypatch.setattr("dncbm.bottleneck.published_files.SHARD_SIZE", 7)
@@ -292,7 +322,7 @@ class TestImages:
     def test_name_the_classes(self, settings: Settings, theirs: Theirs, images: Path, capsys) -> None:
         import_all(theirs.folder)
         assert probe_class_names(settings, "mine") == CLASSES
-        assert "missing" not in rows_of(capsys.readouterr().out)
+        assert "missing" not in statuses(capsys.readouterr().out)
         main("local_explanations_dump", [*ALL_FLAGS, "--probe_split", "train_val"])
 
     def test_give_the_labels_that_the_authors_script_writes_over(
@@ -311,7 +341,7 @@ class TestImages:
     def test_what_stage_5_adds_goes_with_what_was_imported(
         self, settings: Settings, theirs: Theirs, images: Path, monkeypatch, make_encoder, capsys, refusal
     ) -> None:
-        (theirs.probed / "clip_tiny1/out/train_val.pth").unlink()
+        (theirs.features("train_val")).unlink()
         import_all(theirs.folder)
         monkeypatch.setattr("dncbm.features.stage.describe_encoder", lambda *_: {"encoder": "channel means"})
         monkeypatch.setattr("dncbm.features.stage.load_encoder", lambda *_: make_encoder())
@@ -334,11 +364,11 @@ class TestImages:
 FORMS: dict[str, Callable[[Theirs], object]] = {
     "an old format of torch": lambda t: [
         torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-        for path in (t.probes / "val/all_concepts.pth", t.probed / "train_idxs.pth", t.probed / "clip_tiny1/out/val.pth", t.probe)
+        for path in (t.probes / "val/all_concepts.pth", t.probed / "train_idxs.pth", t.features("val"), t.probe)
     ],
     "an axis of components": lambda t: save(t.z["val"][:, None], t.probes / "val/all_concepts.pth"),
     "float64": lambda t: [
-        save(t.x["val"].double(), t.probed / "clip_tiny1/out/val.pth"), save(t.z["val"].double(), t.probes / "val/all_concepts.pth")
+        save(t.x["val"].double(), t.features("val")), save(t.z["val"].double(), t.probes / "val/all_concepts.pth"),
     ],
     "int32 labels": lambda t: save(t.labels["val"].int(), t.probed / "all_labels_val.pth"),
     "weights of a parameter": lambda t: save(checkpoint(torch.nn.Parameter(t.weight), 0.3), t.probe),
@@ -366,23 +396,23 @@ def test_a_probe_without_a_sparsity_loss_has_lambda_0(settings: Settings, theirs
 
 REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
     "NaN features": (
-        lambda t: save(t.x["val"].index_fill(0, torch.tensor([5]), float("nan")), t.probed / "clip_tiny1/out/val.pth"),
+        lambda t: save(t.x["val"].index_fill(0, torch.tensor([5]), float("nan")), t.features("val")),
         ("val.pth holds NaN or infinity, first in row 5",),
     ),
     "features of another width": (
-        lambda t: save(t.x["val"][:, :10].clone(), t.probed / "clip_tiny1/out/val.pth"), ("val.pth has 10 features per row", "has 16"),
+        lambda t: save(t.x["val"][:, :10].clone(), t.features("val")), ("val.pth has 10 features per row", "has 16"),
     ),
     "a row too few": (
-        lambda t: save(t.x["train"][1:], t.probed / "clip_tiny1/out/train.pth"), ("train.pth has 35 rows", "36 labels"),
+        lambda t: save(t.x["train"][1:], t.features("train")), ("train.pth has 35 rows", "36 labels"),
     ),
-    "a foreign pickle": (lambda t: save({"model": Path("/")}, t.probe), (PROBE_NAME, "more than tensors; nothing in it was run")),
+    "a foreign pickle": (lambda t: save({"model": Path("/")}, t.probe), (PROBE_NAME, "nothing in it was run")),
     "a damaged file": (lambda t: t.probe.write_bytes(t.probe.read_bytes()[:900]), (PROBE_NAME, "damaged")),
-    "text": (lambda t: (t.probed / "clip_tiny1/out/val.pth").write_text("version https://git-lfs"), ("val.pth is damaged",)),
+    "text": (lambda t: (t.features("val")).write_text("version https://git-lfs"), ("val.pth is damaged",)),
     "a probe with a bias": (
         lambda t: save({"model": {"weight": t.weight, "bias": t.weight[:, 0]}}, t.probe), ("is no probe of the authors",),
     ),
     "a probe of other classes": (lambda t: save(checkpoint(t.weight[:2], 0.5), t.probe), ("has 2 classes, but mine has 3",)),
-    "a probe of another SAE": (lambda t: save(checkpoint(t.weight[:, :5], 0.5), t.probe), ("reads 5 concepts, but the SAE has 64",)),
+    "a probe of another SAE": (lambda t: save(checkpoint(t.weight[:, :5], 0.5), t.probe), ("5 concepts, but the SAE has 64",)),
     "NaN in a probe": (lambda t: save(checkpoint(t.weight * float("nan"), 0.5), t.probe), ("NaN",)),
     "negative strengths": (lambda t: save(t.z["val"] - 1, t.probes / "val/all_concepts.pth"), ("negative strength -1",)),
     "strengths in another order": (
@@ -416,7 +446,7 @@ REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
     ),
     "no SAE": (lambda t: t.sae.unlink(), ("all_concepts.pth belongs to the SAE", SAE_NAME, "is missing")),
     "a SAE of another factor": (
-        lambda t: t.sae.parents[1].rename(str(t.sae.parents[1]).replace("_ef4_", "_ef8_")), ("64 latents of 16", "expansion factor"),
+        lambda t: t.sae.parents[1].rename(str(t.sae.parents[1]).replace("_ef4_", "_ef8_")), ("64 latents", "expansion factor"),
     ),
     "a SAE of an unknown data set": (
         lambda t: t.folder.joinpath("SAE/SAEImg/photos").rename(t.folder / "SAE/SAEImg/laion"), ("--sae_dataset", "cc3m"),
@@ -435,7 +465,7 @@ def test_what_cannot_be_used_is_refused_and_the_rest_is_imported(
     change, parts = REFUSALS[what]
     change(theirs)
     out = refused(theirs.folder, *parts)
-    assert "imported" in rows_of(out)
+    assert "imported" in statuses(out)
     assert not list(settings.path.parent.rglob("*.unfinished"))
 
 
@@ -450,7 +480,7 @@ def test_what_was_refused_costs_nothing_that_was_there(settings: Settings, their
         "labels that are missing",
     ):
         REFUSALS[change][0](theirs)
-    assert rows_of(refused(theirs.folder, "NaN", flags=("--overwrite",))).count("refused") == 5
+    assert statuses(refused(theirs.folder, "NaN", flags=("--overwrite",))).count("refused") == 5
     assert len(read_names(settings, RUN)) == F
     torch.testing.assert_close(load_probe(settings, RUN, PROBE), theirs.weight.T)
     np.testing.assert_array_equal(
@@ -466,7 +496,7 @@ class TestMissing:
         (settings.vocab_dir / "words.txt").unlink()
         import_all(theirs.folder)
         out = capsys.readouterr().out
-        assert rows_of(out) == ["imported", "imported", "missing", "missing"]
+        assert statuses(out) == ["imported", "imported", "missing", "missing"]
         assert f"one word per line: {settings.vocab_dir / 'words.txt'}" in out
         assert "run `python scripts/03_save_vocab_embeddings.py --img_enc_name clip_tiny/1`" in out
 
@@ -483,6 +513,15 @@ class TestMissing:
         )
         assert f"{command} mine --probe_split val`" in out
         torch.testing.assert_close(load_probe_file(settings), theirs.weight)
+
+    def test_a_probe_is_evaluated_once_its_inputs_come(self, settings: Settings, theirs: Theirs, capsys) -> None:
+        train = theirs.probes / "train"
+        train.rename(theirs.folder.parent / "elsewhere")
+        import_all(theirs.folder)
+        assert "not evaluated: the concepts of train are missing" in capsys.readouterr().out
+        (theirs.folder.parent / "elsewhere").rename(train)
+        import_all(theirs.folder)
+        assert f"top-1 {theirs.accuracy('val', theirs.weight):.1%} on val" in capsys.readouterr().out
 
 
 def load_probe_file(settings: Settings) -> torch.Tensor:
@@ -545,7 +584,7 @@ class TestPlaces:
         (theirs.folder / "SAE/nowhere.pt").symlink_to("nothing")
         os.mkfifo(theirs.folder / "all_concepts.pth")
         import_all(theirs.folder)
-        assert rows_of(capsys.readouterr().out).count("imported") == 15
+        assert statuses(capsys.readouterr().out).count("imported") == 15
 
     def test_a_folder_without_any_is_one_line(self, theirs: Theirs, settings: Settings, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()

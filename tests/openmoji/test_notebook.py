@@ -29,7 +29,7 @@ def printed(cell: NotebookNode) -> str:
 def kinds(notebook: NotebookNode) -> list[list[tuple[str, ...]]]:
     """What each cell shows: standard output, standard error, an image, HTML ..."""
     return [
-        [(output.output_type, output.get("name", ""), *output.get("data", ())) for output in cell.outputs]
+        [(output.output_type, output.get("name", ""), *sorted(output.get("data", ()))) for output in cell.outputs]
         for cell in code_cells(notebook)
     ]
 
