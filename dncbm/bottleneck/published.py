@@ -125,7 +125,7 @@ def import_published(
     if n_others:
         print(f"{counted(n_others, 'file')} of other names {'was' if n_others == 1 else 'were'} not opened")
     if n_refused := sum(row.status == "refused" for row in work.rows):
-        raise UserError(f"{n_refused} of {counted(len(work.rows), 'file')} could not be imported, for the reasons above")
+        raise UserError(f"{n_refused} of the {len(work.rows)} entries above could not be imported, for the reasons there")
     return Outcome.RAN if any(row.status == "imported" for row in work.rows) else Outcome.ALREADY_DONE
 
 

@@ -436,7 +436,7 @@ class Intervention(_Checked):
 
 @dataclass(frozen=True)
 class Published(_Checked):
-    """Files of the paper's authors, and what they are of where their folders do not tell."""
+    """Published files, and what they belong to where the names of their folders do not tell."""
 
     folder: Path = setting(Path(), "folder of the files, at any depth", positional=True)
     encoder: str | None = setting(

@@ -2,8 +2,9 @@
 
     DNCBM_CONFIG=examples/openmoji/config.py python examples/openmoji/interventions.py
 
-Each seed trains an SAE and a probe of its own. What is removed is chosen by text alone: the concepts nearest to the
-descriptions of the two backgrounds.
+Each seed trains an SAE and a probe of its own. What is removed is chosen in two ways: by text, the concepts nearest to
+descriptions of the two backgrounds; and by place, the concepts that tell the backgrounds of training images of one class
+apart, which takes group labels.
 """
 
 import csv
@@ -12,10 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from dncbm import assign_names, read_names, save_concept_strengths, save_probe_features, train_linear_probe, train_sae
 from dncbm.cli import main
+from dncbm.concepts.lists import list_of
 from dncbm.probe.intervention_stage import edit_name, factors_asked, measure_intervention, suggest_concepts
+from dncbm.probe.stage import load_probe_data
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Extraction, Intervention, ProbeFeatures, ProbeRun, SAERun, Splits
 from dncbm.runs.manifests import Outcome
@@ -30,15 +34,17 @@ TEXTS = ("a green meadow with trees", "the blue sea with waves")
 """What is drawn behind the emoji."""
 NEAREST = 15
 """Concepts taken for each text."""
+APART = 0.1
+"""How far the area under the ROC curve must be from 0.5 for a concept to tell the places apart."""
 
 
 def interventions(settings: Settings, run: SAERun, probe: ProbeRun, *, device: str, overwrite: bool) -> Outcome:
     """Train, remove, refit, and compare, for every seed."""
-    probe = replace(probe, dataset=DATASET)
+    probe = replace(probe, dataset=DATASET, solver="prox")
     save_probe_features(
         settings, ProbeFeatures(DATASET, run.encoder, run.hook), Splits(), Extraction(), device=device, overwrite=overwrite
     )
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    found: dict[str, dict[str, list[dict[str, float]]]] = {way: defaultdict(list) for way in ("text", "place")}
     for seed in SEEDS:
         seeded = build(SAERun, values(run) | {"seed": seed})
         own = build(ProbeRun, values(probe) | {"seed": seed})
@@ -46,16 +52,19 @@ def interventions(settings: Settings, run: SAERun, probe: ProbeRun, *, device: s
         assign_names(settings, seeded, device=device, overwrite=overwrite)
         save_concept_strengths(settings, seeded, own, Splits(), device=device, overwrite=overwrite)
         train_linear_probe(settings, seeded, own, device=device, overwrite=overwrite)
-        edit = Intervention(remove=background_concepts(settings, seeded, device), reweight=True)
-        measure_intervention(settings, seeded, own, edit, device=device, overwrite=overwrite)
-        name = edit_name(edit, factors_asked(edit, read_names(settings, seeded)))
-        for row, figures in read_rows(Artifacts(settings).intervention(seeded, own, name)).items():
-            found[row].append(figures)
-    print("\n" + table(found))
+        lists = {"text": concepts_by_text(settings, seeded, device), "place": concepts_by_place(settings, seeded)}
+        for way, path in lists.items():
+            edit = Intervention(remove=path, reweight=True)
+            measure_intervention(settings, seeded, own, edit, device=device, overwrite=overwrite)
+            name = edit_name(edit, factors_asked(edit, read_names(settings, seeded)))
+            for row, figures in read_rows(Artifacts(settings).intervention(seeded, own, name)).items():
+                found[way][row].append(figures)
+    for way, rows in found.items():
+        print(f"\nconcepts chosen by {way}\n\n{table(rows)}")
     return Outcome.RAN
 
 
-def background_concepts(settings: Settings, run: SAERun, device: str) -> Path:
+def concepts_by_text(settings: Settings, run: SAERun, device: str) -> Path:
     """A list of the concepts nearest to the descriptions of the backgrounds."""
     artifacts = Artifacts(settings)
     for text in TEXTS:
@@ -64,6 +73,21 @@ def background_concepts(settings: Settings, run: SAERun, device: str) -> Path:
     path = artifacts.suggested_concepts(run, "backgrounds")
     with whole_file(path) as temporary:
         temporary.write_text("\n".join(one.read_text(encoding="utf-8") for one in lists), encoding="utf-8")
+    return path
+
+
+def concepts_by_place(settings: Settings, run: SAERun) -> Path:
+    """A list of the concepts that tell land from water among training images of the same class."""
+    data = load_probe_data(settings, run, ProbeRun(DATASET), "train")
+    strengths, labels, places = data.inputs.toarray(), data.labels.numpy(), data.groups.numpy() % 2
+    areas = np.mean(
+        [[roc_auc_score(places[labels == of], column) for column in strengths[labels == of].T] for of in np.unique(labels)],
+        axis=0,
+    )
+    path = Artifacts(settings).suggested_concepts(run, "tell places apart")
+    chosen = np.flatnonzero(abs(areas - 0.5) >= APART).tolist()
+    with whole_file(path) as temporary:
+        temporary.write_text(list_of(chosen, read_names(settings, run), "concepts that tell places apart"), encoding="utf-8")
     return path
 
 
