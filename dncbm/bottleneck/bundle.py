@@ -96,7 +96,7 @@ def check_target(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{folder} holds {held[0]}, which is of no bundle: name another folder")
+        raise UserError(f"{folder} holds {held[0]} and is no bundle: name another folder")
 
 
 def _classes_as_json(contents: Contents) -> list[dict[str, Any]]:
@@ -148,6 +148,8 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle of dncbm: it has no {path.name}")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if config["library"] != LIBRARY:

@@ -100,7 +100,8 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], split: str) -> str:
         rows += [(f"active latents per image (L0) on {on}", found.get("l0"), "{:.1f}")]
         rows += [(f"explained variance of the SAE on {on}", found.get("explained_variance"), "{:.3f}")]
         rows += [(f"dead latents on {on}", found.get("dead_fraction"), "{:.1%}")]
-    return _table(("what", "value"), [(what, _shown(form.format(value))) for what, value, form in rows if value is not None])
+    known = [(what, _shown(form.format(value))) for what, value, form in rows if value is not None]
+    return _table(("what", "value"), known) if known else "Nothing is recorded."
 
 
 def _leading_concepts(contents: Contents) -> str:

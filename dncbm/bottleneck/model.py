@@ -38,7 +38,7 @@ from dncbm.features.store import FeatureStore
 from dncbm.features.streaming import Picture, encode_pictures, encode_pixels, picture_of
 from dncbm.probe.interventions import edited, factors_of
 from dncbm.probe.model import ProbeData, linear
-from dncbm.runs.devices import resolve_device
+from dncbm.runs.devices import keep_freed_memory, resolve_device
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
@@ -119,6 +119,8 @@ class ConceptBottleneckModel:
     def of(cls, contents: Contents, device: str = "auto", *, load_encoder: bool = True) -> "ConceptBottleneckModel":
         """The model of its contents. Raises UserError as `from_pretrained` if the encoder is loaded."""
         where = resolve_device(device)
+        if load_encoder and where.type == "cpu":
+            keep_freed_memory()  # several times the images per second
         sae = contents.sae if where.type == "cpu" else deepcopy(contents.sae).to(where)
         encoder = contents.encoder.load(where, contents.fingerprint) if load_encoder else None
         return cls(contents, sae, contents.weight.to(where), encoder)

@@ -63,7 +63,7 @@ def _missing(
                 yield from _unless_made(settings, f"probe on {dataset}", PROBE, run, ProbeRun(dataset))
     for dataset in known:
         if not (path := settings.probe_datasets[dataset].path).is_dir():
-            yield f"images of {dataset}", f"stage 5 and the thumbnails of stage 11 need them: {path}"
+            yield f"images of {dataset}", f"stage 5 and thumbnails need them: {path}"
 
 
 def _unless_made(settings: Settings, what: str, stage: Stage, *declared: Any) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dncbm.bottleneck.contents import Contents, Statistics
 from dncbm.bottleneck.encoder import EncoderReference
-from dncbm.concepts.sae import load_sae, sae_metrics, sae_path
+from dncbm.concepts.sae import load_sae, sae_path
 from dncbm.explain.dumps.dump import probed_sources_of
 from dncbm.explain.explanations import mean_strengths, predict
 from dncbm.features.encoders import check_same_encoder, describe_encoder
@@ -88,9 +88,8 @@ def contents_of_run(settings: Settings, run: SAERun, probe: ProbeRun, *, check_e
         "vocabulary": settings.vocabulary,
         "sae": _settings_of(run),
         "probe": _settings_of(probe),
-        "metrics": {
-            "sae": sae_metrics(settings, run),
-            "probe": recorded.get("probe", {}).get("details", {}).get("metrics", {}),
+        "metrics": {  # as recorded: measuring an SAE that somebody else trained would take all of its training data
+            what.lower(): recorded.get(what, {}).get("details", {}).get("metrics", {}) for what in ("SAE", "probe")
         },
         "provenance": {
             name: {key: manifest[key] for key in ("stage", "inputs", "outputs", "versions", "made") if key in manifest}

@@ -218,7 +218,7 @@ class TestEverything:
         out = capsys.readouterr().out
         # 3 features of each, 3 strengths, 2 probes, SAE, names, embeddings; the five files of labels and indices are one
         assert statuses(out) == ["imported"] * 15 + ["missing"]
-        assert f"stage 5 and the thumbnails of stage 11 need them: {settings.probe_datasets['mine'].path}" in out
+        assert f"stage 5 and thumbnails need them: {settings.probe_datasets['mine'].path}" in out
         assert "1 file of other names was not opened" in out
         assert "class 0" in probe_class_names(settings, "mine")
 
