@@ -133,7 +133,8 @@ class ConceptBottleneckModel:
         Args:
             folder: where. A bundle that is there is replaced.
             license: licence of the weights, an identifier of the hub such as `cc-by-4.0`, for the model card.
-            source: what the card says to load; by default the folder's name.
+            source: the repository of the hub that the card says to load, for a bundle that you upload yourself. The path of the
+                encoder is then left out. By default the folder.
 
         Returns the folder. Raises UserError if it holds something else, or the encoder, which the fingerprint needs, cannot be
         loaded.

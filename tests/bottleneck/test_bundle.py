@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub import constants as hub_constants
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from dncbm import ConceptBottleneckModel
@@ -451,7 +452,6 @@ def shown(name: str) -> str:
 
 
 def test_names_on_the_card_are_text_and_nothing_else(home: Path, tmp_path: Path) -> None:
-    markdown = pytest.importorskip("markdown_it")
     contents = load(home / "saved", load_encoder=False).contents
     names = [ConceptName(name.index, HOSTILE[name.index % len(HOSTILE)], name.similarity) for name in contents.names]
     classes = ("two\nlines\n\n| a | b |", HOSTILE[0], HOSTILE[1])
@@ -463,7 +463,7 @@ def test_names_on_the_card_are_text_and_nothing_else(home: Path, tmp_path: Path)
 
     text = (tmp_path / "hostile" / "README.md").read_text(encoding="utf-8")
     body = ModelCard(text).text
-    tokens = markdown.MarkdownIt("commonmark").enable("table").parse(body)
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
     assert not [token.content for token in tokens if token.type == "html_block"]
     inline = [token.children for token in tokens if token.type == "inline"]
     kinds = {child.type for children in inline for child in children}
