@@ -57,7 +57,7 @@ CASES = {
     "SAE": Case(f"{SAE}/sparse_autoencoder_final.safetensors", ("names", "strengths", "nec", "export")),
     "manifest of the SAE": Case(f"{SAE}/sparse_autoencoder_final.safetensors.manifest.json", ("names", "strengths", "sae")),
     "training log": Case(f"{SAE}/training_log.csv", ("sae", "names")),
-    "names": Case(f"{SAE}/concept_names.csv", (*DUMPS, "names", "export")),
+    "names": Case(f"{SAE}/concept_names.csv", (*DUMPS, "names", "export", "intervene")),
     "manifest of the names": Case(f"{SAE}/concept_names.csv.manifest.json", ("task_agnosticity_dump",)),
     "strengths": Case(f"{PROBED}/val/all_concepts/00000.npz", ("probe", "nec", *DUMPS, "export")),
     "manifest of strengths": Case(f"{PROBED}/val/all_concepts/manifest.json", ("probe", "strengths", *DUMPS)),
@@ -102,7 +102,9 @@ def complete(small_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nec, "MAX_PASSES", 2)
         assert execute(folder, "pipeline", "--to", "global_explanations_plot") == ""
-        assert execute(folder, "export") == ""
+        (folder / "removed.txt").write_text("0\n1\n", encoding="utf-8")
+        for stage in ("export", "intervene"):
+            assert execute(folder, stage) == ""
         yield folder
 
 
@@ -112,6 +114,8 @@ def execute(folder: Path, stage: str, *flags: str) -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
         patch.setenv("DNCBM_CONFIG", str(folder / "config.py"))
         patch.setattr(sys, "argv", [stage])
+        if stage == "intervene":
+            flags += ("--remove", str(folder / "removed.txt"))
         try:
             cli.main(stage, flags)
         except SystemExit as error:
@@ -137,6 +141,7 @@ MADE = {
     "zero_shot": "probe/zero_shot",
     "results_table": "analysis/results.*",
     "export": "analysis/bundle",
+    "intervene": f"{PROBE}/interventions",
 } | {f"{kind}_{step}": f"analysis/{kind}/**/{part}" for kind in KINDS for step, part in (("dump", "data"), ("plot", "vis"))}
 """Stage -> what it makes: removed before, so that the stage has to read its inputs."""
 COMPARED = (".npy", ".safetensors", ".png", ".jpg", ".csv")
