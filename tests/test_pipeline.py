@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dncbm.probe import nec
-from dncbm.stages import STAGES
+from dncbm.stages import PIPELINE_COMMANDS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,8 @@ def test_the_pipeline_runs_every_stage(finished: Path, tmp_path: Path) -> None:
     config, analysis = folder / "config.py", folder / "run/analysis"
     done = run("scripts/run_pipeline.py", *SMALL, *AFTER_PROBE, config=config)
     outcomes = outcomes_of(done)
-    assert list(outcomes) == list(STAGES)[list(STAGES).index("zero_shot") :]
+    names = [command.name for command in PIPELINE_COMMANDS]
+    assert list(outcomes) == names[names.index("zero_shot") :]
     assert set(outcomes.values()) == {"ran"}
     for line in ("### openmoji_clip", "| Zero-shot | ours |", "| DN-CBM | ours |", "ANEC-5, random directions"):
         assert line in done.stdout

@@ -64,7 +64,7 @@ def _body(contents: Contents, source: str, license: str | None) -> list[str]:
         'print(model.explain("image.jpg").table(5))\n```',
         _encoder_note(contents),
         "## Results",
-        _metrics(about["metrics"], contents.statistics.split),
+        _metrics(about, contents.statistics.split),
         "## Concepts of some classes",
         f"The {CONCEPTS_SHOWN} concepts of largest mean contribution to the logit, over the images of the `"
         f"{contents.statistics.split}` split:",
@@ -89,12 +89,13 @@ def _encoder_note(contents: Contents) -> str:
     )
 
 
-def _metrics(metrics: Mapping[str, Mapping[str, Any]], split: str) -> str:
-    probe, sae = metrics["probe"], metrics["sae"]
+def _metrics(about: Mapping[str, Any], split: str) -> str:
+    probe, sae = about["metrics"]["probe"], about["metrics"]["sae"]
+    when = " before the edits" if about["interventions"] else ""
     rows = [
-        (f"top-1 of the probe on {split}", probe.get(f"{split}_top1"), "{:.1%}"),
-        ("mean top-1 of the classes", probe.get(f"{split}_mean_class_top1"), "{:.1%}"),
-        ("top-1 of the worst group", probe.get(f"{split}_worst_group_top1"), "{:.1%}"),
+        (f"top-1 of the probe on {split}{when}", probe.get(f"{split}_top1"), "{:.1%}"),
+        (f"mean top-1 of the classes{when}", probe.get(f"{split}_mean_class_top1"), "{:.1%}"),
+        (f"top-1 of the worst group{when}", probe.get(f"{split}_worst_group_top1"), "{:.1%}"),
     ]
     for on, found in sae.items():
         rows += [(f"active latents per image (L0) on {on}", found.get("l0"), "{:.1f}")]

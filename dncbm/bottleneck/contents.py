@@ -14,7 +14,7 @@ from dncbm.concepts.naming import ConceptName
 from sparse_autoencoder import SparseAutoencoder
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """What the images of a split are like, class by class."""
 
@@ -35,7 +35,7 @@ class Statistics:
         return np.asarray(self.class_strengths.T @ shares)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Contents:
     """Everything that a bundle holds, on the CPU."""
 

@@ -16,6 +16,7 @@ from dncbm.explain.dumps import global_explanations, local_explanations
 from dncbm.explain.plotting.canvas import Canvas
 from dncbm.explain.plotting.global_explanations import draw as draw_class
 from dncbm.explain.plotting.local_explanations import draw as draw_image
+from dncbm.runs.results import text_table
 
 Floats = NDArray[np.float32]
 
@@ -195,16 +196,6 @@ def contribution_table(contributions: Sequence[Contribution], n: int | None, tot
     if rest:
         rows.append((f"{len(rest)} others", "", "", f"{sum(one.contribution for one in rest):+.4f}"))
     return text_table(("concept", "strength", "weight", "contribution"), [*rows, (total[0], "", "", f"{total[1]:+.4f}")])
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in (header, *rows))
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_html(canvas: Canvas, description: str) -> str:

@@ -8,12 +8,13 @@ model.save_pretrained("folder"), model.push_to_hub("somebody/dncbm-places365")
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import scipy.sparse
@@ -27,7 +28,7 @@ from dncbm.bottleneck.contents import Contents
 from dncbm.bottleneck.encoder import fingerprint_of
 from dncbm.bottleneck.explanation import ClassExplanation, Concept, Explanation, Prediction, ordered_contributions
 from dncbm.bottleneck.run import contents_of_flags
-from dncbm.concepts.lookup import Named, class_of, concept_of
+from dncbm.concepts.lookup import Named, classes_of, concept_of
 from dncbm.concepts.naming import concept_labels
 from dncbm.concepts.strengths import BATCH, to_csr
 from dncbm.explain.dumps.dump import square
@@ -39,13 +40,13 @@ from dncbm.features.streaming import Picture, encode_pictures, encode_pixels, pi
 from dncbm.probe.interventions import edited, factors_of
 from dncbm.probe.model import ProbeData, linear
 from dncbm.runs.devices import keep_freed_memory, resolve_device
-from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.errors import UserError
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
 
 Inputs: TypeAlias = Picture | Iterable[Picture] | torch.Tensor | NDArray[Any] | FeatureStore | scipy.sparse.csr_matrix
 """Images: PIL images or paths, one or many; or preprocessed images, B x 3 x H x W. Or what stages 5 and 6 made of them:
-features, B x D or a FeatureStore; or concept strengths, a CSR matrix of B x F."""
+features, B x D or a FeatureStore; or concept strengths, a sparse matrix of B x F. Dense rows are always taken for features."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ class ConceptBottleneckModel:
     """A concept bottleneck: an image encoder, an SAE with named latents, and a linear probe (METHOD sections 1 to 4).
 
     Make one with `from_run` or `from_pretrained`. Everything that takes images also takes features and concept strengths
-    (`Inputs`), which need no encoder. Images stream through the encoder in batches; strengths are sparse throughout.
+    (`Inputs`), which need no encoder. Images stream through the encoder in batches; strengths are sparse throughout. With
+    `tqdm(paths)` for the images, a bar shows how far it has come.
     """
 
     contents: Contents
@@ -133,8 +135,8 @@ class ConceptBottleneckModel:
         Args:
             folder: where. A bundle that is there is replaced.
             license: licence of the weights, an identifier of the hub such as `cc-by-4.0`, for the model card.
-            source: the repository of the hub that the card says to load, for a bundle that you upload yourself. The path of the
-                encoder is then left out. By default the folder.
+            source: the repository of the hub that the card says to load, for a bundle that you upload yourself. The path of
+                the encoder is then left out. By default the folder.
 
         Returns the folder. Raises UserError if it holds something else, or the encoder, which the fingerprint needs, cannot be
         loaded.
@@ -191,7 +193,8 @@ class ConceptBottleneckModel:
         return (
             f"ConceptBottleneckModel({about['datasets']['probe']}: {len(self.contents.classes)} classes, "
             f"{len(self.contents.names)} concepts of {self.contents.encoder.name}"
-            + "".join(f", {edit}" for edit in about["interventions"])
+            + "".join(f", {edit}" for edit in about["interventions"][:MOST_SHOWN])
+            + (f" and {more} more edits" if (more := len(about["interventions"]) - MOST_SHOWN) > 0 else "")
             + f", on {self.device})"
         )
 
@@ -209,48 +212,55 @@ class ConceptBottleneckModel:
 
     def decision_function(self, images: Inputs) -> NDArray[np.float32]:
         """Logits, B x C. Raises as `concepts`."""
-        parts = [self._logits(part).cpu().numpy() for part in self._strengths(images)]
-        return np.concatenate([np.empty((0, len(self.contents.classes)), dtype=np.float32), *parts])
+        return self._rows(logits.cpu().numpy() for logits in self._logits_of(images))
 
     def predict_proba(self, images: Inputs) -> NDArray[np.float32]:
         """Softmax probabilities in the order of `classes_`, B x C. Raises as `concepts`."""
-        return functional.softmax(torch.from_numpy(self.decision_function(images)), dim=1).numpy()
+        return self.predict(images).probabilities
 
     def predict(self, images: Inputs) -> Prediction:
         """Names of the predicted classes, B, and probabilities, B x C. Of equal logits the first class counts.
 
         Raises as `concepts`.
         """
-        logits = torch.from_numpy(self.decision_function(images))
-        return Prediction(self.classes_[logits.argmax(dim=1).numpy()], functional.softmax(logits, dim=1).numpy())
+        numbers: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+        probabilities = []
+        for logits in self._logits_of(images):
+            numbers.append(logits.argmax(dim=1).cpu().numpy())
+            probabilities.append(functional.softmax(logits, dim=1).cpu().numpy())
+        return Prediction(self.classes_[np.concatenate(numbers)], self._rows(probabilities))
 
     def score(self, images: Inputs, labels: Sequence[Named] | NDArray[Any] | torch.Tensor) -> float:
         """Top-1 accuracy (a fraction) on images with these labels: names of classes or their numbers.
 
         Raises as `concepts`, and UserError if there is no such class, or there are not as many labels as images.
         """
-        right = self._numbers_of(labels)
-        predicted = self.decision_function(images).argmax(axis=1)
-        if len(right) != len(predicted):
-            raise UserError(f"there are {len(predicted)} images and {len(right)} labels")
+        right, parts = self._numbers_of(labels), [np.empty(0, dtype=np.int64)]
+        n_images = _count(images)
+        if n_images in (None, len(right)):
+            parts += [logits.argmax(dim=1).cpu().numpy() for logits in self._logits_of(images)]
+            n_images = sum(map(len, parts))
+        if n_images != len(right):
+            raise UserError(f"there are {n_images} images and {len(right)} labels")
         if not len(right):
             raise UserError("there are no images to score")
+        predicted = np.concatenate(parts)
         return float((predicted == right).mean())
 
     def explain(self, image: Inputs, true: Named | None = None) -> Explanation:
         """Why one image is classified as it is: every contribution to the logit of the predicted class (METHOD section 5).
 
-        Takes one image, a row of features or of strengths, and the image's true class, if it is to be shown.
+        Takes one image, a row of features or of strengths, and the image's true class, if it is to be shown. The axis B of an
+        array may be missing.
 
         Raises as `concepts`, and UserError if there is not exactly one image, or no such class.
         """
-        if isinstance(image, Image.Image | str | Path):
-            image = [image]
+        image = _batch_of_one(image)
         row = self.concepts(image)
         if row.shape[0] != 1:
             raise UserError(f"explain takes one image, not {row.shape[0]}")
         logits = self._logits(row)[0]
-        predicted, truth = int(logits.argmax()), None if true is None else self._class_number(true)
+        predicted, truth = int(logits.argmax()), None if true is None else self._class_numbers([true])[0]
         values = contributions(row, self.weight, np.array([predicted])).data
         weights = self.weight[:, predicted].cpu().numpy()
         return Explanation(
@@ -266,8 +276,8 @@ class ConceptBottleneckModel:
         Raises UserError if there is none, with the nearest names; or several share the name, with their labels.
         """
         index = concept_of(self.contents.names, concept)
-        weights = self.contents.weight[index]
-        order = [c for c in weights.abs().argsort(descending=True, stable=True).tolist() if weights[c] != 0]
+        weights = self.contents.weight[index].numpy()
+        order = [c for c in np.argsort(-np.abs(weights), kind="stable") if weights[c]]
         name, statistics = self.contents.names[index], self.contents.statistics
         return Concept(
             index, name.name, self.labels[index], name.similarity, float(statistics.activity[index]),
@@ -279,7 +289,7 @@ class ConceptBottleneckModel:
 
         Raises UserError if there is no such class.
         """
-        number, statistics = self._class_number(name), self.contents.statistics
+        number, statistics = self._class_numbers([name])[0], self.contents.statistics
         row = statistics.class_strengths[number]
         values = contributions(row, self.contents.weight, np.array([number])).data
         weights = self.contents.weight[:, number].numpy()
@@ -292,10 +302,10 @@ class ConceptBottleneckModel:
     def intervene(
         self,
         *,
-        remove: Iterable[Named] = (),
-        keep: Iterable[Named] | None = None,
+        remove: Named | Iterable[Named] | None = None,
+        keep: Named | Iterable[Named] | None = None,
         scale: Mapping[Named, float] | None = None,
-        classes: Iterable[Named] | None = None,
+        classes: Named | Iterable[Named] | None = None,
     ) -> "ConceptBottleneckModel":
         """A model whose predictions ignore or rescale some concepts (METHOD section 6). This one stays as it is.
 
@@ -305,17 +315,20 @@ class ConceptBottleneckModel:
             scale: name, label or index -> what the concept's strength is multiplied by, at least 0.
             classes: names or numbers of the classes whose logits the edit applies to; by default all.
 
-        Raises UserError if a concept or a class is unknown, with the nearest names; or a concept is named for two edits.
+        Raises UserError if a concept or a class is unknown, with the nearest names; a concept is named for two edits; or a
+        factor is negative, no number, or too large.
         """
         factors = factors_of(
-            self.contents.names, remove=_listed(remove), keep=None if keep is None else _listed(keep), scale=scale
+            self.contents.names, remove=_listed(remove), keep=None if keep is None else _listed(keep), scale=_factors(scale)
         )
-        numbers = None if classes is None else [self._class_number(one) for one in _listed(classes)]
-        said = _described(factors, self.labels) + (
-            "" if numbers is None else f" for {', '.join(self.contents.classes[number] for number in numbers)}"
-        )
+        said, numbers = _described(factors, self.labels), None
+        if classes is not None:
+            numbers = list(dict.fromkeys(self._class_numbers(_listed(classes))))
+            said += f" for {_some(numbers, self.contents.classes, 'no class')}"
         about = self.contents.about | {"interventions": [*self.contents.about["interventions"], said]}
         weight = edited(self.contents.weight, factors, numbers)
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"the factors of scale are too large: {said} gives weights beyond float32")
         contents = replace(self.contents, weight=weight, about=about)
         return replace(self, contents=contents, weight=weight.to(self.device))
 
@@ -328,49 +341,93 @@ class ConceptBottleneckModel:
     def _strengths(self, images: Inputs) -> Iterator[scipy.sparse.csr_matrix]:
         """The strengths of images, batch by batch."""
         if scipy.sparse.issparse(images):
-            matrix = scipy.sparse.csr_matrix(images, dtype=np.float32)
-            self._check_width(matrix.shape[1], len(self.contents.names), "strengths")
+            matrix = self._checked(images)
             yield from (matrix[start : start + BATCH] for start in range(0, matrix.shape[0], BATCH))
             return
-        with torch.inference_mode():
-            for features in self._features(images):
-                self._check_width(features.shape[1], self.sae.n_inputs, "features")
-                yield to_csr(self.sae.encode(features.to(self.device).float()))
+        before = 0
+        for features in self._features(images):
+            self._check_width(features.shape[1], self.sae.n_inputs, "features")
+            with torch.inference_mode():
+                x = features.to(self.device, torch.float32)
+                finite = torch.isfinite(x).all(dim=1)
+                if not bool(finite.all()):  # waits for the device, as `to_csr` does
+                    first = before + int(finite.logical_not().nonzero()[0])
+                    raise UserError(f"the features of image {first} hold NaN or infinity: leave it out, or compute them again")
+                strengths = to_csr(self.sae.encode(x))
+            before += len(x)
+            yield strengths
+
+    def _checked(self, strengths: Any) -> scipy.sparse.csr_matrix:
+        """A sparse matrix or array as float32 CSR, every entry once. Raises UserError if it is not B x F of strengths."""
+        if strengths.ndim != 2:
+            raise UserError(
+                f"strengths are a matrix, B x {len(self.contents.names)}, and these have {strengths.ndim} dimension"
+            )
+        self._check_width(strengths.shape[1], len(self.contents.names), "strengths")
+        matrix = scipy.sparse.csr_matrix(strengths, dtype=np.float32)
+        if not matrix.has_canonical_format:
+            matrix = matrix.copy()  # the caller's stays as it is
+            matrix.sum_duplicates()
+        low, high = (matrix.data.min(), matrix.data.max()) if matrix.nnz else (0, 0)
+        if not 0 <= low <= high < np.inf:  # true of NaN too
+            raise UserError(f"strengths are finite and not negative, but these lie from {low} to {high}")
+        return matrix
 
     def _features(self, images: Inputs) -> Iterator[torch.Tensor]:
         """The features of images, batch by batch."""
         if isinstance(images, FeatureStore):
             yield from images.batches(BATCH)
-            return
-        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            images = torch.from_numpy(images)
-        if isinstance(images, torch.Tensor) and images.ndim == 2 and images.is_floating_point():
-            yield from images.split(BATCH)
-            return
-        if isinstance(images, torch.Tensor):
-            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-                raise UserError(
-                    f"a tensor must be preprocessed images, B x 3 x H x W, or features, B x {self.sae.n_inputs}, both "
-                    f"floating-point, not {images.dtype} of {' x '.join(map(str, images.shape))}"
-                )
-            encoder = self._need_encoder()
-            yield from (encode_pixels(encoder, part) for part in images.split(default_batch_size(encoder.device)))
-            return
-        if isinstance(images, Image.Image | str | Path):
-            images = [images]
-        if not isinstance(images, Iterable):
+        elif _is_array(images):
+            yield from self._features_of_array(images)
+        elif isinstance(images, Image.Image | str | Path):
+            yield from encode_pictures(self._need_encoder(), [images], self.contents.encoder.background)
+        elif isinstance(images, Iterable) and not isinstance(images, bytes):
+            yield from encode_pictures(self._need_encoder(), images, self.contents.encoder.background)
+        else:
             raise UserError(f"images are PIL images, paths, a tensor, features or strengths, not {type(images).__name__}")
-        yield from encode_pictures(self._need_encoder(), images, self.contents.encoder.background)
+
+    def _features_of_array(self, array: torch.Tensor | NDArray[Any]) -> Iterator[torch.Tensor]:
+        """The features that an array holds or of the preprocessed images in it, batch by batch."""
+        if isinstance(array, torch.Tensor):
+            usable = array.is_floating_point() and array.layout is torch.strided
+        else:
+            usable = array.dtype.kind == "f"
+        encoder, size, shape = self.encoder, BATCH, "3 x H x W"
+        if usable and array.ndim == 4:
+            encoder = self._need_encoder()
+            size = default_batch_size(encoder.device)
+        if encoder is not None and array.ndim != 2:
+            wanted = encoder.preprocess(Image.new("RGB", (8, 8))).shape
+            shape = _shape(wanted)
+            usable = usable and array.shape[1:] == wanted
+        if not usable or array.ndim not in (2, 4):
+            raise UserError(
+                f"an array must be preprocessed images, B x {shape}, or features, B x {self.sae.n_inputs}, both dense and "
+                f"floating-point, not {array.dtype} of {_shape(array.shape)}; PIL.Image.fromarray makes images of pixels"
+            )
+        for start in range(0, len(array), size):
+            part = array[start : start + size]
+            if not isinstance(part, torch.Tensor):  # a copy: torch takes no other byte orders and no negative strides
+                part = torch.from_numpy(np.array(part, dtype=np.float32))
+            yield part if array.ndim == 2 or encoder is None else encode_pixels(encoder, part)
 
     def _need_encoder(self) -> Encoder:
         if self.encoder is None:
             raise UserError("images need the encoder, which was not loaded: load the model without load_encoder=False")
         return self.encoder
 
-    @staticmethod
-    def _check_width(found: int, wanted: int, what: str) -> None:
+    def _check_width(self, found: int, wanted: int, what: str) -> None:
         if found != wanted:
-            raise UserError(f"{what} of {found} numbers per image do not fit this model, which takes {wanted}")
+            hint = "; concept strengths must be a sparse matrix" if found == len(self.contents.names) else ""
+            raise UserError(f"{what} of {found} numbers per image do not fit this model, which takes {wanted}{hint}")
+
+    def _logits_of(self, images: Inputs) -> Iterator[torch.Tensor]:
+        """Logits on the device, batch by batch."""
+        return (self._logits(part) for part in self._strengths(images))
+
+    def _rows(self, parts: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Numbers for each class, batches of B x C, as one array."""
+        return np.concatenate([np.empty((0, len(self.contents.classes)), dtype=np.float32), *parts])
 
     @torch.inference_mode()
     def _logits(self, strengths: scipy.sparse.csr_matrix) -> torch.Tensor:
@@ -379,43 +436,102 @@ class ConceptBottleneckModel:
         batch, _ = ProbeData(strengths, torch.zeros(n, dtype=torch.int64)).batch(np.arange(n), self.device)
         return linear(batch, self.weight)
 
-    def _class_number(self, name: Named) -> int:
-        return class_of(self.contents.classes, self.contents.class_folders, name)
+    def _class_numbers(self, names: Iterable[Named]) -> list[int]:
+        return classes_of(self.contents.classes, self.contents.class_folders, names)
 
-    def _numbers_of(self, labels: Sequence[Named] | NDArray[Any] | torch.Tensor) -> NDArray[np.int64]:
+    def _numbers_of(self, labels: Any) -> NDArray[np.int64]:
         """The numbers of classes; each distinct label is looked up once."""
-        distinct, place = np.unique(np.asarray(labels), return_inverse=True)
-        return np.array([self._class_number(one) for one in distinct.tolist()], dtype=np.int64)[place]
+        if getattr(labels, "ndim", 1) > 1:
+            raise UserError(f"labels are one name or number per image, not an array of {_shape(labels.shape)}")
+        given = _listed(labels)
+        try:
+            distinct = list(dict.fromkeys(given))
+        except TypeError as error:
+            raise UserError("labels are one name or number per image, not lists of them") from error
+        number = dict(zip(distinct, self._class_numbers(distinct), strict=True))
+        return np.array([number[one] for one in given], dtype=np.int64)
 
     def _shown(self, image: Inputs) -> Image.Image | None:
         """What the figure of an explanation shows."""
-        if not isinstance(image, list):
+        if not isinstance(image, list | tuple):
             return None
+        return square(picture_of(image[0], self.contents.encoder.background, "image 0"))
+
+
+def _batch_of_one(image: Any) -> Any:
+    """An image in a list, or a row with the axis that is missing; everything else as it is."""
+    if isinstance(image, Image.Image | str | Path):
+        return [image]
+    is_short = (_is_array(image) or scipy.sparse.issparse(image)) and image.ndim in (1, 3)
+    return image.reshape(1, *image.shape) if is_short else image
+
+
+def _count(images: Any) -> int | None:
+    """How many images these are, if that is known before they are read."""
+    if isinstance(images, str | Path):
+        return 1
+    if hasattr(images, "shape"):
+        return int(images.shape[0]) if images.shape else None
+    return len(images) if isinstance(images, Sized) else None
+
+
+def _is_array(images: Inputs) -> TypeGuard[torch.Tensor | NDArray[Any]]:
+    """Whether these are numbers in an array, not images in one."""
+    return isinstance(images, torch.Tensor) or (isinstance(images, np.ndarray) and images.dtype.kind in "biufc")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def _listed(named: Any) -> list[Any]:
+    """Names as a list; a single name or number counts as a list of one, and the numbers of an array as Python's."""
+    if named is None:
+        return []
+    if isinstance(named, str | Integral):
+        return [named]
+    if isinstance(named, torch.Tensor):
+        named = named.cpu().numpy()
+    return np.atleast_1d(named).tolist() if isinstance(named, np.ndarray) else list(named)
+
+
+def _factors(scale: Mapping[Named, Any] | None) -> dict[Named, float]:
+    """Factors as Python's numbers. Raises UserError if one is no number, or none that float32 holds."""
+    if not isinstance(scale, Mapping | None):
+        raise UserError(f"scale says what to multiply each concept by, {{name: factor}}, and is no {type(scale).__name__}")
+    found = {}
+    for name, factor in (scale or {}).items():
         try:
-            return square(picture_of(image[0], self.contents.encoder.background))
-        except Exception as error:  # decoders raise anything
-            raise UserError(f"cannot read the image {image[0]}: {first_line(error)}") from error
+            found[name] = float(factor)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"the factor of {name!r} must be a number, not {factor!r}") from error
+        if found[name] > torch.finfo(torch.float32).max:
+            raise UserError(f"the factor of {name!r} is too large: {factor!r}")
+    return found
 
 
-def _listed(named: Iterable[Named]) -> list[Named]:
-    """Names as a list; a single name or number counts as a list of one."""
-    return [named] if isinstance(named, str | int) else list(named)
+MOST_SHOWN = 5
+"""Concepts, classes and edits that are named; others are counted."""
 
 
-def _described(factors: torch.Tensor, labels: Sequence[str], most: int = 5) -> str:
+def _described(factors: torch.Tensor, labels: Sequence[str]) -> str:
     """An edit in words: `without water, ocean and 3 others`, `water x 0.5`, `with only ...`."""
     removed, scaled = ((factors == 0).nonzero()[:, 0].tolist(), ((factors != 0) & (factors != 1)).nonzero()[:, 0].tolist())
     kept = (factors != 0).nonzero()[:, 0].tolist()
     said = []
-    if len(removed) > len(kept):
-        said.append(f"with only {_some(kept, labels, most)}")
+    if not kept:
+        said.append("without any concept")
+    elif len(removed) > len(kept):
+        said.append(f"with only {_some(kept, labels)}")
     elif removed:
-        said.append(f"without {_some(removed, labels, most)}")
+        said.append(f"without {_some(removed, labels)}")
     if scaled:
-        said.append(_some(scaled, [f"{label} x {factor:g}" for label, factor in zip(labels, factors, strict=True)], most))
+        said.append(_some(scaled, [f"{label} x {factor:g}" for label, factor in zip(labels, factors, strict=True)]))
     return ", ".join(said) or "unchanged"
 
 
-def _some(indices: Sequence[int], labels: Sequence[str], most: int) -> str:
-    shown = ", ".join(labels[index] for index in indices[:most]) or "no concept"
-    return shown + (f" and {len(indices) - most} others" if len(indices) > most else "")
+def _some(indices: Sequence[int], labels: Sequence[str], none: str = "") -> str:
+    """Some labels in words: at most MOST_SHOWN."""
+    more = len(indices) - MOST_SHOWN
+    shown = ", ".join(labels[index] for index in indices[:MOST_SHOWN]) or none
+    return shown + (f" and {more} other{'s' if more > 1 else ''}" if more > 0 else "")

@@ -41,27 +41,25 @@ def read_torch(path: Path) -> Any:
                 is_zip = file.read(2) == b"PK"  # else of a version of torch from before 2020
             return load(mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is damaged, or holds more than tensors; nothing in it was run: remove it") from error
+        raise UserError(f"{path.name} is damaged, or holds more than tensors; nothing in it was run: remove it") from error
     except MemoryError:
         raise
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+        raise UserError(f"cannot read {path.name}: {error.strerror or first_line(error)}") from error
     except Exception as error:  # torch raises anything for a damaged file
-        raise UserError(f"{path} is damaged, or no file of PyTorch: get it again, or remove it") from error
+        raise UserError(f"{path.name} is damaged, or no file of PyTorch: get it again, or remove it") from error
 
 
 def read_matrix(path: Path) -> torch.Tensor:
     """Rows of numbers, N x D; an axis of components between them (N x 1 x D) is removed. Raises UserError if it is no such."""
     found = read_torch(path)
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.layout != torch.strided:
-        raise UserError(f"{path} does not hold one dense tensor of floating-point numbers")
+        raise UserError(f"{path.name} does not hold one dense tensor of floating-point numbers")
     found = found.detach()
     if found.ndim == 3 and found.shape[1] == 1:
         found = found[:, 0]
     if found.ndim != 2 or 0 in found.shape:
-        raise UserError(
-            f"{path} has the shape {' x '.join(map(str, found.shape)) or '()'}, where rows of numbers were expected"
-        )
+        raise UserError(f"{path.name} has the shape {list(found.shape)}, where rows of numbers were expected")
     return found
 
 
@@ -69,10 +67,10 @@ def read_integers(path: Path) -> NDArray[np.int64]:
     """Labels or indices. Raises UserError if it holds anything else."""
     found = read_torch(path)
     if not isinstance(found, torch.Tensor) or found.ndim != 1 or found.is_floating_point() or found.is_complex():
-        raise UserError(f"{path} does not hold one row of whole numbers")
+        raise UserError(f"{path.name} does not hold one row of whole numbers")
     numbers: NDArray[np.int64] = found.to(torch.int64).numpy()
     if not len(numbers) or numbers.min() < 0:
-        raise UserError(f"{path} holds no numbers, or negative ones")
+        raise UserError(f"{path.name} holds no numbers, or negative ones")
     return numbers
 
 
@@ -83,83 +81,61 @@ def read_probe(path: Path) -> tuple[torch.Tensor, float | None]:
     """
     found = read_torch(path)
     state = found.get("model") if isinstance(found, dict) else None
-    weight = state.get("weight") if isinstance(state, dict) else None
-    if (
-        not isinstance(weight, torch.Tensor)
-        or weight.ndim != 2
-        or not weight.is_floating_point()
-        or set(state or {}) != {"weight"}
-    ):
-        raise UserError(
-            f"{path} is no probe of the authors: it must hold `model`, and that nothing but `weight`, classes x inputs"
-        )
+    weight = state.get("weight") if isinstance(state, dict) and set(state) == {"weight"} else None
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise UserError(f"{path.name} is no probe of the authors: its `model` must hold `weight`, classes x inputs, alone")
     if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"{path} holds NaN or infinity")
+        raise UserError(f"{path.name} holds NaN or infinity")
     accuracy = found.get("test_acc_top1")  # their test split is our val
     known = isinstance(accuracy, float) or (isinstance(accuracy, torch.Tensor) and accuracy.numel() == 1)
     return weight.detach().float(), float(accuracy) if known else None
 
 
-def check_rows(found: torch.Tensor, path: Path, least: float = -np.inf) -> None:
+def check_rows(found: torch.Tensor, least: float = -np.inf) -> None:
     """Raises UserError if rows hold NaN, infinity, also as float32, or a number below `least`."""
     for start in range(0, len(found), BATCH):
         rows = found[start : start + BATCH].float()
         low, high = torch.aminmax(rows)  # NaN if there is one
         if not (-np.inf < low and high < np.inf):
             bad = start + int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
-            raise UserError(f"{path} holds NaN or infinity, first in row {bad}")
+            raise UserError(f"it holds NaN or infinity, first in row {bad}")
         if low < least:
-            raise UserError(f"{path} holds the negative strength {float(low):g}")
+            raise UserError(f"it holds the negative strength {float(low):g}")
 
 
-def labels_of_images(
-    images: Mapping[str, ProbeImages],
-    indices: Mapping[str, NDArray[np.int64]],
-    labels: Mapping[str, NDArray[np.int64]],
-    paths: Mapping[str, Path],
+def own_labels(
+    images: Mapping[str, ProbeImages], indices: Mapping[str, NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, NDArray[np.int64]]:
-    """Own split -> labels of the images. Raises UserError if the authors' files contradict them."""
-    own = {split: found.labels for split, found in images.items()}
+    """Own split -> labels: those of the images if these are there, else those of the authors' files.
+
+    Raises UserError if the files contradict the images, or, without images, if some are missing or of another length.
+    """
     n_train = sum(map(len, indices.values()))
-    if n_train != len(own["train"]):
-        raise UserError(
-            f"the authors' indices of train and train_val divide {counted(n_train, 'image')}, but {images['train'].root} has "
-            f"{len(own['train'])} for train: they are of other images"
-        )
-    for split, given in labels.items():
-        wanted = own["val"] if split == "val" else own["train"][indices[split]]
-        if not np.array_equal(given, wanted) and not (
+    put_images = "put the images where `probe_datasets` in config.py says, and the labels are read from them"
+    if images:
+        own, root = {split: found.labels for split, found in images.items()}, images["train"].root
+        if n_train != len(own["train"]):
+            found = counted(n_train, "image")
+            raise UserError(f"the indices divide {found}, but {root} has {len(own['train'])} for train: it has other images")
+        wanted = {split: own["train"][rows] for split, rows in indices.items()} | {"val": own["val"]}
+        for split, given in labels.items():
             # The authors' save_probe_features.py writes the labels of train_val over those of train.
-            split == "train" and np.array_equal(given, own["train"][indices["train_val"]])
-        ):
-            raise UserError(
-                f"{paths[split]} has other labels than the images in {images['train'].root}: they are other images, or in "
-                "another order"
-            )
-    return own
-
-
-def labels_of_files(
-    indices: Mapping[str, NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]], paths: Mapping[str, Path], folder: Path
-) -> dict[str, NDArray[np.int64]]:
-    """Own split -> labels as the authors' files have them. Raises UserError if some are missing."""
-    if missing := [split for split in SPLITS if split not in labels]:
-        raise UserError(
-            f"{folder} has no {' and no '.join(published_name('labels', split) for split in missing)}: put the images there "
-            "that `probe_datasets` in config.py names, and the labels are read from them"
-        )
-    own = np.empty(sum(map(len, indices.values())), dtype=np.int64)
+            written_over = split == "train" and np.array_equal(given, wanted["train_val"])
+            if not np.array_equal(given, wanted[split]) and not written_over:
+                name = published_name("labels", split)
+                raise UserError(f"{name} has other labels than {root}: they are of other images, or in another order")
+        return own
+    if missing := [published_name("labels", split) for split in SPLITS if split not in labels]:
+        raise UserError(f"there is no {' and no '.join(missing)} beside them: {put_images}")
+    train = np.empty(n_train, dtype=np.int64)
     for split, rows in indices.items():
-        if len(labels[split]) != len(rows):
-            why, there = "", counted(len(rows), "image")
-            if split == "train" and len(labels[split]) == len(indices["train_val"]):
-                why = " (the authors' save_probe_features.py writes those of train_val over them)"
-            raise UserError(
-                f"{paths[split]} has {counted(len(labels[split]), 'label')} for {there} of {split}{why}: "
-                "put the images there that `probe_datasets` in config.py names, and the labels are read from them"
-            )
-        own[rows] = labels[split]
-    return {"train": own, "val": labels["val"]}
+        if (n := len(labels[split])) != len(rows):
+            is_other = split == "train" and n == len(indices["train_val"])
+            why = " (the authors' save_probe_features.py writes those of train_val over them)" if is_other else ""
+            name, where = published_name("labels", split), f"{counted(len(rows), 'image')} of {split}"
+            raise UserError(f"{name} has {counted(n, 'label')} for {where}{why}: {put_images}")
+        train[rows] = labels[split]
+    return {"train": train, "val": labels["val"]}
 
 
 def write_features(found: torch.Tensor, keys: NDArray[np.int64], folder: Path, title: str) -> list[Path]:

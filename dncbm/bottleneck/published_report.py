@@ -1,8 +1,7 @@
 """The report of an import: what was found and where it lies now, and what is missing and which command makes it."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.sae import SAE
@@ -18,62 +17,50 @@ from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
 from sparse_autoencoder.declare import values
 
-
-@dataclass(frozen=True)
-class Row:
-    """An entry of the report."""
-
-    status: str
-    """`imported`, `already done`, `in place`, `refused` or `missing`."""
-    what: str
-    more: tuple[str, ...]
-    """Lines below: from where it came and where it lies now, why it was refused, or how it is made."""
+Row: TypeAlias = tuple[str, ...]
+"""An entry: its status (`imported`, `already done`, `in place`, `refused`, `missing`), what it is, and further lines."""
 
 
 def print_report(rows: Sequence[Row]) -> None:
     """Print rows as a table of two columns; paths are too long for more."""
-    width = max(len(row.status) for row in rows)
-    for row in rows:
-        for status, text in zip((row.status, *("" for _ in row.more)), (row.what, *row.more), strict=True):
-            print(f"{status:<{width}}  {text}")
+    width = max(len(status) for status, *_ in rows)
+    for status, what, *more in rows:
+        print(f"{status:<{width}}  {what}", *more, sep="\n" + " " * (width + 2))
 
 
 def missing(settings: Settings, runs: Sequence[SAERun], datasets: Sequence[str], probed: Collection[str]) -> list[Row]:
-    """What the stages need of these SAEs and probe data sets that is not there; of those in `probed`, a probe was found."""
-    return [Row("missing", what, (how,)) for what, how in dict(_missing(settings, runs, datasets, probed)).items()]
-
-
-def _missing(
-    settings: Settings, runs: Sequence[SAERun], datasets: Sequence[str], probed: Collection[str]
-) -> Iterator[tuple[str, str]]:
+    """What the stages need of these SAEs and probe data sets and do not find. For those in `probed`, a probe was found."""
+    artifacts = Artifacts(settings)
     known = [dataset for dataset in datasets if dataset in settings.probe_datasets]
-    if not (words := Artifacts(settings).words()).is_file():
-        yield "words", f"put the vocabulary there, one word per line: {words}"
-    for run in runs:
-        yield from _unless_made(settings, f"SAE {run.config_name}", SAE, run)
-        yield from _unless_made(settings, f"word embeddings by {run.encoder}", VOCABULARY, NamedEncoder(run.encoder))
-        yield from _unless_made(settings, f"names of {run.config_name}", NAMES, run)
-        for dataset in known:
-            about = ProbeFeatures(dataset, run.encoder, run.hook)
-            for split in SPLITS:
-                chosen, of = Splits(split), f"{dataset} {split}"
-                yield from _unless_made(settings, f"features of {of}", PROBE_FEATURES, about, chosen, Extraction())
-                yield from _unless_made(settings, f"strengths of {of}", STRENGTHS, run, ProbeDataset(dataset), chosen)
-            if dataset not in probed:
-                yield from _unless_made(settings, f"probe on {dataset}", PROBE, run, ProbeRun(dataset))
+    found = list[Row]()
+    if not (words := artifacts.words()).is_file():
+        found.append(("missing", "the words", f"put the vocabulary there, one word per line: {words}"))
+    for stage, *declared in _needed(runs, known, probed):
+        for path in stage.outputs(artifacts, *declared):
+            if not path.is_file() and not manifest_path(path).is_file():
+                found.append(("missing", f"{stage.makes} {path}", f"run {_command(settings, stage, declared)}"))
     for dataset in known:
         if not (path := settings.probe_datasets[dataset].path).is_dir():
-            yield f"images of {dataset}", f"stage 5 and thumbnails need them: {path}"
+            found.append(("missing", f"the images of {dataset}", f"stage 5 and thumbnails need them: {path}"))
+    return list(dict.fromkeys(found))
 
 
-def _unless_made(settings: Settings, what: str, stage: Stage, *declared: Any) -> Iterator[tuple[str, str]]:
-    """What a stage would make, and its command with the flags that say which output is meant, unless that is there."""
-    outputs = list(stage.outputs(Artifacts(settings), *declared))
-    if all(path.is_file() or manifest_path(path).is_file() for path in outputs):
-        return
+def _needed(runs: Sequence[SAERun], datasets: Sequence[str], probed: Collection[str]) -> Iterator[tuple[Any, ...]]:
+    """The stages, each with the declarations that say which output is meant."""
+    for run in runs:
+        yield from ((SAE, run), (VOCABULARY, NamedEncoder(run.encoder)), (NAMES, run))
+        for dataset in datasets:
+            for split in map(Splits, SPLITS):
+                yield PROBE_FEATURES, ProbeFeatures(dataset, run.encoder, run.hook), split, Extraction()
+                yield STRENGTHS, run, ProbeDataset(dataset), split
+            if dataset not in probed:
+                yield PROBE, run, ProbeRun(dataset)
+
+
+def _command(settings: Settings, stage: Stage, declared: Sequence[Any]) -> str:
+    """The command of a stage, with the flags that say which output is meant."""
     known = stage.flags()
     defaults = {name: flag.default for name, flag in known.items()} | config_defaults(settings)
-    given = {name: value for one in declared for name, value in values(one).items() if value != defaults.get(name)}
     located = {name for name, flag in known.items() if flag.setting.in_name is not None} | {"probe_split"}
-    shown = [f"--{name} {value}" for name, value in given.items() if name in located]
-    yield what, f"run {stage.command(*shown)}"
+    given = {name: value for one in declared for name, value in values(one).items() if value != defaults.get(name)}
+    return stage.command(*(f"--{name} {value}" for name, value in given.items() if name in located))

@@ -6,10 +6,11 @@ line is a name or label whatever it looks like: `\\#1`, `\\2020`.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from dncbm.concepts.lookup import Named, concepts_of, spellings_of
+from dncbm.concepts.lookup import Named, concepts_of, find, spellings_of
 from dncbm.concepts.naming import ConceptName, concept_labels
 from dncbm.runs.errors import UserError
 
@@ -21,8 +22,11 @@ def read_concepts(path: Path, names: Sequence[ConceptName]) -> list[int]:
 
     Raises UserError, naming the file and the line, if the file cannot be read or names no concept, or a concept is unknown.
     """
-    found = _Finder(path, names)
-    return sorted({index for number, line in _lines(path) for index in found(number, line)})
+    known, found = spellings_of(names), set[int]()
+    for number, line in _lines(path):
+        with _at(path, number):
+            found |= find(_meant(line, known), known, len(names))
+    return sorted(found)
 
 
 def read_factors(path: Path, names: Sequence[ConceptName]) -> dict[int, float]:
@@ -31,18 +35,19 @@ def read_factors(path: Path, names: Sequence[ConceptName]) -> dict[int, float]:
     A name may hold commas: the last one counts. Raises UserError as `read_concepts`, and if a line has no factor that is
     finite and at least 0, or a concept has two.
     """
-    finder, found = _Finder(path, names), dict[int, float]()
+    known, found = spellings_of(names), dict[int, float]()
     for number, line in _lines(path):
         name, separator, text = line.rpartition("\t" if "\t" in line else ",")
-        try:
-            factor = float(text) if separator else math.nan
-        except ValueError:
-            factor = math.nan
-        if not 0 <= factor < math.inf:
-            raise _wrong(path, number, f"write a name, a comma and a factor of at least 0, not {line[:100]!r}")
-        for index in finder(number, name.strip()):
-            if found.setdefault(index, factor) != factor:
-                raise _wrong(path, number, f"{names[index].name} has the factor {factor:g}, and {found[index]:g} above")
+        with _at(path, number):
+            try:
+                factor = float(text) if separator else math.nan
+            except ValueError:
+                factor = math.nan
+            if not 0 <= factor < math.inf:
+                raise UserError(f"write a name, a comma and a factor of at least 0, not {line[:100]!r}")
+            for index in find(_meant(name.strip(), known), known, len(names)):
+                if found.setdefault(index, factor) != factor:
+                    raise UserError(f"{names[index].name} has the factor {factor:g}, and {found[index]:g} above")
     return found
 
 
@@ -55,7 +60,7 @@ def concepts_named(texts: Iterable[str], names: Sequence[ConceptName]) -> list[i
     return concepts_of(names, [_meant(text, known) for text in texts])
 
 
-def _meant(text: str, known: Mapping[str, Collection[int]]) -> Named:
+def _meant(text: str, known: Collection[str]) -> Named:
     """The name, label or index that a text stands for. Raises UserError if it is an index and also the name of a concept."""
     if text.startswith(ESCAPE):
         return text.removeprefix(ESCAPE)
@@ -82,7 +87,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise _wrong(path, line, "this is not UTF-8: save the file as UTF-8") from error
+        raise UserError(f"{path}, line {line}: this is not UTF-8: save the file as UTF-8") from error
     except OSError as error:
         raise UserError(f"cannot read the list of concepts {path}: {error.strerror or error}") from error
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
@@ -92,24 +97,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     yield from found
 
 
-class _Finder:
-    """Finds the concepts of the lines of a file: all names are looked at once, not for each line."""
-
-    def __init__(self, path: Path, names: Sequence[ConceptName]) -> None:
-        self._path, self._names, self._known = path, names, spellings_of(names)
-
-    def __call__(self, number: int, text: str) -> Collection[int]:
-        """The concepts of a line. Raises UserError, naming the line, if there is none."""
-        try:
-            meant = _meant(text, self._known)
-            if isinstance(meant, str) and meant in self._known:
-                return self._known[meant]
-            if isinstance(meant, int) and meant < len(self._names):
-                return [meant]
-            return concepts_of(self._names, [meant])
-        except UserError as error:
-            raise _wrong(self._path, number, str(error)) from error
-
-
-def _wrong(path: Path, number: int, what: str) -> UserError:
-    return UserError(f"{path}, line {number}: {what}")
+@contextmanager
+def _at(path: Path, line: int) -> Iterator[None]:
+    """A UserError in this block names the line of the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}, line {line}: {error}") from error

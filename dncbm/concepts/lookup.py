@@ -1,7 +1,7 @@
 """Which latents or classes people mean: names, labels or indices, as they write them."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 from dncbm.concepts.naming import ConceptName, concept_labels
@@ -17,8 +17,9 @@ def concepts_of(names: Sequence[ConceptName], wanted: Iterable[Named]) -> list[i
 
     Raises UserError, which suggests the nearest names, if one is unknown.
     """
-    by_text = spellings_of(names)
-    return sorted({index for one in wanted for index in _found(one, by_text, len(names), "concept")})
+    asked = list(wanted)
+    known = spellings_of(names) if any(isinstance(one, str) for one in asked) else {}  # an index needs no dictionary of names
+    return sorted({index for one in asked for index in find(one, known, len(names))})
 
 
 def spellings_of(names: Sequence[ConceptName]) -> dict[str, set[int]]:
@@ -39,15 +40,18 @@ def concept_of(names: Sequence[ConceptName], wanted: Named) -> int:
     return found[0]
 
 
-def class_of(classes: Sequence[str], folders: Sequence[str], wanted: Named) -> int:
-    """The class that a number, or a name as people or the data set write it, stands for.
+def classes_of(classes: Sequence[str], folders: Sequence[str], wanted: Iterable[Named]) -> list[int]:
+    """The class that each number, or each name as people or the data set write it, stands for.
 
-    Raises UserError, which suggests the nearest names, if it is unknown, or several classes have the name.
+    Raises UserError, which suggests the nearest names, if one is unknown, or several classes have the name.
     """
-    found = sorted(_found(wanted, _by_text(classes, folders), len(classes), "class"))
-    if len(found) > 1:
-        raise UserError(f"{len(found)} classes have the name {wanted!r}: choose a number, {', '.join(map(str, found))}")
-    return found[0]
+    known, numbers = _by_text(classes, folders), []
+    for one in wanted:
+        found = sorted(find(one, known, len(classes), "class"))
+        if len(found) > 1:
+            raise UserError(f"{len(found)} classes have the name {one!r}: choose a number, {', '.join(map(str, found))}")
+        numbers += found
+    return numbers
 
 
 def _by_text(*spellings: Sequence[str]) -> dict[str, set[int]]:
@@ -58,14 +62,18 @@ def _by_text(*spellings: Sequence[str]) -> dict[str, set[int]]:
     return found
 
 
-def _found(wanted: Named, by_text: dict[str, set[int]], n: int, what: str) -> set[int]:
+def find(wanted: Named, known: Mapping[str, set[int]], n: int, what: str = "concept") -> set[int]:
+    """Which of n things a name, label or index stands for; `known` has their spellings.
+
+    Raises UserError, which suggests the nearest names, if it is unknown.
+    """
     if isinstance(wanted, Integral) and not isinstance(wanted, bool):
         if not 0 <= int(wanted) < n:
             raise UserError(f"there is no {what} {wanted}: they are numbered from 0 to {n - 1}")
         return {int(wanted)}
     if not isinstance(wanted, str):
         raise UserError(f"a {what} is a name or a number, not {wanted!r}")
-    if wanted not in by_text:
-        near = ", ".join(map(repr, difflib.get_close_matches(wanted, by_text, n=3)))
+    if wanted not in known:
+        near = ", ".join(map(repr, difflib.get_close_matches(wanted, known, n=3)))
         raise UserError(f"there is no {what} named {wanted[:100]!r}" + (f"; did you mean {near}?" if near else ""))
-    return by_text[wanted]
+    return known[wanted]

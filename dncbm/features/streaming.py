@@ -5,18 +5,21 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from dncbm.features.datasets import open_image, read_file, to_rgb
+from dncbm.features.datasets import FORMATS, Encoded, open_image, read_file, to_rgb
 from dncbm.features.encoders import Encoder
-from dncbm.features.encoding import default_batch_size, encode_batch
+from dncbm.features.encoding import default_batch_size
 from dncbm.runs.devices import default_cores
 from dncbm.runs.errors import UserError, first_line
 
 Picture = Image.Image | str | Path
 """An image, or the path of its file."""
+_OPENING = Lock()
+"""`open_image` sets filters of warnings and restores them. They are those of the process, which threads would leave set."""
 
 
 def encode_pictures(encoder: Encoder, pictures: Iterable[Picture], background: str = "none") -> Iterator[torch.Tensor]:
@@ -29,39 +32,63 @@ def encode_pictures(encoder: Encoder, pictures: Iterable[Picture], background: s
     """
     size = default_batch_size(encoder.device)
     numbered = enumerate(pictures)
-    waiting: deque[Future[torch.Tensor]] = deque()
+    waiting: deque[tuple[Picture, Future[torch.Tensor]]] = deque()
+    by_id: dict[int, Future[torch.Tensor]] = {}  # two threads must not decode one image
     with ThreadPoolExecutor(default_cores()) as pool:
         try:
             while True:
-                ahead = islice(numbered, 2 * size - len(waiting))
-                waiting.extend(pool.submit(_pixels, encoder, number, picture, background) for number, picture in ahead)
+                for number, picture in islice(numbered, 2 * size - len(waiting)):
+                    if id(picture) not in by_id:
+                        by_id[id(picture)] = pool.submit(_pixels, encoder, number, picture, background)
+                    waiting.append((picture, by_id[id(picture)]))
                 if not waiting:
                     return
-                yield encode_pixels(encoder, torch.stack([waiting.popleft().result() for _ in range(min(size, len(waiting)))]))
+                pixels = []
+                for _ in range(min(size, len(waiting))):
+                    picture, decoded = waiting.popleft()
+                    pixels.append(decoded.result())
+                    by_id.pop(id(picture), None)
+                yield encode_pixels(encoder, torch.stack(pixels))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # otherwise leaving the block waits for what nobody wants
             raise
 
 
 def encode_pixels(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Features (B x D, on the encoder's device) of at most a batch of preprocessed images, B x 3 x H x W."""
+    """Features (B x D, on the encoder's device) of at most a batch of preprocessed images, B x 3 x H x W of any float type."""
+    pixels = pixels.float()
     pinned = pixels.pin_memory() if encoder.device.type == "cuda" and pixels.device.type == "cpu" else pixels
-    return encode_batch(encoder, pinned, default_batch_size(encoder.device))
+    return encoder.encode_images(pinned)  # the extraction pads small batches, which makes one image as slow as sixteen
 
 
-def picture_of(picture: Picture, background: str = "none") -> Image.Image:
-    """A picture in RGB. Raises whatever a decoder raises if it cannot be read."""
-    return to_rgb(open_image(picture if isinstance(picture, Image.Image) else read_file(picture)), background)[0]
+def picture_of(picture: Picture, background: str = "none", called: str = "the image") -> Image.Image:
+    """A picture in RGB. One in hand stays as it is.
+
+    Raises UserError if it cannot be read, which names a file by its path and another picture as it is `called`.
+    """
+    try:
+        if not isinstance(picture, Image.Image):
+            called = f"the image {picture}"
+            content: Encoded = read_file(picture)
+        else:  # `to_rgb` removes the entry
+            content = picture.copy() if "transparency" in picture.info else picture
+        with _OPENING:
+            opened = open_image(content)
+        return to_rgb(opened, background)[0]
+    except Exception as error:  # decoders raise anything
+        raise UserError(f"cannot read {called}: {_reason(error)}") from error
 
 
 def _pixels(encoder: Encoder, number: int, picture: Picture, background: str) -> torch.Tensor:
     if not isinstance(picture, Image.Image | str | Path):
-        raise UserError(f"image {number} is neither a PIL image nor a path, but {type(picture).__name__}")
-    try:
-        return encoder.preprocess(picture_of(picture, background))
-    except Exception as error:  # decoders raise anything
-        raise UserError(f"cannot read {_called(number, picture)}: {first_line(error)}") from error
+        raise UserError(
+            f"image {number} is neither a PIL image nor a path, but {type(picture).__name__}: PIL.Image.fromarray makes an "
+            "image of pixels; preprocessed images and features are one tensor or array, strengths a sparse matrix"
+        )
+    return encoder.preprocess(picture_of(picture, background, f"image {number}"))
 
 
-def _called(number: int, picture: Picture) -> str:
-    return f"image {number}" if isinstance(picture, Image.Image) else f"the image {picture}"
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}, or damaged"
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -2,9 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from dncbm.concepts.lists import concepts_named, list_of, read_concepts, read_factors
-from dncbm.concepts.lookup import Named
 from dncbm.concepts.naming import NAMES, ConceptName, concept_labels, read_names
 from dncbm.concepts.sae import load_sae, sae_path
 from dncbm.concepts.strengths import STRENGTHS, finished_strengths
+from dncbm.features.datasets import counted
 from dncbm.features.encoders import check_same_encoder, describe_encoder, load_encoder
 from dncbm.features.stage import probe_class_names
 from dncbm.probe.interventions import DRAWS, Floats, Row, factors_of, intervene
@@ -28,13 +26,13 @@ from dncbm.runs.declarations import Intervention, ProbeRun, SAERun
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import Outcome, making
-from dncbm.runs.results import check_results, save_results, write_csv
+from dncbm.runs.results import check_results, save_results, text_table, write_csv
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
 from sparse_autoencoder.files import whole_file
 
 SHOWN_GROUPS = 8
-"""A table has a column for each group if there are no more than this."""
+"""The printed table has a column for each group of up to this many."""
 
 
 def measure_intervention(
@@ -42,8 +40,8 @@ def measure_intervention(
 ) -> Outcome:
     """Stage 13: accuracy on `val` before and after concepts are removed, kept or scaled (METHOD section 6).
 
-    Prints a table, with the published figures where there are any, and writes all accuracies as a CSV, and a row of
-    `probe_results.csv` for each kind. With `edit.suggest`, `suggest_concepts` instead.
+    Prints a table, with the published figures where there are any. Writes all accuracies as a CSV, and a row of
+    `probe_results.csv` for each row of the table. With `edit.suggest`, calls `suggest_concepts` instead.
 
     Raises UserError if the edit names nothing, or something unknown, or contradicts itself; the probe, its names, its concept
     strengths or the labels are missing or damaged; or rows cannot be written. StaleArtifact if what the probe was made from
@@ -55,51 +53,38 @@ def measure_intervention(
         return suggest_concepts(settings, run, edit.suggest, edit.suggest_n, device=device, overwrite=overwrite)
     artifacts, names = Artifacts(settings), read_names(settings, run)
     factors = factors_asked(edit, names)
-    name, weights = edit_name(edit, factors), artifacts.probe(run, probe)
+    name, weights, seed = edit_name(edit, factors), artifacts.probe(run, probe), run.training.seed
     if not weights.is_file():
         raise PROBE.missing("the probe", weights, "with these flags")
-    target, seed = artifacts.intervention(run, probe, name), run.training.seed
+    target = artifacts.intervention(run, probe, name)
     inputs = {"probe": weights, "names": artifacts.concept_names_in_use(run), "split": artifacts.probe_split(probe.dataset)}
     inputs |= {f"{split} concepts": finished_strengths(settings, run, probe.dataset, split) for split in ("train", "val")}
-    edited = torch.nonzero(factors != 1).flatten()
-    described = {"concepts": edited.tolist(), "factors": factors[edited].tolist(), "reweight": edit.reweight}
-    described |= {"seed": seed, "draws": DRAWS}
+    edited = (factors != 1).nonzero().flatten()
+    recipe = {"concepts": edited.tolist(), "factors": factors[edited].tolist(), "reweight": edit.reweight}
+    recipe |= {"seed": seed, "draws": DRAWS}
     check_results(artifacts.probe_results())
-    asked = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in values(edit).items()
-        if not key.startswith("suggest")
-    }
     with making(
-        target,
-        INTERVENE.name,
-        described,
-        inputs,
-        overwrite=overwrite,
-        run=values(run) | values(probe) | asked,
+        target, INTERVENE.name, recipe, inputs, overwrite=overwrite, run=values(run) | values(probe),
         before=partial(resolve_device, device),
-    ) as work:
+    ) as work:  # fmt: skip
         if not work.needed:
             return work.outcome
-        weight = load_probe(settings, run, probe)
+        where = resolve_device(device)
+        weight = load_probe(settings, run, probe).to(where)
         if len(names) != len(weight):
             raise UserError(f"{inputs['names']} names {len(names)} latents, but the probe has {len(weight)}")
         train, val = (load_probe_data(settings, run, probe, split) for split in ("train", "val"))
-        weight = weight.to(resolve_device(device))
         rows = intervene(train, val, weight, factors, probe.sparsity_lambda, reweight=edit.reweight, seed=seed)
-        of_groups = () if val.groups is None else group_names(settings, probe.dataset, int(val.groups.max()) + 1)
-        named = _Names(probe_class_names(settings, probe.dataset), of_groups)
+        class_names = probe_class_names(settings, probe.dataset)
+        groups = () if val.groups is None else group_names(settings, probe.dataset, int(val.groups.max()) + 1)
         columns = ("row", "kind", "index", "name", "images", "top1", "deviation")
-        write_csv(target, columns, _lines(rows, val, named))
-        found = [{f"val_{key}": float(draws.mean()) for key, draws in row.figures().items()} for row in rows]
-        saved = [
-            probe_row(run, probe, metrics, method="intervention", edit=f"{name}: {row.kind}")
-            for row, metrics in zip(rows, found, strict=True)
-        ]
-        save_results(artifacts.probe_results(), *saved)
-        print(table(rows, named, published_figures().get(f"{probe.dataset}_{run.encoder}", {})))
-        details = {row.kind: metrics | dict(row.about) for row, metrics in zip(rows, found, strict=True)}
-        work.done([target], f"{len(edited)} of {len(names)} concepts edited", rows=details)
+        write_csv(target, columns, _lines(rows, val, class_names, groups))
+        metrics = {row.kind: {f"val_{key}": float(draws.mean()) for key, draws in row.figures().items()} for row in rows}
+        row_of = partial(probe_row, run, probe, method="intervention")
+        save_results(artifacts.probe_results(), *(row_of(found, edit=f"{name}: {kind}") for kind, found in metrics.items()))
+        print(table(rows, groups, published_figures().get(f"{probe.dataset}_{run.encoder}", {})))
+        details = {row.kind: metrics[row.kind] | dict(row.about) for row in rows}
+        work.done([target], f"{len(edited)} of {len(names)} concepts edited", rows=details, device=str(where))
     return work.outcome
 
 
@@ -114,10 +99,7 @@ def factors_asked(edit: Intervention, names: Sequence[ConceptName]) -> torch.Ten
         )
     removed = concepts_named(edit.concepts, names) + ([] if edit.remove is None else read_concepts(edit.remove, names))
     kept = None if edit.keep is None else read_concepts(edit.keep, names)
-    scaled: dict[Named, float] = {}
-    if edit.scale is not None:
-        scaled |= read_factors(edit.scale, names).items()
-    return factors_of(names, remove=removed, keep=kept, scale=scaled)
+    return factors_of(names, remove=removed, keep=kept, scale=None if edit.scale is None else read_factors(edit.scale, names))
 
 
 def edit_name(edit: Intervention, factors: torch.Tensor) -> str:
@@ -133,27 +115,21 @@ def edit_name(edit: Intervention, factors: torch.Tensor) -> str:
 # -------------------------------------------------------------------------------------------------- files and tables
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Names of the classes and of the groups."""
-
-    classes: Sequence[str]
-    groups: Sequence[str]
-
-
-def _lines(rows: Iterable[Row], val: ProbeData, names: _Names) -> Iterator[tuple[Any, ...]]:
+def _lines(
+    rows: Iterable[Row], val: ProbeData, class_names: Sequence[str], groups: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
     """Every accuracy of every row as lines of the CSV."""
-    counts = {"class": val.labels.bincount(minlength=len(names.classes)).tolist()}
+    named = {"class": (class_names, val.labels.bincount(minlength=len(class_names)).tolist())}
     if val.groups is not None:
-        counts["group"] = val.groups.bincount().tolist()
+        named["group"] = (groups, val.groups.bincount().tolist())
     for row in rows:
         for key, draws in row.figures().items():
-            kind = "overall" if key == "top1" else key.removesuffix("_top1")
-            yield (row.kind, kind, "", "", len(val) if key == "top1" else "", *_written(draws))
-        for kind, shares, named in (("class", row.classes, names.classes), ("group", row.groups, names.groups)):
-            for index in range(0 if shares is None else shares.shape[1]):
-                assert shares is not None
-                yield (row.kind, kind, index, named[index], counts[kind][index], *_written(shares[:, index]))
+            kind, n = ("overall", str(len(val))) if key == "top1" else (key.removesuffix("_top1"), "")
+            yield (row.kind, kind, "", "", n, *_written(draws))
+        for kind, (names, images) in named.items():
+            shares = row.classes if kind == "class" or row.groups is None else row.groups
+            for index, draws in enumerate(shares.T):
+                yield (row.kind, kind, index, names[index], images[index], *_written(draws))
 
 
 def _written(draws: Floats) -> tuple[str, str]:
@@ -163,16 +139,14 @@ def _written(draws: Floats) -> tuple[str, str]:
     return f"{draws.mean():.6g}", f"{draws.std(ddof=1):.6g}" if len(draws) > 1 else ""
 
 
-def table(rows: Sequence[Row], names: _Names, published: Mapping[str, Any]) -> str:
-    """Accuracies in percent: a line per row, with its columns; below them the published figures and remarks.
+def table(rows: Sequence[Row], groups: Sequence[str], published: Mapping[str, Any]) -> str:
+    """Accuracies in percent, a line per row, then the published figures, then remarks.
 
-    `published` are figures with their sources by the name of a column, with _ for spaces, or such figures by that of an edit.
+    `published` has figures with their sources by the name of a column, with _ for spaces, or such figures by that of an edit.
     """
-    columns = list(_columns(rows[0], names))
-    lines = [["top-1 on val, %", *columns]]
-    for row in rows:
-        title = f"{len(row.overall)} random edits" if row.kind == "random" else row.kind
-        lines.append([title, *map(_percent, _columns(row, names).values())])
+    shown = {f"{len(row.overall)} random edits" if row.kind == "random" else row.kind: _columns(row, groups) for row in rows}
+    columns = list(_columns(rows[0], groups))
+    lines = [[title, *map(_percent, found.values())] for title, found in shown.items()]
     edits = {"unedited": {key: value for key, value in published.items() if not isinstance(value, dict)}}
     edits |= {key.replace("_", " "): value for key, value in published.items() if isinstance(value, dict)}
     for title, figures in edits.items():
@@ -180,17 +154,15 @@ def table(rows: Sequence[Row], names: _Names, published: Mapping[str, Any]) -> s
             found = (figures.get(column.replace(" ", "_")) for column in columns)
             source = next(iter(figures.values()))[1]
             lines.append([f"published [{source}]: {title}", *("" if one is None else f"{one[0]:.1f}" for one in found)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([*text, *_remarks(rows)])
+    return "\n".join([text_table(["top-1 on val, %", *columns], lines), *_remarks(rows)])
 
 
-def _columns(row: Row, names: _Names) -> dict[str, Floats]:
+def _columns(row: Row, groups: Sequence[str]) -> dict[str, Floats]:
     """Overall, every group (if there are more than SHOWN_GROUPS, or none, the mean group or class), and the worst."""
     shown, kind = row.figures(), "class" if row.groups is None else "group"
     found = {"overall": row.overall}
     if row.groups is not None and row.groups.shape[1] <= SHOWN_GROUPS:
-        found |= {names.groups[index]: row.groups[:, index] for index in range(row.groups.shape[1])}
+        found |= dict(zip(groups, row.groups.T, strict=False))
     else:
         found[f"mean {kind}"] = shown[f"mean_{kind}_top1"]
     return found | {f"worst {kind}": shown[f"worst_{kind}_top1"]}
@@ -203,17 +175,17 @@ def _percent(draws: Floats) -> str:
 
 
 def _remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """What the table needs to be judged by."""
     about = {row.kind: row.about for row in rows}
-    if "strength" in about["random"]:
-        of = about["random"]
+    if "strength" in (of := about["random"]):
+        each = counted(int(of["concepts"]), "concept")
         yield (
-            f"random edits: {of['concepts']:.0f} concepts each, {of['shared']:.0%} of them the edit's own; they take away "
-            f"{of['strength']:.1%} of what the edit takes (furthest: {of['furthest']:.1%})"
+            f"random edits: {each} each, {of['shared']:.0%} of them the edit's own; they take away {of['strength']:.1%} of "
+            f"the strength that the edit takes (furthest: {of['furthest']:.1%})"
         )
     else:
-        yield "random edits: the edit takes nothing away from the training images"
-    if "refit, reweighted" in about:
-        of = about["refit, reweighted"]
+        yield "random edits: the edit takes no strength away from the training images"
+    if of := about.get("refit, reweighted", {}):
         yield f"reweighted: as good as {of['effective']:.0%} of the images; weights of {of['clipped']:.1%} were clipped"
 
 
@@ -254,13 +226,11 @@ def suggest_concepts(
     encoder = load_encoder(settings, run.encoder, resolve_device(device), "fp32")
     embedding = encoder.encode_texts([text.encode(errors="replace").decode()])[0]  # tokenizers take nothing but UTF-8
     nearest, labels = nearest_concepts(dictionary, embedding)[:n], concept_labels(names)
-    lines = (f"{index:6}  {cosine:10.3f}  {labels[index]}" for index, cosine in nearest)
-    print("\n".join([" index  similarity  concept", *lines]))
+    rows = [(labels[index], str(index), f"{cosine:.3f}") for index, cosine in nearest]
+    print(text_table(("concept", "index", "similarity"), rows))
     content = list_of([index for index, _ in nearest], names, f"the {len(nearest)} concepts nearest to {text!r}")
     if path.is_file() and not overwrite and path.read_bytes() != content.encode(errors="backslashreplace"):
-        raise UserError(
-            f"{path} is another list, perhaps one that you edited: move it away, or pass --overwrite to replace it"
-        )
+        raise UserError(f"{path} is another list, perhaps edited by you: pass --overwrite to replace it, or move it away")
     with whole_file(path) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     print(f"a list for --keep or --remove: {path}")

@@ -4,18 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dncbm.concepts.lookup import Named, concepts_of
+from dncbm.concepts.lookup import Named, concepts_of, find, spellings_of
 from dncbm.concepts.naming import ConceptName
 from dncbm.features.store import FeatureStore
 from dncbm.probe.fit import PATH_PASSES, PATH_RATIO, PATH_TOLERANCE
-from dncbm.probe.model import Batch, ProbeData, linear, true_class_ranks
+from dncbm.probe.model import ProbeData, accuracy_of_groups
 from dncbm.probe.reweighting import independence_weights
 from dncbm.probe.solvers import BATCH, CrossEntropy, Progress, falling_lambdas, largest_lambda, minimise
 from dncbm.runs.errors import UserError
@@ -23,9 +22,9 @@ from dncbm.runs.errors import UserError
 DRAWS = 20
 """Random edits that an edit is compared with."""
 MATCHED = 0.01
-"""A random edit takes away as much strength as the edit, up to this share of it, if swaps find one that does."""
+"""How far the strength that a random edit takes away may be from the edit's, as a share of that."""
 SWAPS, STARTS = 5000, 10
-"""Swaps tried for one random edit, and how often they start again from other concepts if none of them is near enough."""
+"""Swaps tried for one random edit, and starts from other concepts while none comes near enough."""
 MAX_PASSES, TOLERANCE = 3000, 1e-7
 """For the last lambda of a refit: as tight as the tests of the solver ask for."""
 Floats = NDArray[np.float64]
@@ -36,9 +35,9 @@ def factors_of(
     *,
     remove: Iterable[Named] = (),
     keep: Iterable[Named] | None = None,
-    scale: Mapping[Named, float] | None = None,
+    scale: Mapping[Named, float] | Mapping[int, float] | None = None,
 ) -> torch.Tensor:
-    """By what the strength of each concept is multiplied, F float32: 0 if it is removed, 1 if it stays as it is.
+    """The factor of each concept's strength, F float32: 0 removes the concept, 1 leaves it as it is.
 
     Args:
         names: the names of the latents, F.
@@ -48,16 +47,16 @@ def factors_of(
 
     Raises UserError if a name is unknown, a factor is negative or not finite, or a concept is named for two edits.
     """
-    removed, scaled = concepts_of(names, remove), dict[int, float]()
+    known, removed, scaled = spellings_of(names), concepts_of(names, remove), dict[int, float]()
     for wanted, factor in (scale or {}).items():
         if not 0 <= factor < float("inf"):
             raise UserError(f"the factor of {wanted!r} must be finite and at least 0, not {factor}")
-        for index in concepts_of(names, [wanted]):
+        for index in find(wanted, known, len(names)):
             if scaled.setdefault(index, factor) != factor:
                 raise UserError(f"the concept {index}, {names[index].name}, is scaled by {scaled[index]} and by {factor}")
     kept = set(range(len(names)) if keep is None else concepts_of(names, keep)) | scaled.keys()
     if twice := [index for index in removed if index in scaled or (keep is not None and index in kept)]:
-        raise UserError(f"the concept {twice[0]}, {names[twice[0]].name}, is removed, and kept or scaled, too")
+        raise UserError(f"the concept {twice[0]}, {names[twice[0]].name}, is removed, and also kept or scaled")
     factors = torch.zeros(len(names))
     factors[sorted(kept)] = 1.0
     factors[removed] = 0.0
@@ -84,7 +83,7 @@ def edited(weight: torch.Tensor, factors: torch.Tensor, classes: Sequence[int] |
 
 @dataclass(frozen=True)
 class Row:
-    """The accuracies (fractions) of one probe on `val`, or of several random ones. A class or group without images has NaN."""
+    """The accuracies (fractions) on `val` of one probe, or of one per random draw. NaN: a class or group without images."""
 
     kind: str
     """`unedited`, `unedited, refit`, `edited`, `refit`, `refit, reweighted` or `random`."""
@@ -97,9 +96,7 @@ class Row:
     weight: torch.Tensor | None = None
     """F x C, for unedited strengths; None for random draws."""
     about: Mapping[str, float] = field(default_factory=dict)
-    """What else was measured. Of `random`: `concepts`, how many are edited in each draw; `strength`, the mean strength that a
-    draw takes away, as a share of what the edit takes; `furthest`, the share that is furthest from 1; `shared`, the mean share
-    of a draw's concepts that are the edit's own. Of `refit, reweighted`: what `Reweighting.about` holds."""
+    """What else was measured: for `random` see `_compared`, for `refit, reweighted` see `independence_weights`."""
 
     def figures(self) -> dict[str, Floats]:
         """Overall, mean and worst accuracy, one per draw, by their columns of the results without `val_`."""
@@ -127,7 +124,7 @@ def intervene(
         train: concept strengths of the images that the probe was trained on.
         val: concept strengths of the images on which accuracy is measured.
         weight: the probe, F x C, on the device where to compute.
-        factors: by what the strength of each concept is multiplied (`factors_of`), F.
+        factors: the factor of each concept's strength (`factors_of`), F.
         sparsity_lambda: the lambda of the probe.
         reweight: also refit with images weighted so that class and edited concepts are independent.
         seed: seed of the random edits and of the folds in which image weights are fitted.
@@ -139,32 +136,42 @@ def intervene(
     Raises UserError if the edited strengths are too large.
     """
     device, n_classes, totals = weight.device, weight.shape[1], total_strengths(train)
+    of_concepts = factors.cpu().double().numpy()
     solve = partial(refit, train, n_classes=n_classes, sparsity_lambda=sparsity_lambda, device=device)
-    kinds: dict[str, torch.Tensor] = {
+    kinds = {
         "unedited": weight,
         "unedited, refit": solve(torch.ones_like(factors), said="unedited, refit"),
         "edited": edited(weight, factors),
-        "refit": solve(factors, said="refit"),
+        "refit": solve(factors),
     }
     about: dict[str, dict[str, float]] = {}
     if reweight:
-        concepts = np.flatnonzero((factors.cpu().numpy() != 1) & (totals > 0))
-        found = independence_weights(train, concepts, n_classes, seed, device)
-        kinds["refit, reweighted"] = solve(factors, image_weights=found.weights, said="refit, reweighted")
-        about["refit, reweighted"] = found.about
+        concepts = np.flatnonzero((of_concepts != 1) & (totals > 0))
+        weights, about["refit, reweighted"] = independence_weights(train, concepts, n_classes, seed, device)
+        kinds["refit, reweighted"] = solve(factors, image_weights=weights, said="refit, reweighted")
+    rows = [_measured(kind, val, [found], found, about.get(kind, {})) for kind, found in kinds.items()]
     draws = [random_factors(totals, factors, np.random.default_rng([seed, draw])) for draw in range(n_draws)]
-    about["random"] = _compared(totals, factors.cpu().numpy(), draws)
+    bar = tqdm(draws, desc="random edits", unit="edit")
+    return [
+        *rows,
+        _measured("random", val, (edited(weight, draw) for draw in bar), None, _compared(totals, of_concepts, draws)),
+    ]
 
-    probes = [(found, None) for found in kinds.values()]
-    right = right_predictions(val, [*probes, *((weight, draw) for draw in draws)])
-    places = [[place] for place in range(len(kinds))] + [list(range(len(kinds), len(right)))]
-    rows = []
-    for (kind, own), chosen in zip([*kinds.items(), ("random", None)], places, strict=True):
-        groups = None if val.groups is None else _shares(right[chosen], val.groups)
-        classes = _shares(right[chosen], val.labels, n_classes)
-        overall = right[chosen].double().mean(dim=1).numpy()
-        rows.append(Row(kind, overall, classes, groups, own, about.get(kind, {})))
-    return rows
+
+def _measured(
+    kind: str, val: ProbeData, probes: Iterable[torch.Tensor], weight: torch.Tensor | None, about: Mapping[str, float]
+) -> Row:
+    """The row of one or several probes, F x C each."""
+    groups = torch.zeros_like(val.labels) if val.groups is None else val.groups
+    n_groups, found = int(groups.max()) + 1, list[list[torch.Tensor]]()
+    for probe in probes:
+        n_classes = probe.shape[1]
+        counts = accuracy_of_groups(probe, val, groups * n_classes + val.labels, n_groups * n_classes)
+        images, right = (of_cells.reshape(n_groups, n_classes).double() for of_cells in counts)
+        by_class, by_group = (right.sum(dim=axis) / images.sum(dim=axis) for axis in (0, 1))  # NaN without images
+        found.append([right.sum() / len(val), by_class, by_group])
+    overall, classes, of_groups = (torch.stack(part).numpy() for part in zip(*found, strict=True))
+    return Row(kind, overall, classes, None if val.groups is None else of_groups, weight, about)
 
 
 def total_strengths(data: ProbeData) -> Floats:
@@ -213,88 +220,69 @@ def refit(
 
 
 def random_factors(totals: Floats, factors: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """The factors of an edit, given to as many random concepts so that they take away the same strength in total, F float32.
+    """The factors of an edit, given to as many random concepts that lose the same total strength, F float32.
 
-    `totals` is `total_strengths`; concepts that are always 0 do not count and are not drawn. Random swaps, each kept if it
-    lowers the difference, go on until that is at most MATCHED of the strength; else the nearest found counts.
+    `totals` is `total_strengths`; concepts that are always 0 do not count and are not drawn. The strengths agree within
+    MATCHED, or as nearly as STARTS starts find. The edit itself is no random one: where nothing else matches it, for example
+    because it takes the strongest concepts, only other concepts are drawn.
     """
     of_concepts = factors.cpu().double().numpy()
-    fires = np.flatnonzero(totals > 0)
-    own = of_concepts[fires][of_concepts[fires] != 1]
-    found = torch.ones(len(totals))
+    fires, is_edited = totals > 0, of_concepts != 1
+    own = of_concepts[fires & is_edited]
     if not len(own):
-        return found
-    taken = np.zeros(len(fires))
-    taken[: len(own)] = 1 - own
-    wanted = float(((1 - of_concepts) * totals).sum())
-    near, best, nearest = MATCHED * abs(wanted), float("inf"), fires
-    for _ in range(STARTS):
-        place = rng.permutation(fires)  # the concept at each place; the first places have the factors of the edit
-        gap = _swap(place, taken, totals[place], wanted, near, rng)
-        if abs(gap) < best:
-            best, nearest = abs(gap), place
-        if best <= near:
+        return torch.ones(len(totals))
+    wanted = float((1 - of_concepts) @ totals)
+    edit = np.where(fires, of_concepts, 1)
+    found = edit
+    for pool in (fires, fires & ~is_edited):
+        smallest = float("inf")
+        for _ in range(STARTS if pool.sum() >= len(own) else 0):
+            concepts, gap = _matched(np.flatnonzero(pool), totals, own, wanted, rng)
+            drawn = np.ones(len(totals))
+            drawn[concepts] = own
+            if abs(gap) < smallest and not np.array_equal(drawn, edit):
+                smallest, found = abs(gap), drawn
+            if smallest <= MATCHED * abs(wanted):
+                break
+        if smallest < float("inf"):
             break
-    found[nearest[: len(own)]] = torch.from_numpy(own).float()
-    return found
+    return torch.from_numpy(found).float()
 
 
-def _swap(
-    place: NDArray[np.int64], taken: Floats, strength: Floats, wanted: float, near: float, rng: np.random.Generator
-) -> float:
-    """Swap what is at two places, one of them edited, while that lowers the difference, which is returned."""
-    gap, shares, strengths = float(taken @ strength) - wanted, taken.tolist(), strength.tolist()
-    n_edited = int(taken.nonzero()[0].max()) + 1
-    pairs = zip(rng.integers(n_edited, size=SWAPS).tolist(), rng.integers(len(place), size=SWAPS).tolist(), strict=True)
-    for i, j in pairs:
-        if abs(gap) <= near:
+def _matched(
+    pool: NDArray[np.int64], totals: Floats, own: Floats, wanted: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], float]:
+    """Random concepts of a pool, one per factor, that lose about the wanted strength together; and what they lose beyond it.
+
+    Random swaps of two concepts are kept if they lower the difference.
+    """
+    place = rng.permutation(pool)  # the first places have the factors
+    shares, strength = np.r_[1 - own, np.zeros(len(pool) - len(own))].tolist(), totals[place].tolist()
+    gap = float(np.dot(shares, strength)) - wanted
+    pairs = rng.integers(len(own), size=SWAPS).tolist(), rng.integers(len(place), size=SWAPS).tolist()
+    for i, j in zip(*pairs, strict=True):
+        if abs(gap) <= MATCHED * abs(wanted):
             break
-        after = gap + (shares[i] - shares[j]) * (strengths[j] - strengths[i])
+        after = gap + (shares[i] - shares[j]) * (strength[j] - strength[i])
         if abs(after) < abs(gap):
-            gap, strengths[i], strengths[j] = after, strengths[j], strengths[i]
+            gap, strength[i], strength[j] = after, strength[j], strength[i]
             place[i], place[j] = place[j], place[i]
-    return gap
+    return place[: len(own)], gap
 
 
-def _compared(totals: Floats, factors: NDArray[Any], draws: Sequence[torch.Tensor]) -> dict[str, float]:
-    """How like the edit the random ones are; see `Row.about`."""
+def _compared(totals: Floats, factors: Floats, draws: Sequence[torch.Tensor]) -> dict[str, float]:
+    """How well random edits match an edit.
+
+    `concepts`: how many each edits; `shared`: the mean share of these that are the edit's own. If the edit takes strength
+    away, `strength`: the mean strength that a draw takes away, as a share of the edit's; `furthest`: the share that is
+    furthest from 1.
+    """
     own = (factors != 1) & (totals > 0)
     if not own.any() or not draws:
         return {"concepts": 0.0}
-    wanted = float((1 - factors.astype(np.float64)) @ totals)
-    others = np.stack([draw.numpy() for draw in draws]).astype(np.float64)
-    shared = float(((others != 1) & own).sum() / (len(draws) * own.sum()))
-    found = {"concepts": float(own.sum()), "shared": shared}
-    if wanted:
+    others = torch.stack(list(draws)).double().numpy()
+    found = {"concepts": float(own.sum()), "shared": float(((others != 1) & own).sum() / (len(draws) * own.sum()))}
+    if wanted := float((1 - factors) @ totals):
         ratios = (1 - others) @ totals / wanted
         found |= {"strength": float(ratios.mean()), "furthest": float(ratios[np.abs(ratios - 1).argmax()])}
-    return found
-
-
-@torch.inference_mode()
-def right_predictions(data: ProbeData, probes: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-    """Which images each of several probes classifies correctly; probes x images, bool, on the CPU.
-
-    A probe is its weights (inputs x C) and the factors of its inputs, if they are edited. Each batch is gathered once.
-    """
-    device = probes[0][0].device
-    on_device = [(weight, None if factors is None else factors.to(device)) for weight, factors in probes]
-    right = []
-    for batch, labels in data.batches(BATCH, device):
-        logits = (linear(batch if factors is None else _scaled(batch, factors), weight) for weight, factors in on_device)
-        right.append(torch.stack([true_class_ranks(of_probe, labels) == 0 for of_probe in logits]))
-    return torch.cat(right, dim=1).cpu()
-
-
-def _scaled(batch: Batch, factors: torch.Tensor) -> Batch:
-    if isinstance(batch, torch.Tensor):
-        return batch * factors
-    return batch._replace(values=batch.values * factors[batch.indices])
-
-
-def _shares(right: torch.Tensor, membership: torch.Tensor, n: int = 0) -> Floats:
-    """The share of right predictions in each class or group, draws x n."""
-    counts = membership.bincount(minlength=n).double()
-    rows = torch.stack([membership[row].bincount(minlength=len(counts)) for row in right]).double()
-    found: Floats = (rows / counts).numpy()  # NaN without images
     return found

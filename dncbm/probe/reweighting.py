@@ -7,7 +7,7 @@ and an image's is fitted on the folds that it is not in.
 """
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import scipy.sparse
@@ -26,25 +26,14 @@ MOST = 20.0
 PATH_RATIO, PATH_STEPS = 0.5, 14
 """Each lambda is this share of the previous one, and the path ends after this many."""
 LEAST_GAIN, PATIENCE = 1e-4, 2
-"""It ends earlier if this many lambdas in a row predict no better by this log-likelihood per image."""
+"""It ends earlier after PATIENCE lambdas in a row that raise the log-likelihood per image by no more than LEAST_GAIN."""
 MAX_PASSES, TOLERANCE = 300, 1e-5
 """For one lambda."""
 
 
-@dataclass(frozen=True)
-class Reweighting:
-    """Weights of images."""
-
-    weights: torch.Tensor
-    """One per image, float32, with mean 1."""
-    about: dict[str, float] = field(default_factory=dict)
-    """`clipped`: share of images whose weight was clipped; `effective`: effective number of images, (sum w)^2 / sum w^2, as a
-    share of all."""
-
-
 def independence_weights(
     data: ProbeData, concepts: NDArray[np.int64], n_classes: int, seed: int, device: torch.device
-) -> Reweighting:
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Weights p(y) / p(y | a) of the images, clipped at MOST and divided by their mean.
 
     Args:
@@ -53,15 +42,21 @@ def independence_weights(
         n_classes: C.
         seed: seed of the folds.
         device: where to fit.
+
+    Returns:
+        The weights, one per image, float32; and `clipped`, the share of images whose weight was clipped, and `effective`, the
+        effective number of images, (sum w)^2 / sum w^2, as a share of all.
     """
     prior = (data.labels.bincount(minlength=n_classes).double() / len(data)).log()
     own = prior[data.labels]
     ratio = (own - (_held_out_likelihood(data, concepts, prior, seed, device) if len(concepts) else own)).exp()
     clipped = ratio.clamp(max=MOST)
     weights = clipped / clipped.mean()
-    about = {"clipped": float((ratio > MOST).double().mean())}
-    about["effective"] = float(weights.sum() ** 2 / weights.square().sum() / len(weights))
-    return Reweighting(weights.float(), about)
+    about = {
+        "clipped": float((ratio > MOST).double().mean()),
+        "effective": float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
+    }
+    return weights.float(), about
 
 
 def _held_out_likelihood(
@@ -70,7 +65,8 @@ def _held_out_likelihood(
     """log p(y | a) of every image, float64, by the regression of the folds that it is not in. `prior` is log p(y), C.
 
     The regression has an intercept, and an L1 penalty on all other weights, with strengths divided by their root mean square.
-    Lambda falls from where only the intercept is not 0, until images held out are predicted no better; the best counts.
+    Lambda falls from where only the intercept is not 0, until images held out are predicted no better; the best counts, or
+    log p(y) if none is better.
     """
     assert not isinstance(data.inputs, FeatureStore)
     intercept = scipy.sparse.csr_matrix(np.ones((len(data), 1), dtype=np.float32))
@@ -81,30 +77,21 @@ def _held_out_likelihood(
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(data)) % FOLDS)
     with ExitStack() as stack:
         # Images that are held out have weight 0, so that no fold needs a copy of the strengths.
-        losses = []
-        for held_out in range(FOLDS):
-            used = (fold != held_out).double()
-            losses.append(stack.enter_context(closing(CrossEntropy(inputs, device, scale, used / used.mean()))))
+        used = [(fold != held_out).double() for held_out in range(FOLDS)]
+        losses = [stack.enter_context(closing(CrossEntropy(inputs, device, scale, one / one.mean()))) for one in used]
         curvatures = [loss.curvature() for loss in losses]
         start = torch.zeros(inputs.width, len(prior))
         start[-1] = prior.clamp(min=-np.log(2 * len(data)))  # a class without images has the prior 0
         weights = [start.to(device) for _ in losses]
         first = float(losses[0](weights[0])[1][:-1].abs().max()) * start.numel()
-        best, since = torch.full((len(data),), -float("inf"), dtype=torch.float64), 0
+        solve = partial(minimise, max_passes=MAX_PASSES, tolerance=TOLERANCE, penalised=penalised)
+        best, since = prior[data.labels], 0
         for step in tqdm(range(1, PATH_STEPS + 1), desc="image weights", unit="lambda"):
-            solved = [
-                minimise(
-                    loss,
-                    curvature,
-                    Progress.at(weight),
-                    first * PATH_RATIO**step,
-                    max_passes=MAX_PASSES,
-                    tolerance=TOLERANCE,
-                    penalised=penalised,
-                )
+            sparsity_lambda = first * PATH_RATIO**step
+            weights = [
+                solve(loss, curvature, Progress.at(weight), sparsity_lambda).weight
                 for loss, curvature, weight in zip(losses, curvatures, weights, strict=True)
             ]
-            weights = [progress.weight for progress in solved]
             now = _likelihood(inputs, torch.stack(weights) / scale[:, None], fold)
             better = bool(now.mean() > best.mean() + LEAST_GAIN)
             best, since = (now, 0) if better else (best, since + 1)

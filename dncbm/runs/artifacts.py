@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dncbm.runs.declarations import HOOKS, SPLITS, ProbeFeatures, ProbeRun, SAERun
+from dncbm.runs.errors import UserError
 from dncbm.runs.settings import LOCAL_DIR, OPEN_CLIP, Settings
 from sparse_autoencoder.declare import flags
 
@@ -129,7 +130,7 @@ _PROBE_NAME = re.compile(
 def flags_of_published_sae(name: str) -> dict[str, Any]:
     """Flag -> value that the folder name of an SAE run of the authors stands for; what follows the epochs is the suffix.
 
-    Raises ValueError if it is no such name.
+    Raises UserError if it is no such name.
     """
     return _flags_of(_SAE_NAME, name, SAERun)
 
@@ -137,17 +138,19 @@ def flags_of_published_sae(name: str) -> dict[str, Any]:
 def flags_of_published_probe(name: str) -> dict[str, Any]:
     """Flag -> value that the folder name of a probe of the authors stands for. Without a sparsity loss, lambda is 0.
 
-    Raises ValueError if it is no such name.
+    Raises UserError if it is no such name.
     """
     return {"probe_sparsity_loss_lambda": 0.0} | _flags_of(_PROBE_NAME, name, ProbeRun)
 
 
 def _flags_of(pattern: re.Pattern[str], name: str, run: type) -> dict[str, Any]:
-    found = pattern.fullmatch(name)
+    found, known = pattern.fullmatch(name), flags(run)
     if found is None:
-        raise ValueError(f"{name!r} is no name of the authors' runs")
-    known = flags(run)
-    return {flag: known[flag].parse(text) for flag, text in found.groupdict().items() if text is not None}
+        raise UserError(f"{name!r} is no name of a run of the authors: copy it from the names of their folders")
+    try:
+        return {flag: known[flag].parse(text) for flag, text in found.groupdict().items() if text is not None}
+    except ValueError as error:
+        raise UserError(f"the name {name!r} has a value that is not allowed: {error}") from error
 
 
 def published_file(path: Path, settings: Settings) -> tuple[str, dict[str, Any]] | None:

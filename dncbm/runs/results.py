@@ -171,3 +171,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]])
     with whole_file(path) as temporary:
         # Names of files need not be UTF-8: what is not is written as its escape.
         temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in (header, *rows))
+    ]
+    return "\n".join(line.rstrip() for line in lines)

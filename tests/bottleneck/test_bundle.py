@@ -433,11 +433,15 @@ def test_the_card_has_the_header_of_the_hub(model, home: Path) -> None:
     assert result.metric_value == pytest.approx(model.contents.about["metrics"]["probe"]["val_top1"], abs=1e-4)
 
 
-def test_the_card_of_an_edited_model_reports_no_accuracy(copy: Path, tmp_path: Path) -> None:
+def test_the_card_of_an_edited_model_reports_no_accuracy_as_its_own(copy: Path, tmp_path: Path) -> None:
     edited = load(copy, load_encoder=False).intervene(remove=[0])
     text = (edited.save_pretrained(tmp_path / "edited") / "README.md").read_text()
     assert ModelCard(text).data.eval_results is None
     assert f"edited after training: without {edited.labels[0]}." in text
+    accuracies = [line for line in text.splitlines() if line.startswith("|") and "top-1" in line]
+    assert accuracies
+    assert all("before the edits |" in line for line in accuracies)
+    assert "before the edits" not in (copy / "README.md").read_text()
 
 
 HOSTILE = [

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from dncbm import ConceptBottleneckModel, load_concept_strengths, load_probe, open_features, read_names
-from dncbm.bottleneck.explanation import text_table
 from dncbm.concepts.naming import concept_labels
 from dncbm.probe.model import evaluate_probe
 from dncbm.probe.stage import load_probe_data
@@ -55,14 +54,24 @@ def test_images_give_what_their_features_give(model, small_run) -> None:
     pictures = [Image.open(path) for path in small_run.images]
     pixels = torch.stack([model.encoder.preprocess(picture.convert("RGB")) for picture in pictures])
     wanted = model.decision_function(store)
+    array, strengths = features.numpy(), model.concepts(features)
+    halves = scipy.sparse.csr_matrix((strengths.data / 2, strengths.indices, strengths.indptr), shape=strengths.shape)
+    twice = scipy.sparse.coo_matrix(
+        (np.tile(halves.data, 2), (np.tile(halves.nonzero()[0], 2), np.tile(halves.indices, 2))), shape=halves.shape
+    )
     for images in (
-        small_run.images, [Path(path) for path in small_run.images], (path for path in small_run.images), pictures, pixels,
-        features, features.numpy(), features.double(), model.concepts(features),
+        small_run.images, [Path(path) for path in small_run.images], (path for path in small_run.images), pictures,
+        pixels, pixels.double(), pixels.numpy(), pixels.clone().requires_grad_(),
+        features, array, features.double(), features.clone().requires_grad_(), array.astype(">f8"), array[::-1].copy()[::-1],
+        strengths, strengths.tocsc(), scipy.sparse.csr_array(strengths), strengths.astype(np.float64), twice,
     ):  # fmt: skip
         found = model.decision_function(images)
         assert found == pytest.approx(wanted, abs=1e-5)
     one = model.decision_function(small_run.images[0])
     assert one == pytest.approx(wanted[:1], abs=1e-5)
+    for rows in (features, array, pixels):
+        assert model.explain(rows[0]) == model.explain(rows[:1])
+    assert model.explain(scipy.sparse.coo_array(strengths[[0]].toarray()[0])) == model.explain(strengths[0])
     assert model.predict([]).probabilities.shape == (0, len(model.classes_))
     assert model.concepts([]).shape == (0, len(model.names))
 
@@ -79,7 +88,10 @@ def test_it_behaves_as_a_classifier_of_scikit_learn(model, small_run, dense) -> 
     numbers = np.array([sorted(set(small_run.labels)).index(label) for label in small_run.labels])
     accuracy = float((logits.argmax(axis=1) == numbers).mean())
     shown = [label.replace("_", " ") for label in small_run.labels]
-    for labels in (small_run.labels, np.array(shown), numbers, numbers.tolist(), torch.from_numpy(numbers)):
+    for labels in (
+        small_run.labels, np.array(shown), np.array(shown, dtype=object), numbers, numbers.tolist(), iter(shown),
+        torch.from_numpy(numbers), [numbers[0], *small_run.labels[1:]],
+    ):  # fmt: skip
         assert model.score(strengths, labels) == accuracy
 
 
@@ -161,6 +173,10 @@ def edits(names: list[str], labels: list[str]) -> list[tuple[dict, dict[int, flo
     return [
         ({"remove": [0, 3]}, {0: 0.0, 3: 0.0}),
         ({"remove": labels[2]}, {2: 0.0}),
+        ({"remove": np.int32(2)}, {2: 0.0}),
+        ({"remove": torch.tensor([0, 3]), "keep": None}, {0: 0.0, 3: 0.0}),
+        ({"keep": []}, dict.fromkeys(range(len(names)), 0.0)),
+        ({"scale": {1: np.float32(0.5), 2: torch.tensor(3)}}, {1: 0.5, 2: 3.0}),
         ({"remove": [shared]}, dict.fromkeys(alike, 0.0)),
         ({"keep": [1, labels[4]]}, dict.fromkeys(others - {1, 4}, 0.0)),
         ({"scale": {labels[5]: 0.5, 1: 2.0}}, {5: 0.5, 1: 2.0}),
@@ -199,6 +215,11 @@ def test_an_intervention_can_be_for_some_classes_and_add_to_another(model, dense
     assert both.decision_function(strengths) == pytest.approx(dense @ edited, abs=1e-5)
     assert f"without {model.labels[0]}, {model.labels[1]} for {model.classes_[1]}" in repr(both)
     assert f"{model.labels[2]} x 0.5" in repr(both)
+    assert "without any concept for no class" in repr(model.intervene(keep=[], classes=[]))
+    for concept in range(9):
+        both = both.intervene(remove=[concept])
+    assert "and 6 more edits" in repr(both)
+    assert len(both.contents.about["interventions"]) == 11
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -210,7 +231,7 @@ def test_what_it_cannot_answer_is_one_line(model, small_run, tmp_path: Path, ref
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     unique = next(label for label in model.labels if label in model.names)
-    width, f = model.sae.n_inputs, len(model.names)
+    width, f, nan = model.sae.n_inputs, len(model.names), float("nan")
     for parts, act in (
         ((f"{len(alike)} concepts have the name {shared!r}", *alike), lambda: model.concept(shared)),
         ((f"no concept named '{unique}x'", f"did you mean {unique!r}"), lambda: model.concept(unique + "x")),
@@ -218,17 +239,37 @@ def test_what_it_cannot_answer_is_one_line(model, small_run, tmp_path: Path, ref
         (("no concept -1",), lambda: model.concept(-1)),
         (("no class named 'dg'", "'dog'"), lambda: model.class_("dg")),
         (("no class 7",), lambda: model.score(small_run.images, [7] * len(small_run.images))),
-        (("is removed, and kept or scaled",), lambda: model.intervene(remove=[1], keep=[1, 2])),
+        (("is removed, and also kept or scaled",), lambda: model.intervene(remove=[1], keep=[1, 2])),
         (("factor of 1", "-2"), lambda: model.intervene(scale={1: -2.0})),
+        (("factor of 1", "a number", "'a lot'"), lambda: model.intervene(scale={1: "a lot"})),
+        (("factor of 1", "too large"), lambda: model.intervene(scale={1: 1e300})),
+        (("too large", "x 1e+38"), lambda: model.intervene(scale={1: 1e38}).intervene(scale={1: 1e38})),
+        (("{name: factor}", "list"), lambda: model.intervene(scale=[1, 2])),
         ((f"{len(small_run.images)} images and 1 labels",), lambda: model.score(small_run.images, ["dog"])),
-        ((broken, "cannot identify"), lambda: model.predict([small_run.images[0], broken])),
+        (
+            (f"not an array of {len(small_run.images)} x 1",),
+            lambda: model.score(small_run.images, np.zeros((len(small_run.images), 1))),
+        ),
+        (("2 images and 1 labels",), lambda: model.score([broken, broken], ["dog"])),
+        ((broken, "none of JPEG"), lambda: model.predict([small_run.images[0], broken])),
         ((tmp_path / "nowhere.jpg", "No such file"), lambda: model.explain(tmp_path / "nowhere.jpg")),
         (("image 1 is neither", "int"), lambda: model.predict([small_run.images[0], 3])),
+        (("image 0 is neither", "ndarray", "fromarray"), lambda: model.predict([np.zeros((8, 8, 3), np.uint8)])),
+        (("uint8 of 8 x 8 x 3", "fromarray"), lambda: model.predict(np.zeros((8, 8, 3), np.uint8))),
+        (("B x 3 x 32 x 32", "2 x 3 x 31 x 32"), lambda: model.predict(torch.zeros(2, 3, 31, 32))),
+        (
+            ("features of image 5001", "NaN"),
+            lambda: model.predict(torch.where(torch.arange(6000) == 5001, nan, 0.0)[:, None].expand(-1, width)),
+        ),
+        (("lie from nan",), lambda: model.predict(scipy.sparse.csr_matrix([[nan] * f]))),
+        (("not negative", "-1.0"), lambda: model.predict(scipy.sparse.csr_matrix([[-1.0] * f]))),
+        ((f"B x {f}", "1 dimension"), lambda: model.predict(scipy.sparse.coo_array(np.ones(f)))),
+        (("must be a sparse matrix",), lambda: model.predict(np.zeros((2, f)))),
         (("PIL images, paths", "int"), lambda: model.predict(3)),
         ((f"features of {width + 1} numbers", str(width)), lambda: model.predict(torch.zeros(2, width + 1))),
         (("strengths of 2 numbers",), lambda: model.predict(scipy.sparse.csr_matrix((1, 2), dtype=np.float32))),
-        (("B x 3 x H x W", "2 x 4 x 8 x 8"), lambda: model.predict(torch.zeros(2, 4, 8, 8))),
-        (("torch.uint8",), lambda: model.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))),
+        (("B x 3 x 32 x 32", "2 x 4 x 8 x 8"), lambda: model.predict(torch.zeros(2, 4, 8, 8))),
+        (("dense and floating-point", "torch.uint8"), lambda: model.predict(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))),
         (("takes one image, not 2",), lambda: model.explain(small_run.images[:2])),
     ):
         with refusal(*parts):
@@ -256,10 +297,6 @@ def test_from_run_reads_flags_as_the_scripts_do(small_run, refusal: Callable) ->
     ):
         with refusal(*parts):
             ConceptBottleneckModel.from_run(settings, device="cpu", **flags)
-
-
-def test_text_tables_align() -> None:
-    assert text_table(("a", "bb"), [("long", "1"), ("x", "-22")]) == "a      bb\nlong    1\nx     -22"
 
 
 def test_labels_tell_latents_of_one_name_apart(model, small_run) -> None:

@@ -179,11 +179,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             import_all(folder, *flags)
         assert "could not be imported" in str(ended.value)
         out = capsys.readouterr().out
-        entries = re.findall(r"^refused +(.*\n.*)$", out, flags=re.M)
-        assert any(all(str(part) in entry for part in parts) for entry in entries), "\n".join(entries)
+        assert refusal_of(out, *parts), out
         return out
 
     return run
+
+
+def refusal_of(out: str, *parts: object) -> bool:
+    """Whether an entry of the report refuses something with these parts in it."""
+    entries = re.findall(r"^refused +(.*\n.*)$", out, flags=re.M)
+    return any(all(str(part) in entry for part in parts) for entry in entries)
 
 
 def statuses(out: str) -> list[str]:
@@ -232,6 +237,15 @@ class TestEverything:
         assert rows["concepts"]["sae"] == SAE_NAME
         assert rows["features"].keys() == rows["concepts"].keys()
 
+    def test_a_probe_is_imported_although_its_row_cannot_be_written(self, settings: Settings, theirs: Theirs, capsys) -> None:
+        results = Artifacts(settings).probe_results()
+        results.parent.mkdir(parents=True)
+        results.write_text("my notes")
+        import_all(theirs.folder)
+        assert capsys.readouterr().out.count("not evaluated: " + str(results)) == 2
+        torch.testing.assert_close(load_probe(settings, RUN, PROBE), theirs.weight.T)
+        assert results.read_text() == "my notes"
+
     def test_every_stage_takes_it(self, settings: Settings, theirs: Theirs, capsys) -> None:
         import_all(theirs.folder)
         for stage, said in {
@@ -266,6 +280,18 @@ class TestEverything:
         import_all(theirs.folder)
         assert set(statuses(capsys.readouterr().out)) == {"already done", "missing"}
         assert {path: path.stat().st_mtime_ns for path in settings.path.parent.rglob("*") if path.is_file()} == before
+
+    def test_what_comes_later_does_not_make_the_rest_stale(self, settings: Settings, theirs: Theirs, capsys) -> None:
+        """Strengths come before the features, and val before the split."""
+        later = [*theirs.probed.iterdir(), theirs.probes / "train", theirs.probes / "train_val"]
+        for path in later:
+            path.rename(theirs.folder.parent / path.name)
+        import_all(theirs.folder)
+        assert "-> " + str(Artifacts(settings).strengths(RUN, "mine", "val")) in capsys.readouterr().out
+        for path in later:
+            (theirs.folder.parent / path.name).rename(path)
+        import_all(theirs.folder)
+        assert statuses(capsys.readouterr().out).count("imported") == 6  # the split, 3 features, train, train_val
 
     def test_another_file_replaces_only_with_overwrite(self, settings: Settings, theirs: Theirs, refused) -> None:
         import_all(theirs.folder)
@@ -335,7 +361,7 @@ class TestImages:
 
     def test_in_another_order_are_refused(self, settings: Settings, theirs: Theirs, images: Path, refused) -> None:
         save(theirs.labels["val"].flip(0), theirs.probed / "all_labels_val.pth")
-        refused(theirs.folder, "all_labels_val.pth", "other labels than the images")
+        refused(theirs.folder, "all_labels_val.pth has other labels than", images)
         assert not Artifacts(settings).probe_split("mine").exists()
 
     def test_what_stage_5_adds_goes_with_what_was_imported(
@@ -361,23 +387,27 @@ class TestImages:
             extract()
 
 
-FORMS: dict[str, Callable[[Theirs], object]] = {
-    "an old format of torch": lambda t: [
+def in_an_old_format(theirs: Theirs) -> None:
+    for path in (
+        theirs.probes / "val/all_concepts.pth",
+        theirs.probed / "train_idxs.pth",
+        theirs.features("val"),
+        theirs.probe,
+    ):
         torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-        for path in (t.probes / "val/all_concepts.pth", t.probed / "train_idxs.pth", t.features("val"), t.probe)
-    ],
-    "an axis of components": lambda t: save(t.z["val"][:, None], t.probes / "val/all_concepts.pth"),
-    "float64": lambda t: [
-        save(t.x["val"].double(), t.features("val")), save(t.z["val"].double(), t.probes / "val/all_concepts.pth"),
-    ],
-    "int32 labels": lambda t: save(t.labels["val"].int(), t.probed / "all_labels_val.pth"),
-    "weights of a parameter": lambda t: save(checkpoint(torch.nn.Parameter(t.weight), 0.3), t.probe),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_other_forms_hold_the_same(settings: Settings, theirs: Theirs, form: str) -> None:
-    FORMS[form](theirs)
+def of_other_types(theirs: Theirs) -> None:
+    """An axis of components, float64, int32, and a parameter."""
+    save(theirs.x["val"].double(), theirs.features("val"))
+    save(theirs.z["val"].double()[:, None], theirs.probes / "val/all_concepts.pth")
+    save(theirs.labels["val"].int(), theirs.probed / "all_labels_val.pth")
+    save(checkpoint(torch.nn.Parameter(theirs.weight), 0.3), theirs.probe)
+
+
+@pytest.mark.parametrize("change", [in_an_old_format, of_other_types])
+def test_other_forms_hold_the_same(settings: Settings, theirs: Theirs, change: Callable[[Theirs], None]) -> None:
+    change(theirs)
     import_all(theirs.folder)
     store = open_features(settings, "mine", RUN.encoder, "out", "val")
     torch.testing.assert_close(store.gather(np.arange(12)), theirs.x["val"].float(), atol=0, rtol=0)
@@ -397,13 +427,13 @@ def test_a_probe_without_a_sparsity_loss_has_lambda_0(settings: Settings, theirs
 REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
     "NaN features": (
         lambda t: save(t.x["val"].index_fill(0, torch.tensor([5]), float("nan")), t.features("val")),
-        ("val.pth holds NaN or infinity, first in row 5",),
+        ("val.pth", "holds NaN or infinity, first in row 5"),
     ),
     "features of another width": (
-        lambda t: save(t.x["val"][:, :10].clone(), t.features("val")), ("val.pth has 10 features per row", "has 16"),
+        lambda t: save(t.x["val"][:, :10].clone(), t.features("val")), ("val.pth", "is of 10 features", "clip_tiny/1 has 16"),
     ),
     "a row too few": (
-        lambda t: save(t.x["train"][1:], t.features("train")), ("train.pth has 35 rows", "36 labels"),
+        lambda t: save(t.x["train"][1:], t.features("train")), ("train.pth", "has 35 rows", "36 labels"),
     ),
     "a foreign pickle": (lambda t: save({"model": Path("/")}, t.probe), (PROBE_NAME, "nothing in it was run")),
     "a damaged file": (lambda t: t.probe.write_bytes(t.probe.read_bytes()[:900]), (PROBE_NAME, "damaged")),
@@ -422,7 +452,7 @@ REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
         lambda t: save(t.z["val"][:, 1:], t.probes / "val/all_concepts.pth"), ("63 concepts, but the SAE", "has 64"),
     ),
     "names of fewer latents": (lambda t: t.names.write_text("0,sand\n1,sea\n"), ("names 2 latents, but the SAE has 64",)),
-    "names without numbers": (lambda t: t.names.write_text("sand\nsea\n"), ("concept_names.csv is no list of index,name",)),
+    "names without numbers": (lambda t: t.names.write_text("sand\nsea\n"), ("concept_names.csv", "is no list of index,name")),
     "embeddings of other words": (
         lambda t: save(torch.ones(4, D), t.folder / "vocab/embeddings_clip_tiny1_words.pth"), ("has 4 rows", "5 words"),
     ),
@@ -438,33 +468,53 @@ REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
     ),
     "labels written over": (
         lambda t: shutil.copyfile(t.probed / "all_labels_train_val.pth", t.probed / "all_labels_train.pth"),
-        ("4 labels for 36 images of train", "save_probe_features.py", "put the images there"),
+        ("4 labels for 36 images of train", "save_probe_features.py", "put the images where"),
     ),
-    "labels that are missing": (lambda t: (t.probed / "all_labels_val.pth").unlink(), ("has no all_labels_val.pth",)),
+    "labels that are missing": (lambda t: (t.probed / "all_labels_val.pth").unlink(), ("there is no all_labels_val.pth",)),
     "indices that are missing": (
-        lambda t: (t.probed / "train_idxs.pth").unlink(), ("clip_tiny1/out/train.pth", "random order of train_idxs.pth"),
+        lambda t: (t.probed / "train_idxs.pth").unlink(), ("clip_tiny1/out/train.pth", "order of train_idxs.pth"),
     ),
-    "no SAE": (lambda t: t.sae.unlink(), ("all_concepts.pth belongs to the SAE", SAE_NAME, "is missing")),
-    "a SAE of another factor": (
+    "no SAE": (lambda t: t.sae.unlink(), ("all_concepts.pth", "belongs to the SAE", SAE_NAME, "is missing")),
+    "an SAE of another factor": (
         lambda t: t.sae.parents[1].rename(str(t.sae.parents[1]).replace("_ef4_", "_ef8_")), ("64 latents", "expansion factor"),
     ),
-    "a SAE of an unknown data set": (
+    "an SAE of fewer latents than features": (
+        lambda t: save({name: value[:, :8] if "encoder._" in name and "pre" not in name else
+                        value[..., :8] if name == "decoder._weight" else value for name, value in t.state.items()}, t.sae),
+        ("8 latents of 16 features", "no whole expansion factor"),
+    ),
+    "an SAE of an unknown data set": (
         lambda t: t.folder.joinpath("SAE/SAEImg/photos").rename(t.folder / "SAE/SAEImg/laion"), ("--sae_dataset", "cc3m"),
     ),
-    "a SAE that is none": (lambda t: save({"weight": torch.ones(2)}, t.sae), ("not a published DN-CBM checkpoint",)),
+    "an SAE that is none": (lambda t: save({"weight": torch.ones(2)}, t.sae), ("not a published DN-CBM checkpoint",)),
     "a probe of an unknown data set": (
         lambda t: t.probes.rename(t.probes.with_name("cub")), ("on_concepts_final", "--probe_dataset"),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REFUSALS)
+TOGETHER = (
+    ("NaN features", "negative strengths", "NaN in a probe", "names of fewer latents", "embeddings of other words"),
+    ("features of another width", "strengths of other latents", "a probe of other classes", "names without numbers",
+     "embeddings of an unknown encoder"),
+    ("a row too few", "strengths in another order", "a foreign pickle", "another vocabulary"),
+    ("text", "a damaged file", "indices that overlap"),
+    ("a probe with a bias", "labels written over"),
+    ("a probe of another SAE", "labels that are missing"),
+)  # fmt: skip
+"""Refusals that do not depend on each other: one import has them all."""
+ALONE = [(what,) for what in REFUSALS if not any(what in group for group in TOGETHER)]
+
+
+@pytest.mark.parametrize("group", [*TOGETHER, *ALONE], ids=", ".join)
 def test_what_cannot_be_used_is_refused_and_the_rest_is_imported(
-    settings: Settings, theirs: Theirs, refused, what: str
+    settings: Settings, theirs: Theirs, refused, group: tuple[str, ...]
 ) -> None:
-    change, parts = REFUSALS[what]
-    change(theirs)
-    out = refused(theirs.folder, *parts)
+    for what in group:
+        REFUSALS[what][0](theirs)
+    out = refused(theirs.folder, *REFUSALS[group[0]][1])
+    for what in group:
+        assert refusal_of(out, *REFUSALS[what][1]), what
     assert "imported" in statuses(out)
     assert not list(settings.path.parent.rglob("*.unfinished"))
 
@@ -506,8 +556,8 @@ class TestMissing:
             shutil.rmtree(theirs.probes / split)
         import_all(theirs.folder)
         out = capsys.readouterr().out
-        assert "not evaluated: there are no labels" in out
-        assert out.count("run `python scripts/05_save_probe_features.py") == 3
+        assert "not evaluated: the concept strengths" in out
+        assert out.count("\n          run `python scripts/05_save_probe_features.py") == 3
         command = (
             "06_save_concept_strengths.py --img_enc_name clip_tiny/1 --sae_dataset photos --expansion_factor 4 --probe_dataset"
         )
@@ -518,7 +568,7 @@ class TestMissing:
         train = theirs.probes / "train"
         train.rename(theirs.folder.parent / "elsewhere")
         import_all(theirs.folder)
-        assert "not evaluated: the concepts of train are missing" in capsys.readouterr().out
+        assert "train/all_concepts are missing" in capsys.readouterr().out
         (theirs.folder.parent / "elsewhere").rename(train)
         import_all(theirs.folder)
         assert f"top-1 {theirs.accuracy('val', theirs.weight):.1%} on val" in capsys.readouterr().out
@@ -551,8 +601,12 @@ class TestPlaces:
         assert len(read_names(settings, run)) == F
         assert not Artifacts(settings).published_sae(RUN).exists()
 
+    @pytest.mark.parametrize(("name", "said"), [("mine", "'mine' is no name"), (SAE_NAME.replace("ef4", "ef0"), "at least 1")])
+    def test_names_of_runs_that_say_nothing(self, settings: Settings, theirs: Theirs, refused, name: str, said: str) -> None:
+        refused(theirs.folder, "sparse_autoencoder_final.pt", name, said, flags=("--sae", name))
+
     def test_an_encoder_of_another_width_is_noticed(self, theirs: Theirs, settings: Settings, refused) -> None:
-        refused(theirs.folder, "64 latents of 16 features", "clip_RN50 gives 1024", flags=("--img_enc_name", "clip_RN50"))
+        refused(theirs.folder, "is of 16 features", "clip_RN50 has 1024", flags=("--img_enc_name", "clip_RN50"))
 
     def test_an_sae_trained_here_is_not_hidden(self, settings: Settings, theirs: Theirs, refused) -> None:
         ours = Artifacts(settings).sae(RUN)
@@ -570,14 +624,14 @@ class TestPlaces:
 
     def test_features_where_our_folder_must_be_are_refused(self, settings: Settings, theirs: Theirs, refused) -> None:
         shutil.copytree(theirs.folder / "data", settings.data_dir, dirs_exist_ok=True)
-        refused(settings.data_dir, "photos/clip_tiny1/out/train is a file, where a folder must go")
+        refused(settings.data_dir, "photos/clip_tiny1/out/train is a file where a folder must go")
 
     def test_two_files_of_one_run(self, theirs: Theirs, settings: Settings, refused) -> None:
         shutil.copytree(theirs.names.parent, theirs.folder / f"copies/{SAE_NAME}")
         flags = tuple(RUN_FLAGS)
         import_all(theirs.folder, *flags)  # the same file twice does not matter
         (theirs.folder / f"copies/{SAE_NAME}/concept_names.csv").write_text("".join(f"{i},other\n" for i in range(F)))
-        refused(theirs.folder, "were both taken for", "--sae", flags=flags)
+        refused(theirs.folder, "was taken for", "--sae", flags=flags)
 
     def test_links_that_lead_in_circles_end(self, theirs: Theirs, settings: Settings, capsys) -> None:
         (theirs.folder / "data/again").symlink_to(theirs.folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dncbm.concepts.lists import concepts_named, list_of, read_concepts, read_factors
-from dncbm.concepts.lookup import class_of, concept_of, concepts_of, spellings_of
+from dncbm.concepts.lookup import classes_of, concept_of, concepts_of, spellings_of
 from dncbm.concepts.naming import ConceptName
 
 WORDS = ("sea", "dog", "salt, pepper", "dog", "#1", "2020", "\\o/", "dog")
@@ -57,10 +57,10 @@ def test_of_a_name_that_several_latents_share_the_labels_are_listed(refusal) -> 
 
 def test_classes_are_found_by_number_and_either_name(refusal) -> None:
     names, folders = ["pub indoor", "cat", "cat"], ["/p/pub/indoor", "cat", "Cat"]
-    assert [class_of(names, folders, one) for one in ("pub indoor", "/p/pub/indoor", "Cat", 1)] == [0, 0, 2, 1]
+    assert classes_of(names, folders, ["pub indoor", "/p/pub/indoor", "Cat", 1]) == [0, 0, 2, 1]
     for wanted, said in (("cat", "1, 2"), ("pub indor", "'pub indoor'"), (3, "from 0 to 2")):
         with refusal("class", said):
-            class_of(names, folders, wanted)
+            classes_of(names, folders, [0, wanted])
 
 
 # --------------------------------------------------------------------------------------------------------------- lists

@@ -1,5 +1,6 @@
 """Pictures in hand: the same features as the extraction's, in order, and never more than two batches ahead."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,19 @@ def test_an_unreadable_picture_is_one_line(make_encoder, random_image, tmp_path:
     cut = random_image(0)
     cut.load = lambda: (_ for _ in ()).throw(OSError("image file is truncated"))
     for parts, pictures in (
-        ((f"the image {broken}", "cannot identify"), [random_image(0), broken]),
+        ((f"the image {broken}", "none of JPEG, PNG"), [random_image(0), broken]),
         (("image 1:", "truncated"), [random_image(0), cut]),
         (("image 0 is neither", "None"), [None]),
     ):
         with refusal(*parts):
             list(encode_pictures(make_encoder(), pictures))
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_are(make_encoder, random_image, tmp_path: Path) -> None:
+    random_image(0).save(tmp_path / "0.png")
+    before = list(warnings.filters)
+    list(encode_pictures(make_encoder(), (tmp_path / "0.png" for _ in range(6000))))
+    assert list(warnings.filters) == before
 
 
 def test_a_background_is_put_behind_transparent_pictures(tmp_path: Path) -> None:
@@ -61,3 +69,19 @@ def test_a_background_is_put_behind_transparent_pictures(tmp_path: Path) -> None
     for given in (picture, tmp_path / "clear.png"):
         assert picture_of(given).getpixel((0, 0)) == (255, 0, 0)
         assert picture_of(given, "white").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_in_hand_stays_as_it_is_and_may_come_twice(make_encoder, random_image, tmp_path: Path) -> None:
+    random_image(0, (300, 200)).save(tmp_path / "0.gif", transparency=0)
+    opened = Image.open(tmp_path / "0.gif")  # threads that decode one image at a time fail, or mix its pixels
+    about = dict(opened.info)
+    features = torch.cat(list(encode_pictures(make_encoder(), [opened] * 70)))
+    assert torch.equal(features, features[:1].expand(70, -1))
+    assert opened.info.get("transparency") == about["transparency"]
+
+
+def test_preprocessed_images_may_be_of_any_float_type(make_encoder) -> None:
+    pixels = torch.rand(3, 3, 4, 4)
+    wanted = encode_pixels(make_encoder(), pixels)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)):
+        assert torch.allclose(encode_pixels(make_encoder(), pixels.to(dtype)), wanted, atol=tolerance)

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dncbm.cli import parse
-from dncbm.features.datasets.download import DOWNLOAD
 from dncbm.features.stage import PROBE_FEATURES, SAE_FEATURES, save_probe_features, save_sae_features
 from dncbm.runs.declarations import Extraction, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.devices import default_cores, default_workers
@@ -207,7 +206,7 @@ def test_other_stages_do_not_start_in_several_processes(monkeypatch, refusal, wr
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refusal("torchrun", "1 and 5"):
-        parse(stage, ["a.tsv", "b.tsv"] if stage is DOWNLOAD else [])
+        parse(stage, [f"{name} of images" for name, flag in stage.flags().items() if flag.setting.positional])
     for several in (SAE_FEATURES, PROBE_FEATURES):
         parse(several, [])
 

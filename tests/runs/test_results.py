@@ -9,7 +9,17 @@ import pytest
 from filelock import FileLock
 
 import dncbm.runs.results
-from dncbm.runs.results import COLUMNS, KEY, METRICS, SETTINGS, check_results, read_results, result_row, save_results
+from dncbm.runs.results import (
+    COLUMNS,
+    KEY,
+    METRICS,
+    SETTINGS,
+    check_results,
+    read_results,
+    result_row,
+    save_results,
+    text_table,
+)
 
 RUN = {"probe_dataset": "mine", "method": "probe", "on": "concepts", "encoder": "enc", "hook": "out", "sae_dataset": "cc3m"}
 RUN |= {"sae": "ef8", "probe": "p", "solver": "adam", "seed": "49"}
@@ -165,3 +175,7 @@ def test_rows_of_an_older_version_are_those_of_now(tmp_path: Path) -> None:
 def test_missing_results_are_named(tmp_path: Path, refusal) -> None:
     with refusal(tmp_path / "probe_results.csv", "07"):
         read_results(tmp_path / "probe_results.csv")
+
+
+def test_text_tables_align() -> None:
+    assert text_table(("a", "bb"), [("long", "1"), ("x", "-22")]) == "a      bb\nlong    1\nx     -22"
