@@ -1,7 +1,6 @@
 """From an encoder's name to its image tower, text tower, tokenizer and preprocessing, all through open_clip."""
 
 import difflib
-import functools
 import json
 import os
 import zipfile
@@ -88,7 +87,7 @@ def load_encoder(settings: Settings, name: str, device: torch.device, precision:
         encoder = kept[1]
     else:
         model, preprocess = _load(settings, name)
-        encoder = Encoder(name, model.eval().requires_grad_(False), preprocess, _tokenizer(entry), torch.device("cpu"))
+        encoder = Encoder(name, model.eval().requires_grad_(False), preprocess, _LazyTokenizer(entry), torch.device("cpu"))
     precision = precision or ("fp16" if device.type == "cuda" else "fp32")
     moved = encoder.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return replace(encoder, name=name, model=moved, device=device, precision=precision)
@@ -180,27 +179,37 @@ def _load(settings: Settings, name: str) -> tuple[torch.nn.Module, Callable[[Ima
     return model, preprocess
 
 
-def _tokenizer(entry: EncoderEntry) -> Tokenizer:
-    """An encoder's tokenizer, loaded with the first text: some tokenizers are downloaded, and images need none."""
+@dataclass
+class _LazyTokenizer:
+    """An encoder's tokenizer, loaded with the first text: some tokenizers are downloaded, and images need none.
 
-    @functools.cache
-    def load() -> Tokenizer:
-        import open_clip
+    Not a closure, because an encoder may be pickled, for worker processes.
+    """
 
-        is_local = entry.model.startswith(LOCAL_DIR)
-        uses_hub = not is_local and (entry.model.startswith(HUB) or bool(_text_config(entry).get("hf_tokenizer_name")))
-        try:
-            with quiet_hub(uses_hub):
-                return open_clip.get_tokenizer(entry.model)
-        except Exception as error:
-            do = (
-                "its files must lie in the same folder"
-                if is_local
-                else "it is downloaded on first use: load it once with internet access and HF_HOME on a shared disk"
-            )
-            raise UserError(f"cannot load the tokenizer of {entry.model}: {why_not_loaded(error, uses_hub)}; {do}") from error
+    entry: EncoderEntry
+    loaded: Tokenizer | None = None
 
-    return lambda texts: load()(texts)
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        self.loaded = self.loaded or _load_tokenizer(self.entry)
+        return self.loaded(texts)
+
+
+def _load_tokenizer(entry: EncoderEntry) -> Tokenizer:
+    import open_clip
+
+    is_local = entry.model.startswith(LOCAL_DIR)
+    uses_hub = not is_local and (entry.model.startswith(HUB) or bool(_text_config(entry).get("hf_tokenizer_name")))
+    try:
+        with quiet_hub(uses_hub):
+            found: Tokenizer = open_clip.get_tokenizer(entry.model)
+    except Exception as error:
+        do = (
+            "its files must lie in the same folder"
+            if is_local
+            else "it is downloaded on first use: load it once with internet access and HF_HOME on a shared disk"
+        )
+        raise UserError(f"cannot load the tokenizer of {entry.model}: {why_not_loaded(error, uses_hub)}; {do}") from error
+    return found
 
 
 def _text_config(entry: EncoderEntry) -> Mapping[str, Any]:

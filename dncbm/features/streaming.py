@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from threading import Lock
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -18,8 +17,6 @@ from dncbm.runs.errors import UserError, first_line
 
 Picture = Image.Image | str | Path
 """An image, or the path of its file."""
-_OPENING = Lock()
-"""`open_image` sets filters of warnings and restores them. They are those of the process, which threads would leave set."""
 
 
 def encode_pictures(encoder: Encoder, pictures: Iterable[Picture], background: str = "none") -> Iterator[torch.Tensor]:
@@ -72,9 +69,7 @@ def picture_of(picture: Picture, background: str = "none", called: str = "the im
             content: Encoded = read_file(picture)
         else:  # `to_rgb` removes the entry
             content = picture.copy() if "transparency" in picture.info else picture
-        with _OPENING:
-            opened = open_image(content)
-        return to_rgb(opened, background)[0]
+        return to_rgb(open_image(content), background)[0]
     except Exception as error:  # decoders raise anything
         raise UserError(f"cannot read {called}: {_reason(error)}") from error
 

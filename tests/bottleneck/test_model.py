@@ -1,5 +1,6 @@
 """The model as one object: the stages' own numbers, contributions that add up, interventions, and what it refuses."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,3 +303,10 @@ def test_from_run_reads_flags_as_the_scripts_do(small_run, refusal: Callable) ->
 def test_labels_tell_latents_of_one_name_apart(model, small_run) -> None:
     assert model.labels == concept_labels(read_names(small_run.settings, small_run.sae))
     assert len(set(model.labels)) == len(model.labels)
+
+
+def test_a_model_survives_pickling(model, small_run) -> None:
+    """For worker processes."""
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.decision_function(small_run.images), model.decision_function(small_run.images))
+    assert again.encoder.encode_texts(["dog"]) == pytest.approx(model.encoder.encode_texts(["dog"]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,8 @@ MAX_ASPECT = 200
 """How many times longer than wide an image may be: preprocessing scales the short side up to the encoder's."""
 SHARD_SIZE = 8192
 """Images per shard of a data set that is not stored in shards."""
+_FILTERING = Lock()
+"""Filters of warnings are those of the process: threads that set and restore them at once would leave them set."""
 DAMAGED = "cut off or damaged tar"
 """The reason under which images are counted that a damaged tar has lost."""
 
@@ -125,7 +128,7 @@ def open_image(encoded: Encoded) -> Image.Image:
     """
     if encoded == b"":
         raise BadImage("empty file")
-    with warnings.catch_warnings():
+    with _FILTERING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(BytesIO(encoded), formats=list(FORMATS)) if isinstance(encoded, bytes) else encoded
