@@ -217,7 +217,8 @@ def _check_memory(run: SAERun, data: FeatureStore, device: torch.device) -> None
 def _memory_of(device: torch.device) -> int | None:
     """Bytes of a device's memory, if the system tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        # Older versions of torch want the number of the device.
+        return torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)[1]
     try:
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):

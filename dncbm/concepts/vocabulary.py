@@ -85,7 +85,8 @@ def save_vocabulary_embeddings(
         before=partial(resolve_device, device),
     ) as work:
         if work.needed:
-            loaded = load_encoder(settings, encoder.encoder, resolve_device(device))
+            # In fp32 on any device: the names of latents should not depend on it.
+            loaded = load_encoder(settings, encoder.encoder, resolve_device(device), "fp32")
             embeddings = []
             with tqdm(desc="words", total=len(words), unit="word") as bar:
                 for start in range(0, len(words), BATCH):

@@ -92,7 +92,7 @@ class _Reader(IterableDataset[_Piece]):
 
     def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int, background: str) -> None:
         self.shards, self.pending, self.batch_size, self.background = shards, pending, batch_size, background
-        self.preprocess = encoder.preprocess
+        self.preprocess, self.precision = encoder.preprocess, encoder.precision
 
     def __iter__(self) -> Iterator[_Piece]:
         worker = get_worker_info()
@@ -134,7 +134,7 @@ class _Reader(IterableDataset[_Piece]):
         record = {
             "source": self.shards.name(shard), "shards": len(self.shards), "state": self.shards.state(shard, bad_keys),
             "content": content.hash(), "images": n_images, "transparent": n_transparent, "bad": dict(bad),
-            "bad_keys": bad_keys, "warnings": dict(warned),
+            "bad_keys": bad_keys, "warnings": dict(warned), "precision": self.precision,
         }  # fmt: skip
         yield _Piece(shard, *buffers.take(), keys, record, n_bytes)
 
@@ -186,7 +186,7 @@ def encode_shards(
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = encoder.device.type == "cuda"
     batch_size = extraction.batch_size or default_batch_size(encoder.device)
-    pending = ranks.first_makes(lambda: [shard for shard in range(len(shards)) if not _is_done(shards, folder, shard)])
+    pending = ranks.first_makes(lambda: _unfinished(shards, folder, encoder.precision))
     mine = ranks.share_of(pending)
     reader = _Reader(shards, mine, encoder, batch_size, extraction.background)
     n_workers = min(extraction.num_workers, len(mine))
@@ -396,6 +396,18 @@ def drop_damaged_records(folder: Path) -> None:
 def _size(record: Mapping[str, Any]) -> int:
     """Number of images of a shard, good and bad."""
     return int(record["images"] + sum(record["bad"].values()))
+
+
+def _unfinished(shards: ImageShards, folder: Path, precision: str) -> list[int]:
+    """The shards that have no features yet. Raises UserError if the features of others have another precision."""
+    done = [shard for shard in range(len(shards)) if _is_done(shards, folder, shard)]
+    for shard in done:
+        if (other := _record(folder, shard).get("precision", precision)) != precision:
+            raise UserError(
+                f"{folder} holds {other} features of an interrupted run, to which this one would add {precision}: resume on "
+                "the same kind of device, or remove the folder"
+            )
+    return [shard for shard in range(len(shards)) if shard not in set(done)]
 
 
 def _is_done(shards: ImageShards, folder: Path, shard: int) -> bool:

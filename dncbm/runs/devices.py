@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 def resolve_device(name: str) -> "torch.device":
     """The device of a name; `auto` is the first available of cuda, mps and cpu.
 
+    A GPU becomes the current one of this process. Otherwise, pinned memory would take up the first GPU, too.
+
     Raises UserError if there is no such device, or this machine lacks it.
     """
     import torch
@@ -24,6 +26,8 @@ def resolve_device(name: str) -> "torch.device":
         if device.type not in ("cpu", "cuda", "mps"):  # meta, for one, computes nothing
             raise RuntimeError("nothing is computed there")
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise UserError(f"--device {name} is not available: {reason}; use auto, cpu, cuda or mps") from error

@@ -353,6 +353,7 @@ def train(
             due = is_resampling_epoch(epoch, settings.resample_freq, settings.epochs)
             if not model.sparsity.resamples or not due or state.resampled_after == epoch:
                 return None
+            losses.check()  # it would spread what is NaN
             restarted = resample(
                 model,
                 adam,

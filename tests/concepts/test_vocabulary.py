@@ -35,7 +35,12 @@ def letters(texts: Sequence[str]) -> torch.Tensor:
 def settings(make_settings: Callable[..., Settings], tmp_path: Path, monkeypatch) -> Settings:
     """Four words, and an encoder of texts."""
     encoder = Encoder("letters", LetterCounts(), lambda image: image, letters, torch.device("cpu"))
-    monkeypatch.setattr(dncbm.concepts.vocabulary, "load_encoder", lambda *_: encoder)
+
+    def load(settings: Settings, name: str, device: torch.device, precision: str | None = None) -> Encoder:
+        assert precision == "fp32", "names should not depend on the device"
+        return encoder
+
+    monkeypatch.setattr(dncbm.concepts.vocabulary, "load_encoder", load)
     monkeypatch.setattr(dncbm.concepts.vocabulary, "describe_encoder", lambda _, name, *made: {"encoder": name})
     settings = make_settings()
     (tmp_path / "vocab_dir").mkdir()

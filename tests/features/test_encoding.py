@@ -191,6 +191,19 @@ def test_an_interrupted_extraction_resumes_to_the_same_bits(
     assert sum(resuming.sizes) == (3 - n_done) * N_IMAGES
 
 
+def test_features_of_two_precisions_do_not_mix(tmp_path: Path, shards, make_encoder, refusal) -> None:
+    """An extraction that was interrupted on a GPU, in fp16, does not resume on a CPU, in fp32."""
+    extraction, folder = Extraction(batch_size=3, num_workers=0), tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(shards, replace(make_encoder(Listing(interrupted_at=4)), precision="bf16"), folder, extraction, "images")
+    done = files(folder)
+    assert "00000.npy" in done
+    with refusal(folder, "bf16", "fp32", "remove the folder"):
+        encode_shards(shards, make_encoder(), folder, extraction, "images")
+    assert files(folder) == done
+    encode_shards(shards, replace(make_encoder(), precision="bf16"), folder, extraction, "images")
+
+
 def test_a_shard_whose_files_are_lost_is_read_again(tmp_path: Path, shards, make_encoder) -> None:
     extraction, folder = Extraction(batch_size=3, num_workers=0), tmp_path / "features"
     encode_shards(shards, make_encoder(), folder, extraction, "images")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparse_autoencoder.trainer
 from sparse_autoencoder import (
     BatchTopK,
     CheckpointError,
@@ -620,6 +621,22 @@ def test_non_finite_features_name_step_and_shard(tmp_path: Path, features: Tenso
         train(small_model(), Sharded(features), TrainingSettings(epochs=1, batch_size=50), progress=False)
     with pytest.raises(NonFiniteError, match="item 432"):
         evaluate(small_model(), features)
+
+
+def test_latents_are_not_resampled_from_a_loss_that_is_nan(features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose losses are read only now and then."""
+    started: list[object] = []
+    add = _LossCheck.add
+
+    def add_later(self: _LossCheck, loss: Tensor) -> None:
+        self.at_once = False
+        add(self, loss * math.nan)
+
+    monkeypatch.setattr(_LossCheck, "add", add_later)
+    monkeypatch.setattr(sparse_autoencoder.trainer, "resample", lambda *_, **__: started.append(1))
+    with pytest.raises(NonFiniteError, match="step 1: the loss is nan"):
+        train(small_model(), features, dataclasses.replace(SHORT, log_every=10_000), progress=False)
+    assert not started
 
 
 def test_finite_items_whose_sum_overflows_are_accepted() -> None:
