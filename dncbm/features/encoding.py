@@ -21,7 +21,7 @@ from dncbm.features.datasets import DAMAGED, Encoded, ImageShards, counted, open
 from dncbm.features.encoders import Encoder
 from dncbm.runs.artifacts import shard_files
 from dncbm.runs.declarations import Extraction
-from dncbm.runs.devices import default_cores
+from dncbm.runs.devices import default_cores, default_workers
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import write_json
 from dncbm.runs.ranks import ALONE, Ranks
@@ -189,8 +189,8 @@ def encode_shards(
     pending = ranks.first_makes(lambda: _unfinished(shards, folder, encoder.precision))
     mine = ranks.share_of(pending)
     reader = _Reader(shards, mine, encoder, batch_size, extraction.background)
-    n_workers = min(extraction.num_workers, len(mine))
-    loader = DataLoader(reader, batch_size=None, num_workers=n_workers, pin_memory=on_gpu)
+    n_workers = default_workers(on_gpu) if extraction.num_workers is None else extraction.num_workers
+    loader = DataLoader(reader, batch_size=None, num_workers=min(n_workers, len(mine)), pin_memory=on_gpu)
     progress = _Progress(shards, folder, pending, title, ranks)
     with closing(progress), ThreadPoolExecutor(1) as writer, _one_line_errors():
         features: dict[int, list[Callable[[], torch.Tensor]]] = defaultdict(list)

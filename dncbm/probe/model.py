@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from dncbm.features.store import FeatureStore
 from dncbm.probe.step import take_rows
+from dncbm.runs.devices import widest_float
 from dncbm.runs.results import COVERAGES, ZERO_TOLERANCES
 
 
@@ -98,8 +99,8 @@ def coverage_counts(batch: Batch, weight: torch.Tensor, *, absolute: bool) -> to
     predicted = linear(batch, weight).argmax(dim=1)
     found = _rows(batch, contributions(batch, weight, predicted))
     found = found.abs() if absolute else found.clamp(min=0)
-    reached = found.sort(dim=1, descending=True).values.double().cumsum(dim=1)
-    shares = torch.tensor(COVERAGES, dtype=torch.float64, device=reached.device)
+    reached = found.sort(dim=1, descending=True).values.to(widest_float(found.device)).cumsum(dim=1)
+    shares = torch.tensor(COVERAGES, dtype=reached.dtype, device=reached.device)
     wanted = reached[:, -1:] * shares if reached.shape[1] else reached.new_zeros(len(reached), len(shares))
     return (reached[:, :, None] < wanted[:, None]).sum(dim=1) + (wanted > 0)
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from dncbm.features.store import FeatureStore
 from dncbm.probe.model import Batch, ProbeData, SparseRows, linear
 from dncbm.probe.step import BatchSlopes, add_gradient
+from dncbm.runs.devices import widest_float
 
 BATCH = 4096
 """Images whose logits are in memory at once."""
@@ -76,7 +77,7 @@ class CrossEntropy:
 
     def _autograd(self, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
         weight = weight.detach().requires_grad_()
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        total = torch.zeros((), device=self.device, dtype=widest_float(self.device))
         for batch, labels, of_images in self._batches():
             if of_images is None:
                 loss = functional.cross_entropy(linear(batch, weight), labels, reduction="sum") / len(self.data)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dncbm.runs.devices import default_cores, default_workers
+from dncbm.runs.devices import default_cores
 from dncbm.runs.errors import UserError
 from sparse_autoencoder import DEFAULT_SEED, VARIANTS, Sparsity, TrainingSettings
 from sparse_autoencoder.declare import check, choice, flags, run_name, setting
@@ -142,9 +142,10 @@ class Extraction(_Checked):
         None, "images encoded at a time; by default 256 on a GPU, else 32", least=1, most=65_536, identifies="never"
     )
     precision: str | None = setting(None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS)
-    num_workers: int = setting(
-        None, "processes that decode images", factory=default_workers, least=0, most=MOST_PROCESSES, identifies="never"
-    )
+    num_workers: int | None = setting(
+        None, "processes that decode images; by default one per core if a GPU encodes, else one per two cores", least=0,
+        most=MOST_PROCESSES, identifies="never",
+    )  # fmt: skip
     max_bad_fraction: float = setting(
         0.05, "fraction of unreadable images above which the stage fails", least=0, most=1, identifies="never"
     )

@@ -34,6 +34,13 @@ def resolve_device(name: str) -> "torch.device":
     return device
 
 
+def widest_float(device: "torch.device") -> "torch.dtype":
+    """The widest type of numbers that a device computes with; mps has no float64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to reuse large freed blocks instead of returning them to the kernel; other C libraries are left alone.
 
@@ -54,6 +61,8 @@ def default_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers() -> int:
-    """Number of worker processes that leave cores to the encoder: half of this process's share of them, at most 16."""
-    return max(1, min(16, default_cores() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+def default_workers(on_gpu: bool) -> int:
+    """Number of processes that decode images, at most 16: one per core of this process's share, or half as many if the
+    encoder needs cores, too."""
+    cores = default_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, cores if on_gpu else cores // 2))

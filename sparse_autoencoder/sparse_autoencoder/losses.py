@@ -76,7 +76,7 @@ class RunningVariance:
         batch_mean = x.mean(dim=0)
         self.total += float((x - batch_mean).square().sum())
         self.squares += float(x.square().sum())
-        mean = batch_mean.double().cpu()
+        mean = batch_mean.cpu().double()  # mps has no float64
         if self.mean is None:
             self.mean, self.count = mean, len(x)
             return

@@ -407,7 +407,7 @@ def train(
                         last_validation = measured[0] if measured else None
                         row.update(_named("val", last_validation or {}))
                     final = step == total_steps
-                    density = None if final else (result.fired.double() / len(x)).cpu().numpy()
+                    density = None if final else (result.fired.cpu().double() / len(x)).numpy()
                     logger.write(row, step, state.items_seen, density)
                 if on_checkpoint is not None and ckpt_items > 0:
                     before = (state.items_seen - len(x)) // ckpt_items
