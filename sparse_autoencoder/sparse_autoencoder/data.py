@@ -130,7 +130,9 @@ def resident(features: Features, device: torch.device, batch_size: int) -> Featu
     if device.type != "cuda":
         return features
     width = features.gather(np.zeros(1, np.int64)).shape[1]
-    if 4 * width * len(features) > torch.cuda.mem_get_info(device)[0] / 2:
+    # Older versions of torch want the number of the device.
+    free, _ = torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
+    if 4 * width * len(features) > free / 2:
         return features
     batches = in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"loading, batch {i}")
     x = torch.empty(len(features), width, device=device)

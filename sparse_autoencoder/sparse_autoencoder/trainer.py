@@ -321,6 +321,7 @@ def train(
             _fit_centre(model, features, settings)
         batch_size = settings.batch_size
         features = resident(features, device, batch_size)
+        held_out = None if held_out is None else resident(held_out, device, batch_size)
         reader = Workers(1)
         stack.callback(reader.close)
         steps_per_epoch = -(-len(features) // batch_size)
