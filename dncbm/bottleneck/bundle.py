@@ -13,6 +13,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def write_bundle(contents: Contents, folder: Path, *, source: str | None = None,
     about = {"format": "dncbm_probe", "schema_version": str(SCHEMA)}
     write_safetensors({"weight": contents.weight.T.contiguous(), **arrays}, folder / PROBE, about)
     activity = contents.statistics.activity.tolist()
-    rows = ((n.index, n.name, f"{n.similarity:.6f}", share) for n, share in zip(contents.names, activity, strict=True))
+    similarities = ("" if math.isnan(name.similarity) else f"{name.similarity:.6f}" for name in contents.names)
+    rows = ((n.index, n.name, *more) for n, *more in zip(contents.names, similarities, activity, strict=True))
     write_csv(folder / CONCEPTS, ("index", "name", "similarity", "activity"), rows)
     write_json(folder / CLASSES, _classes_as_json(contents))
     assert contents.fingerprint is not None

@@ -108,7 +108,7 @@ class Concept:
     label: str
     """The name, with the index if other latents share the name."""
     similarity: float
-    """Cosine similarity of the name and the decoder row."""
+    """Cosine similarity of the name and the decoder row; NaN if it is not known."""
     activity: float
     """Share of the images of the split that it is active on."""
     mean_strength: float

@@ -27,7 +27,7 @@ from dncbm.bottleneck.bundle import download, read_bundle, upload, write_bundle
 from dncbm.bottleneck.contents import Contents
 from dncbm.bottleneck.encoder import fingerprint_of
 from dncbm.bottleneck.explanation import ClassExplanation, Concept, Explanation, Prediction, ordered_contributions
-from dncbm.bottleneck.run import contents_of_flags
+from dncbm.bottleneck.run import contents_of_run, run_of_flags
 from dncbm.concepts.lookup import Named, classes_of, concept_of
 from dncbm.concepts.naming import concept_labels
 from dncbm.concepts.strengths import BATCH, to_csr
@@ -37,11 +37,12 @@ from dncbm.features.encoders import Encoder
 from dncbm.features.encoding import default_batch_size
 from dncbm.features.store import FeatureStore
 from dncbm.features.streaming import Picture, encode_pictures, encode_pixels, picture_of
+from dncbm.flags import config_defaults
 from dncbm.probe.interventions import edited, factors_of
 from dncbm.probe.model import ProbeData, linear
 from dncbm.runs.devices import keep_freed_memory, resolve_device
 from dncbm.runs.errors import UserError
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import Settings, load_settings
 from sparse_autoencoder import SparseAutoencoder
 
 Inputs: TypeAlias = Picture | Iterable[Picture] | torch.Tensor | NDArray[Any] | FeatureStore | scipy.sparse.csr_matrix
@@ -70,13 +71,13 @@ class ConceptBottleneckModel:
 
     @classmethod
     def from_run(
-        cls, settings: Settings | None = None, *, device: str = "auto", load_encoder: bool = True, **flags: Any
+        cls, settings: Settings | None = None, *, device: str | None = None, load_encoder: bool = True, **flags: Any
     ) -> "ConceptBottleneckModel":
         """The model of a finished run: its SAE, names and probe on concepts.
 
         Args:
             settings: the config; by default config.py, or the file that $DNCBM_CONFIG names.
-            device: auto, cpu, cuda, cuda:N or mps.
+            device: auto, cpu, cuda, cuda:N or mps; by default that of config.py, else auto.
             load_encoder: whether to load the encoder. Features and strengths need none.
             flags: the flags of the scripts, without dashes: `probe_dataset="places365"`. What they leave open is found as by
                 the scripts.
@@ -86,7 +87,9 @@ class ConceptBottleneckModel:
                 is not the one of the features.
             StaleArtifact: a part was made from something that has changed since.
         """
-        return cls.of(contents_of_flags(settings, flags, check_encoder=load_encoder), device, load_encoder=load_encoder)
+        settings = settings or load_settings()
+        contents = contents_of_run(settings, *run_of_flags(settings, flags), check_encoder=load_encoder)
+        return cls.of(contents, device or str(config_defaults(settings).get("device", "auto")), load_encoder=load_encoder)
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,7 @@
 """From a finished run to the contents of its bottleneck: every part is the stages' own artifact."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from dncbm.bottleneck.contents import Contents, Statistics
 from dncbm.bottleneck.encoder import EncoderReference
+from dncbm.concepts.naming import ConceptName, name_similarities
 from dncbm.concepts.sae import load_sae, sae_path
 from dncbm.explain.dumps.dump import probed_sources_of
 from dncbm.explain.explanations import mean_strengths, predict
@@ -21,7 +23,7 @@ from dncbm.runs.declarations import ProbeRun, SAERun
 from dncbm.runs.errors import UserError
 from dncbm.runs.find import find
 from dncbm.runs.manifests import manifest_path, read_manifest
-from dncbm.runs.settings import Settings, load_settings
+from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import build, values
 
 SPLIT = "val"
@@ -46,12 +48,6 @@ def run_of_flags(settings: Settings, given: Mapping[str, Any]) -> tuple[SAERun, 
         raise UserError("probe_on_features: features have no names, so only probes on concepts are concept bottlenecks")
     found = find(settings, PROBE, found, set(checked))
     return build(SAERun, found), build(ProbeRun, found)
-
-
-def contents_of_flags(settings: Settings | None, given: Mapping[str, Any], *, check_encoder: bool) -> Contents:
-    """The contents of the run that flags mean. Raises as `run_of_flags` and `contents_of_run`."""
-    settings = settings or load_settings()
-    return contents_of_run(settings, *run_of_flags(settings, given), check_encoder=check_encoder)
 
 
 def contents_of_run(settings: Settings, run: SAERun, probe: ProbeRun, *, check_encoder: bool) -> Contents:
@@ -98,10 +94,20 @@ def contents_of_run(settings: Settings, run: SAERun, probe: ProbeRun, *, check_e
         "interventions": [],
     }
     return Contents(
-        sae=load_sae(settings, run), weight=weight, names=sources.names, classes=tuple(texts["classes"]),
+        sae=load_sae(settings, run), weight=weight, names=_with_similarities(settings, run, sources.names),
+        classes=tuple(texts["classes"]),
         class_folders=tuple(texts["class_folders"]), statistics=statistics, about=about, fingerprint=None,
         encoder=EncoderReference(run.encoder, settings, run.encoder, about_encoder),
     )  # fmt: skip
+
+
+def _with_similarities(settings: Settings, run: SAERun, names: list[ConceptName]) -> list[ConceptName]:
+    """Names with their similarities; the authors' files omit them, which are then computed if the vocabulary exists."""
+    try:
+        found = name_similarities(settings, run, names)
+    except UserError:
+        return names
+    return [replace(name, similarity=float(one)) for name, one in zip(names, found, strict=True)]
 
 
 def _settings_of(run: SAERun | ProbeRun) -> dict[str, Any]:

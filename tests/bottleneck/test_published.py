@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dncbm import ConceptBottleneckModel
 from dncbm.cli import main
 from dncbm.concepts.naming import read_names
 from dncbm.concepts.sae import load_sae
@@ -226,6 +227,18 @@ class TestEverything:
         assert f"stage 5 and thumbnails need them: {settings.probe_datasets['mine'].path}" in out
         assert "1 file of other names was not opened" in out
         assert "class 0" in probe_class_names(settings, "mine")
+
+    def test_it_is_one_object(self, settings: Settings, theirs: Theirs, tmp_path: Path) -> None:
+        import_all(theirs.folder)
+        flags = {"img_enc_name": "clip_tiny/1", "sae_dataset": "photos", "expansion_factor": 4, "probe_dataset": "mine"}
+        model = ConceptBottleneckModel.from_run(settings, device="cpu", load_encoder=False, **flags)
+        wanted = theirs.z["val"].double() @ theirs.weight.double().T
+        assert model.decision_function(theirs.x["val"].float()) == pytest.approx(wanted.numpy(), abs=1e-4)
+        assert model.score(theirs.x["val"].float(), theirs.labels["val"]) == theirs.accuracy("val", theirs.weight)
+        embeddings = torch.load(theirs.folder / "vocab/embeddings_clip_tiny1_words.pth", weights_only=True).double()
+        directions = theirs.state["decoder._weight"][0].double().T
+        cosines = torch.nn.functional.cosine_similarity(directions, embeddings[torch.arange(F) % len(WORDS)])
+        assert [name.similarity for name in model.contents.names] == pytest.approx(cosines.tolist(), abs=1e-5)
 
     def test_a_probe_gets_its_row_of_the_results(self, settings: Settings, theirs: Theirs) -> None:
         import_all(theirs.folder)
