@@ -243,7 +243,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weight": (edit_tensors("probe.safetensors", lambda t: {k: v for k, v in t.items() if k != "weight"}), "weight"),
     "strengths of other concepts": (
         edit_tensors("probe.safetensors", lambda t: t | {"class_strengths.indices": t["class_strengths.indices"] + 24}),
-        "indices",
+        "must be < 24",
     ),
     "an empty fingerprint": (lambda folder: np.savez(folder / "fingerprint.npz"), "features"),
     "a pickled fingerprint": (
