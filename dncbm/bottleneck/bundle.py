@@ -4,7 +4,7 @@
 | --- | --- |
 | `config.json` | schema version, encoder, settings, data sets, metrics, provenance, hashes of the other files |
 | `sae.safetensors` | the SAE, as `sparse_autoencoder` saves it |
-| `probe.safetensors` | `weight` (C x F), and the mean concept strengths of each class as CSR (`class_strengths.*`) |
+| `probe.safetensors` | `weight` (C x F), the mean concept strengths of each class as CSR (`class_strengths.*`), `top_images` |
 | `concepts.csv` | index, name, similarity, and the share of images that a concept is active on |
 | `classes.json` | the classes with their images and recall |
 | `fingerprint.npz` | features of synthetic images, by which the encoder is recognised |
@@ -65,6 +65,7 @@ def write_bundle(contents: Contents, folder: Path, *, source: str | None = None,
     save_checkpoint(contents.sae, folder / SAE)
     strengths = contents.statistics.class_strengths
     arrays = {f"class_strengths.{part}": torch.from_numpy(getattr(strengths, part).copy()) for part in CSR}
+    arrays["top_images"] = torch.from_numpy(contents.statistics.top_images)
     about = {"format": "dncbm_probe", "schema_version": str(SCHEMA)}
     write_safetensors({"weight": contents.weight.T.contiguous(), **arrays}, folder / PROBE, about)
     activity = contents.statistics.activity.tolist()
@@ -133,7 +134,8 @@ def read_bundle(folder: Path, encoder: str | None = None) -> Contents:
     except UserError:
         raise
     except Exception as error:  # a file that fits its hash can still be anything
-        raise UserError(f"cannot read the bundle {folder}: {first_line(error)}; {_AGAIN}") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"cannot read the bundle {folder}: {reason}; {_AGAIN}") from error
 
 
 _AGAIN = "download or save it again"
@@ -198,6 +200,7 @@ def _contents(folder: Path, config: dict[str, Any], encoder: str | None) -> Cont
         ("concepts of the SAE and names", sae.n_latents, len(names)),
         ("concepts of the probe and names", weight.shape[0], len(names)),
         ("classes of the probe and names", weight.shape[1], len(classes)),
+        ("concepts with images and names", len(tensors["top_images"]), len(names)),
         ("features of the SAE and of the encoder", (IMAGES, sae.n_inputs), features.shape),
     ):
         if found != wanted:
@@ -214,7 +217,7 @@ def _contents(folder: Path, config: dict[str, Any], encoder: str | None) -> Cont
     return Contents(
         sae=sae, weight=weight, names=names, classes=tuple(one["name"] for one in classes),
         class_folders=tuple(one["folder"] for one in classes), about=about,
-        statistics=Statistics(config["split"], sizes, recall, strengths, activity),
+        statistics=Statistics(config["split"], sizes, recall, strengths, activity, tensors["top_images"].numpy()),
         encoder=bundled_encoder(folder / CONFIG, kept, encoder),
         fingerprint=Fingerprint(features, kept["fingerprint_precision"], kept["preprocessing"]),
     )  # fmt: skip

@@ -27,6 +27,9 @@ class Statistics:
     """Mean concept strengths of each class, C x F."""
     activity: NDArray[np.float64]
     """Share of all images that each concept is active on, F."""
+    top_images: NDArray[np.int64]
+    """Images that activate each concept most, the strongest first, as indices in the data set's own split, F x N_SHOWN; -1
+    fills the row of a concept that fewer images activate."""
 
     @cached_property
     def mean_strengths(self) -> NDArray[np.float64]:

@@ -113,6 +113,8 @@ class Concept:
     """Share of the images of the split that it is active on."""
     mean_strength: float
     """Mean over the images of the split."""
+    images: tuple[int, ...]
+    """The images of the split that activate it most, the strongest first, as indices in the data set's own split."""
     weights: tuple[tuple[str, float], ...]
     """Every class with a weight that is not 0, the largest in absolute value first."""
 
@@ -123,7 +125,8 @@ class Concept:
 
     @property
     def _facts(self) -> str:
-        active = f"active on {self.activity:.1%} of images"
+        most = f", most on {', '.join(map(str, self.images))}" if self.images else ""
+        active = f"active on {self.activity:.1%} of images{most}"
         return f"{self.label}: latent {self.index}, similarity {self.similarity:.3f}, {active}"
 
     def __repr__(self) -> str:

@@ -284,7 +284,8 @@ class ConceptBottleneckModel:
         name, statistics = self.contents.names[index], self.contents.statistics
         return Concept(
             index, name.name, self.labels[index], name.similarity, float(statistics.activity[index]),
-            float(statistics.mean_strengths[index]), tuple((self.contents.classes[c], float(weights[c])) for c in order),
+            float(statistics.mean_strengths[index]), tuple(i for i in statistics.top_images[index].tolist() if i >= 0),
+            tuple((self.contents.classes[c], float(weights[c])) for c in order),
         )  # fmt: skip
 
     def class_(self, name: Named) -> ClassExplanation:

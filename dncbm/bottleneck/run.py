@@ -6,13 +6,16 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dncbm.bottleneck.contents import Contents, Statistics
 from dncbm.bottleneck.encoder import EncoderReference
 from dncbm.concepts.naming import ConceptName, name_similarities
 from dncbm.concepts.sae import load_sae, sae_path
+from dncbm.concepts.strengths import ConceptStrengths
 from dncbm.explain.dumps.dump import probed_sources_of
-from dncbm.explain.explanations import mean_strengths, predict
+from dncbm.explain.dumps.task_agnosticity import N_SHOWN
+from dncbm.explain.explanations import mean_strengths, predict, top_activating
 from dncbm.features.encoders import check_same_encoder, describe_encoder
 from dncbm.features.stage import features_background
 from dncbm.flags import config_defaults, flags_of, parsed, resolved, unknown_flag
@@ -65,6 +68,7 @@ def contents_of_run(settings: Settings, run: SAERun, probe: ProbeRun, *, check_e
     statistics = Statistics(
         SPLIT, sizes, np.where(sizes > 0, right / np.maximum(sizes, 1), np.nan),
         mean_strengths(strengths.matrix, labels, n_classes), strengths.matrix.getnnz(axis=0) / len(labels),
+        _top_images(strengths),
     )  # fmt: skip
     features = artifacts.features(dataset, run.encoder, run.hook, SPLIT)
     described = describe_encoder(settings, run.encoder) if check_encoder else {}
@@ -99,6 +103,14 @@ def contents_of_run(settings: Settings, run: SAERun, probe: ProbeRun, *, check_e
         class_folders=tuple(texts["class_folders"]), statistics=statistics, about=about, fingerprint=None,
         encoder=EncoderReference(run.encoder, settings, run.encoder, about_encoder),
     )  # fmt: skip
+
+
+def _top_images(strengths: ConceptStrengths) -> NDArray[np.int64]:
+    """Indices of the images that activate each concept most, F x N_SHOWN."""
+    found = np.full((strengths.matrix.shape[1], N_SHOWN), -1, dtype=np.int64)
+    for row, top in zip(found, top_activating(strengths.matrix, np.arange(len(found)), N_SHOWN), strict=True):
+        row[: len(top)] = strengths.keys[top]
+    return found
 
 
 def _with_similarities(settings: Settings, run: SAERun, names: list[ConceptName]) -> list[ConceptName]:

@@ -157,6 +157,8 @@ def test_classes_and_concepts_say_what_brute_force_says(model, small_run, dense)
     for f in range(dense.shape[1]):
         concept = model.concept(f)
         assert concept.activity == pytest.approx((dense[:, f] > 0).mean())
+        strongest = np.argsort(-dense[:, f], kind="stable")[:4]
+        assert list(concept.images) == [image for image in strongest if dense[image, f] > 0]  # val's keys are its rows
         assert concept.mean_strength == pytest.approx(dense[:, f].mean(), abs=1e-6)
         assert dict(concept.weights) == pytest.approx(
             {model.classes_[c]: weight[f, c] for c in np.flatnonzero(weight[f])}, rel=1e-5

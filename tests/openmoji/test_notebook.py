@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +29,15 @@ def printed(cell: NotebookNode) -> str:
 
 
 def kinds(notebook: NotebookNode) -> list[list[tuple[str, ...]]]:
-    """What each cell shows: standard output, standard error, an image, HTML ..."""
-    return [
+    """What each cell shows: standard output, standard error, an image, HTML ...
+
+    A kernel sends what is printed in one piece or in several.
+    """
+    shown = [
         [(output.output_type, output.get("name", ""), *sorted(output.get("data", ()))) for output in cell.outputs]
         for cell in code_cells(notebook)
     ]
+    return [[kind for kind, _ in groupby(kinds)] for kinds in shown]
 
 
 def test_committed_outputs_are_clean() -> None:
