@@ -25,14 +25,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 from tqdm import tqdm
 
-import dncbm.runs.devices
 from dncbm.features.datasets import BadImage, open_image
 from dncbm.features.datasets.probe import ProbeImages, ProbeShards
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder
 from dncbm.features.encoding import _Buffers, _Piece, are_from, changed_shards, drop_damaged_records, encode_shards
 from dncbm.runs.declarations import Extraction
-from dncbm.runs.devices import default_workers
 from dncbm.runs.errors import UserError
 from sparse_autoencoder.files import whole_file
 from tests.features.conftest import N_IMAGES
@@ -618,12 +616,3 @@ def test_a_pinned_batch_leaves_its_buffer(monkeypatch) -> None:
     images.fill_(5)
     assert (pinned.images == 1).all()
     assert pinned.keys == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "on_gpu", "on_cpu"), [(16, 1, 16, 8), (64, 1, 16, 16), (16, 4, 4, 2), (2, 1, 2, 1), (2, 8, 1, 1)]
-)
-def test_all_cores_decode_if_a_gpu_encodes(monkeypatch, cores: int, processes: int, on_gpu: int, on_cpu: int) -> None:
-    monkeypatch.setattr(dncbm.runs.devices, "default_cores", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert (default_workers(True), default_workers(False)) == (on_gpu, on_cpu)

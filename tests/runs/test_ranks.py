@@ -232,12 +232,15 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch) -> None:
     assert device_name("auto", ALONE) == "auto"
 
 
-def test_the_processes_of_a_machine_share_its_cores(monkeypatch) -> None:
-    monkeypatch.setattr("dncbm.runs.devices.default_cores", lambda: 12)
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "on_cpu"),
+    [(12, "", 12, 6), (12, "2", 6, 3), (12, "3", 4, 2), (12, "8", 1, 1), (64, "1", 16, 16), (2, "", 2, 1)],
+)
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, cores: int, processes: str, on_gpu: int, on_cpu: int) -> None:
+    """All of them decode images if a GPU encodes."""
+    monkeypatch.setattr("dncbm.runs.devices.default_cores", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    found = [default_workers()]
-    for processes in (2, 3, 8):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        found.append(default_workers())
-    assert found == [6, 3, 2, 1]
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert (default_workers(True), default_workers(False)) == (on_gpu, on_cpu)
     assert default_cores() >= 1
