@@ -194,7 +194,7 @@ def save_accuracies(settings: Settings, dataset: str, weight: torch.Tensor, data
 
 
 def group_names(settings: Settings, dataset: str, least: int) -> list[str]:
-    """Names of the groups of a data set, or their numbers. Raises UserError if it does not name at least so many."""
+    """Names of the groups of a data set, or their numbers. Raises UserError if it names fewer than `least`."""
     path = Artifacts(settings).probe_split(dataset)
     try:
         names = json.loads(path.read_text(encoding="utf-8")).get("group_names") or [str(group) for group in range(least)]
