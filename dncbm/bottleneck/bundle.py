@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from dncbm.bottleneck.card import card
+from dncbm.bottleneck.card import LIBRARY, card
 from dncbm.bottleneck.contents import Contents, Statistics
 from dncbm.bottleneck.encoder import IMAGES, TOLERANCES, Fingerprint, bundled_encoder
 from dncbm.concepts.naming import names_in
@@ -35,7 +35,6 @@ from sparse_autoencoder.files import whole_file, write_safetensors
 
 SCHEMA = 1
 """Raise this when an older version could not read what is written."""
-LIBRARY = "dncbm"
 CONFIG, SAE, PROBE, CONCEPTS, CLASSES, FINGERPRINT, CARD = (
     "config.json", "sae.safetensors", "probe.safetensors", "concepts.csv", "classes.json", "fingerprint.npz", "README.md",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from dncbm.concepts.naming import concept_labels
 from dncbm.explain.explanations import contributions, leading
 from dncbm.features.hub import published_on_hub
 
-LIBRARY_NAME = "dncbm"
+LIBRARY = "dncbm"
 TAGS = ["dncbm", "concept-bottleneck", "sparse-autoencoder", "interpretability", "clip"]
 CLASSES_SHOWN, CONCEPTS_SHOWN = 8, 5
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -41,7 +41,7 @@ def _header(contents: Contents, source: str, license: str | None) -> str:
         if top1 is not None and not about["interventions"]
     ]  # fmt: skip
     data = ModelCardData(
-        library_name=LIBRARY_NAME, tags=TAGS, pipeline_tag="image-classification", license=license, language=None,
+        library_name=LIBRARY, tags=TAGS, pipeline_tag="image-classification", license=license, language=None,
         base_model=published_on_hub(contents.encoder.settings.encoder(contents.encoder.location)),
         eval_results=results or None, model_name=source if results else None,
     )  # fmt: skip

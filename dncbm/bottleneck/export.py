@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from dncbm.bottleneck import saelens
 from dncbm.bottleneck.bundle import CONFIG, FILES, SCHEMA, check_target
 from dncbm.bottleneck.model import ConceptBottleneckModel
 from dncbm.bottleneck.run import SPLIT, contents_of_run
-from dncbm.bottleneck.saelens import save_saelens
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.sae import SAE, load_sae, sae_path
 from dncbm.concepts.strengths import STRENGTHS
@@ -30,8 +30,9 @@ def export_model(
     StaleArtifact if a part was made from something that has changed since, or another run was exported there.
     """
     folder = export.output.absolute() if export.output else _place(Artifacts(settings), run, probe, export)
-    write = _write_bundle if export.to == "bundle" else _write_saelens
-    return write(settings, run, probe, export, folder, device, overwrite)
+    if export.to == "saelens":
+        return _write_saelens(settings, run, folder, overwrite)
+    return _write_bundle(settings, run, probe, folder, export.license, device, overwrite)
 
 
 def _place(artifacts: Artifacts, run: SAERun, probe: ProbeRun, export: Export) -> Path:
@@ -39,7 +40,7 @@ def _place(artifacts: Artifacts, run: SAERun, probe: ProbeRun, export: Export) -
 
 
 def _write_bundle(
-    settings: Settings, run: SAERun, probe: ProbeRun, export: Export, folder: Path, device: str, overwrite: bool
+    settings: Settings, run: SAERun, probe: ProbeRun, folder: Path, license: str | None, device: str, overwrite: bool
 ) -> Outcome:
     artifacts = Artifacts(settings)
     inputs = {
@@ -47,13 +48,13 @@ def _write_bundle(
         f"{SPLIT} strengths": artifacts.strengths(run, probe.dataset, SPLIT), "split": artifacts.probe_split(probe.dataset),
     }  # fmt: skip
     with making(
-        folder, EXPORT.name, {"to": export.to, "schema": SCHEMA, "license": export.license}, inputs, overwrite=overwrite,
-        run=values(run) | values(probe) | {"to": export.to}, files=lambda: [folder / name for name in FILES],
+        folder, EXPORT.name, {"to": "bundle", "schema": SCHEMA, "license": license}, inputs, overwrite=overwrite,
+        run=values(run) | values(probe) | {"to": "bundle"}, files=lambda: [folder / name for name in FILES],
         before=partial(_check_bundle, folder, overwrite),
     ) as work:  # fmt: skip
         if work.needed:
             contents = contents_of_run(settings, run, probe, check_encoder=True)
-            ConceptBottleneckModel.of(contents, device).save_pretrained(folder, license=export.license)
+            ConceptBottleneckModel.of(contents, device).save_pretrained(folder, license=license)
             n_bytes = sum((folder / name).stat().st_size for name in FILES)
             what = f"bundle of {len(contents.names)} concepts and {len(contents.classes)} classes, {n_bytes / 1e6:.1f} MB"
             work.done([folder / name for name in FILES], what)
@@ -65,19 +66,17 @@ def _write_bundle(
     return work.outcome
 
 
-def _write_saelens(
-    settings: Settings, run: SAERun, probe: ProbeRun, export: Export, folder: Path, device: str, overwrite: bool
-) -> Outcome:
+def _write_saelens(settings: Settings, run: SAERun, folder: Path, overwrite: bool) -> Outcome:
     source = sae_path(settings, run)
-    files = [folder / name for name in ("cfg.json", "sae_weights.safetensors")]
+    files = [folder / name for name in saelens.FILES]
     with making(
-        folder, EXPORT.name, {"to": export.to}, {"SAE": source}, overwrite=overwrite, run=values(run) | {"to": export.to},
+        folder, EXPORT.name, {"to": "saelens"}, {"SAE": source}, overwrite=overwrite, run=values(run) | {"to": "saelens"},
         files=lambda: files, before=partial(_check_saelens, folder, files),
     ) as work:  # fmt: skip
         if work.needed:
             made = read_manifest(source) if manifest_path(source).is_file() else {}
             provenance = {"settings": values(run)} | {key: made[key] for key in ("inputs", "versions", "made") if key in made}
-            save_saelens(
+            saelens.save_saelens(
                 load_sae(settings, run), folder, model_name=run.encoder, hook_name=run.hook, dataset=run.dataset,
                 provenance=provenance,
             )  # fmt: skip

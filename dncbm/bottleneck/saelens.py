@@ -16,6 +16,9 @@ FORMAT_VERSION = "6.0.0"
 """The release that introduced this format of cfg.json. SAELens reads one without a version as an older format."""
 
 
+CONFIG, WEIGHTS = FILES = ("cfg.json", "sae_weights.safetensors")
+
+
 def save_saelens(
     sae: SparseAutoencoder, folder: Path, *, model_name: str, hook_name: str, dataset: str, provenance: Mapping[str, Any]
 ) -> None:
@@ -72,10 +75,10 @@ def save_saelens(
     }
     # The weights are written inside the block, so that an error there leaves an older export as it was. SAELens opens cfg.json
     # in the encoding of the locale, hence plain ASCII.
-    with whole_file(folder / "cfg.json") as temporary:
+    with whole_file(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="ascii")
         weights = {name: tensor.float() for name, tensor in tensors.items()}
-        write_safetensors(weights, folder / "sae_weights.safetensors", {"format": "pt"})
+        write_safetensors(weights, folder / WEIGHTS, {"format": "pt"})
 
 
 def _architecture(sae: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -101,20 +101,46 @@ def _probe_split(
             write_json(split_file, names | {"sizes": {split: len(indices[split]) for split in SPLITS}})
             work.done([split_file, *arrays])
     if work.outcome is Outcome.PROVIDED and artifacts.split_indices(dataset, "train").is_file():
-        indices |= _given_indices(artifacts, dataset, images)
+        indices |= _given_indices(settings, dataset, images)
     return images, indices
 
 
-def _given_indices(artifacts: Artifacts, dataset: str, images: Mapping[str, ProbeImages]) -> dict[str, NDArray[np.int64]]:
-    """The indices of a split that was imported. Raises UserError if the images have other labels than were imported."""
+def _given_indices(settings: Settings, dataset: str, images: Mapping[str, ProbeImages]) -> dict[str, NDArray[np.int64]]:
+    """The indices of a split that was supplied or imported.
+
+    Raises UserError if they are damaged, or the images have other labels than the split.
+    """
+    artifacts = Artifacts(settings)
     for own_split, found in images.items():
         path = artifacts.labels(dataset, own_split)
-        if path.is_file() and not np.array_equal(np.load(path), found.labels):
+        if path.is_file() and not np.array_equal(_whole_numbers(path), found.labels):
             raise UserError(
-                f"the images of {dataset} ({own_split}) have other labels than {path}, which was imported: they are other "
-                "images, or in another order; put those there that it was made from, or pass --overwrite to divide them again"
+                f"the images of {dataset} ({own_split}) have other labels than {path}, which was supplied: they are other "
+                "images, or in another order; put back those that it was made from, or pass --overwrite to divide them again"
             )
-    return {split: np.load(artifacts.split_indices(dataset, split)) for split in ("train", "train_val")}
+    given = {split: _whole_numbers(artifacts.split_indices(dataset, split)) for split in ("train", "train_val")}
+    for split, rows in given.items():
+        n = len(images[settings.own_split(dataset, split)].labels)
+        if not len(rows) or not 0 <= rows.min() <= rows.max() < n or len(np.unique(rows)) < len(rows):
+            raise UserError(
+                f"{artifacts.split_indices(dataset, split)} must hold distinct indices of the {counted(n, 'image')}: put the "
+                "right file there, or pass --overwrite to divide them again"
+            )
+    return given
+
+
+def _whole_numbers(path: Path) -> NDArray[np.int64]:
+    """A supplied array of int64. Raises UserError if it is missing or damaged."""
+    try:
+        found: NDArray[np.int64] = np.load(path)
+        if found.ndim != 1 or found.dtype != np.int64:
+            raise ValueError(f"it holds {found.dtype} of the shape {found.shape}")
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(
+            f"cannot read {path}: {first_line(error)}; put the right file there, or pass --overwrite to divide the images "
+            "again"
+        ) from error
+    return found
 
 
 def labels_hash(images: ProbeImages) -> str:

@@ -409,22 +409,23 @@ class Artifacts:
 
     def explanation(self, kind: str, run: SAERun, *parts: str) -> ExplanationFolder:
         """The folder of an explanation; the parts tell apart those of one kind and SAE."""
-        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
-        return ExplanationFolder.at(self.settings.analysis_dir.joinpath(kind, sae, *parts))
+        return ExplanationFolder.at(self._analysed(kind, run).joinpath(*parts))
+
+    def _analysed(self, kind: str, run: SAERun) -> Path:
+        """Where what is made from an SAE's concepts lies, by kind."""
+        return self.settings.analysis_dir / kind / encoder_folder(run.encoder) / run.dataset / run.hook / run.config_name
 
     def suggested_concepts(self, run: SAERun, text: str) -> Path:
         """The list of the concepts nearest to a text."""
-        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
         name = _short(re.sub(r"[^\w.-]+", "_", text).strip("_.") or "text")
-        return self.settings.analysis_dir / "suggested_concepts" / sae / f"{name}.txt"
+        return self._analysed("suggested_concepts", run) / f"{name}.txt"
 
     # Exports
 
     def export(self, run: SAERun, probe: ProbeRun | None, kind: str) -> Path:
         """Folder of an export: `bundle`, or `saelens`, which has no probe."""
-        sae = Path(encoder_folder(run.encoder), run.dataset, run.hook, run.config_name)
         parts = (probe.dataset, probe.config_name) if probe else ()
-        return self.settings.analysis_dir.joinpath(kind, sae, *parts)
+        return self._analysed(kind, run).joinpath(*parts)
 
     def exports(self, kind: str) -> Iterable[Path]:
         """Every export of a kind to its default place."""

@@ -271,6 +271,27 @@ class TestStageOfTheProbe:
         assert len(np.load(artifacts.labels("mine", "val"))) == 11
         assert not artifacts.features("mine", "enc", "out", "train").exists()
 
+    def test_a_split_that_is_supplied_is_used_unless_it_is_damaged(self, settings: Settings, refusal) -> None:
+        """Without its manifest, a split is the user's own."""
+        artifacts = Artifacts(settings)
+        save_probe(settings, "val")
+        manifest_path(artifacts.probe_split("mine")).unlink()
+        theirs = {"train": np.arange(40), "train_val": np.arange(40, 50)}
+        for split, rows in theirs.items():
+            np.save(artifacts.split_indices("mine", split), rows)
+        path = artifacts.split_indices("mine", "train_val")
+        for rows, said in (
+            (None, "No such file"), (np.arange(2.0), "float64"), (np.array([50]), "distinct indices of the 50 images"),
+            (np.array([3, 3]), "distinct indices"), (np.array([-1]), "distinct indices"),
+        ):  # fmt: skip
+            path.unlink() if rows is None else np.save(path, rows)
+            with refusal(path, said, "--overwrite"):
+                save_probe(settings, "train_val")
+        np.save(path, theirs["train_val"])
+        save_probe(settings, "train_val")
+        keys = open_features(settings, "mine", "enc", "out", "train_val").keys
+        assert sorted(keys) == theirs["train_val"].tolist()
+
     def test_one_split_after_another_is_all_at_once(self, settings: Settings) -> None:
         for split in SPLITS:
             save_probe(settings, split)
