@@ -136,7 +136,7 @@ class ConceptBottleneckModel:
         The encoder itself is not written, only what it is, and features of a few synthetic images by which it is recognised.
 
         Args:
-            folder: where. A bundle that is there is replaced.
+            folder: where to write. An older bundle there is replaced.
             license: licence of the weights, an identifier of the hub such as `cc-by-4.0`, for the model card.
             source: the repository of the hub that the card says to load, for a bundle that you upload yourself. The path of
                 the encoder is then left out. By default the folder.

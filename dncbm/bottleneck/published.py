@@ -89,10 +89,10 @@ def import_published(
     device: str = "auto",
     overwrite: bool = False,
 ) -> Outcome:
-    """Stage 12: lay the authors' files where the stages expect them, and say what was found, what is missing and who makes it.
+    """Stage 12: put the authors' files where the stages expect them; list what was found, and what is missing with its stage.
 
     SAEs, names and embeddings are copied unchanged. Features and strengths get keys: `val` is in the order of the data set,
-    `train` and `train_val` in that of `train_idxs.pth` and `train_val_idxs.pth`. A probe whose inputs and labels are there
+    `train` and `train_val` in that of `train_idxs.pth` and `train_val_idxs.pth`. A probe whose inputs and labels exist
     gets its row of `probe_results.csv`.
 
     Raises UserError if the folder is missing or has none of their files; or, after all others have been imported, if a file
@@ -107,7 +107,7 @@ def import_published(
     if not files:
         called = ", ".join(published_name(kind, "train") for kind in PUBLISHED)
         raise UserError(
-            f"{folder} has no file that is called like the authors' ({called}), only {counted(n_others, 'other file')}: "
+            f"{folder} has no file with a name of the authors' files ({called}), only {counted(n_others, 'other file')}: "
             "name the folder that has theirs"
         )
     defaults = config_defaults(settings) | {"sae_type": "relu", "input_transform": "none"}  # as all SAEs of the authors
@@ -155,7 +155,7 @@ class _File(NamedTuple):
 
 
 def _find(settings: Settings, folder: Path, given: dict[str, Any]) -> tuple[list[_File], int]:
-    """The files that are called like the authors', and the number of the others. What was made or imported here is neither."""
+    """The files with names of the authors' files, and the number of others. What was made or imported here is left out."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -191,7 +191,7 @@ class _Import:
     device: torch.device
     overwrite: bool
     defaults: dict[str, Any]
-    """Flag -> value where nothing tells."""
+    """Flag -> value where neither flags nor folders tell."""
     runs: list[SAERun] = field(default_factory=list)
     """The SAEs that files were taken to belong to."""
     taken: dict[Path, Path] = field(default_factory=dict)
@@ -215,7 +215,7 @@ class _Import:
     ) -> Outcome:
         """Make an artifact of files of the authors; `options` are those of `making`.
 
-        Refused if something else is there and --overwrite was not given, or another file was taken for the same.
+        Refuses if something else exists there and --overwrite was not given, or another file was taken for the same.
         """
         made_of: dict[str, Path | str] = {f"published {path.name}": file_hash(path) for path in sources}
         prints = list(made_of.values())
@@ -232,11 +232,11 @@ class _Import:
             if work.needed:
                 work.done(write(), imported_from=[str(path.absolute()) for path in sources], metrics=metrics or {})
         if work.outcome is Outcome.PROVIDED and file_hash(target) not in prints:
-            raise UserError(f"{target} is there, and it is another file: pass --overwrite to replace it, or move it away")
+            raise UserError(f"{target} exists and is another file: pass --overwrite to replace it, or move it away")
         return work.outcome
 
     def copy(self, file: _File, target: Path, **about: Any) -> Outcome:
-        """Copy a file unchanged, unless it lies where it belongs."""
+        """Copy a file unchanged, unless it is already in place."""
         if target.exists() and file.path.samefile(target):
             return Outcome.PROVIDED
         return self.make([file.path], target, lambda: [_copied(file.path, target)], **about)
@@ -292,7 +292,7 @@ class _Import:
         wanted = self.widths.get(encoder) or _width(self.settings, encoder)
         if wanted not in (None, width):
             raise UserError(
-                f"it is of {width} features, but {encoder} has {wanted}: say with --img_enc_name which encoder it is of"
+                f"it has {width} features, but {encoder} has {wanted}: say with --img_enc_name which encoder it belongs to"
             )
 
     def keys(self, file: _File, dataset: str, n_rows: int) -> tuple[NDArray[np.int64], dict[str, Path]]:
@@ -364,7 +364,7 @@ class _Import:
         if not file.path.name.endswith(ending):
             raise UserError(f"its name does not end with {ending}, the `vocabulary` in {self.settings.path}")
         if "img_enc_name" not in file.told:
-            raise UserError(f"no encoder of {self.settings.path} has this name: say with --img_enc_name which it is")
+            raise UserError(f"no encoder of {self.settings.path} has this name: name it with --img_enc_name")
         encoder, found, words = self.encoder_of(file), formats.read_matrix(file.path), self.artifacts.words()
         if words.is_file() and len(found) != (n_words := len(read_words(self.settings))):
             raise UserError(f"it has {len(found)} rows, but {words} has {n_words} words: they do not belong together")
@@ -535,8 +535,8 @@ def _check_sample(found: torch.Tensor, keys: NDArray[np.int64], model: SparseAut
     error = torch.linalg.vector_norm(found[torch.from_numpy(rows[sample])].float() - wanted)
     if error > MOST_DIFFERENT * torch.linalg.vector_norm(wanted):
         raise UserError(
-            f"it does not hold what its SAE makes of the features {store.folder}: it is of another SAE, or its rows are in "
-            "another order"
+            f"it differs from what its SAE gives for the features {store.folder}: it belongs to another SAE, or its rows "
+            "are in another order"
         )
 
 

@@ -25,7 +25,7 @@ from dncbm.runs.errors import UserError, first_line
 from sparse_autoencoder.files import whole_file
 
 BATCH = 1024
-"""Rows of a dense tensor that are looked at at a time."""
+"""Rows of a dense tensor that are read at a time."""
 
 
 def read_torch(path: Path) -> Any:
@@ -51,7 +51,7 @@ def read_torch(path: Path) -> Any:
 
 
 def read_matrix(path: Path) -> torch.Tensor:
-    """Rows of numbers, N x D; an axis of components between them (N x 1 x D) is removed. Raises UserError if it is no such."""
+    """Rows of numbers, N x D; an axis of components between them (N x 1 x D) is removed. Raises UserError otherwise."""
     found = read_torch(path)
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.layout != torch.strided:
         raise UserError(f"{path.name} does not hold one dense tensor of floating-point numbers")
@@ -106,7 +106,7 @@ def check_rows(found: torch.Tensor, least: float = -np.inf) -> None:
 def own_labels(
     images: Mapping[str, ProbeImages], indices: Mapping[str, NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, NDArray[np.int64]]:
-    """Own split -> labels: those of the images if these are there, else those of the authors' files.
+    """Own split -> labels: those of the images if they exist, else those of the authors' files.
 
     Raises UserError if the files contradict the images, or, without images, if some are missing or of another length.
     """
@@ -123,7 +123,9 @@ def own_labels(
             written_over = split == "train" and np.array_equal(given, wanted["train_val"])
             if not np.array_equal(given, wanted[split]) and not written_over:
                 name = published_name("labels", split)
-                raise UserError(f"{name} has other labels than {root}: they are of other images, or in another order")
+                raise UserError(
+                    f"{name} has other labels than {root}: it belongs to other images, or they are in another order"
+                )
         return own
     if missing := [published_name("labels", split) for split in SPLITS if split not in labels]:
         raise UserError(f"there is no {' and no '.join(missing)} beside them: {put_images}")

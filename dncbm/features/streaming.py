@@ -1,4 +1,4 @@
-"""Features of images that somebody holds in hand: decoded in threads, encoded in batches, not written anywhere."""
+"""Features of images in memory or in any files: decoded in threads, encoded in batches, not written anywhere."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -59,7 +59,7 @@ def encode_pixels(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def picture_of(picture: Picture, background: str = "none", called: str = "the image") -> Image.Image:
-    """A picture in RGB. One in hand stays as it is.
+    """A picture in RGB. A PIL image that is given is not changed.
 
     Raises UserError if it cannot be read, which names a file by its path and another picture as it is `called`.
     """

@@ -130,7 +130,7 @@ _PROBE_NAME = re.compile(
 def flags_of_published_sae(name: str) -> dict[str, Any]:
     """Flag -> value that the folder name of an SAE run of the authors stands for; what follows the epochs is the suffix.
 
-    Raises UserError if it is no such name.
+    Raises UserError for any other name.
     """
     return _flags_of(_SAE_NAME, name, SAERun)
 
@@ -138,7 +138,7 @@ def flags_of_published_sae(name: str) -> dict[str, Any]:
 def flags_of_published_probe(name: str) -> dict[str, Any]:
     """Flag -> value that the folder name of a probe of the authors stands for. Without a sparsity loss, lambda is 0.
 
-    Raises UserError if it is no such name.
+    Raises UserError for any other name.
     """
     return {"probe_sparsity_loss_lambda": 0.0} | _flags_of(_PROBE_NAME, name, ProbeRun)
 

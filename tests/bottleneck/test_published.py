@@ -443,7 +443,7 @@ REFUSALS: dict[str, tuple[Callable[[Theirs], object], tuple[str, ...]]] = {
         ("val.pth", "holds NaN or infinity, first in row 5"),
     ),
     "features of another width": (
-        lambda t: save(t.x["val"][:, :10].clone(), t.features("val")), ("val.pth", "is of 10 features", "clip_tiny/1 has 16"),
+        lambda t: save(t.x["val"][:, :10].clone(), t.features("val")), ("val.pth", "it has 10 features", "clip_tiny/1 has 16"),
     ),
     "a row too few": (
         lambda t: save(t.x["train"][1:], t.features("train")), ("train.pth", "has 35 rows", "36 labels"),
@@ -619,7 +619,7 @@ class TestPlaces:
         refused(theirs.folder, "sparse_autoencoder_final.pt", name, said, flags=("--sae", name))
 
     def test_an_encoder_of_another_width_is_noticed(self, theirs: Theirs, settings: Settings, refused) -> None:
-        refused(theirs.folder, "is of 16 features", "clip_RN50 has 1024", flags=("--img_enc_name", "clip_RN50"))
+        refused(theirs.folder, "it has 16 features", "clip_RN50 has 1024", flags=("--img_enc_name", "clip_RN50"))
 
     def test_an_sae_trained_here_is_not_hidden(self, settings: Settings, theirs: Theirs, refused) -> None:
         ours = Artifacts(settings).sae(RUN)
@@ -657,7 +657,7 @@ class TestPlaces:
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty/model.pt").touch()
         for folder, said in (
-            (tmp_path / "empty", "no file that is called like the authors'"),
+            (tmp_path / "empty", "no file with a name of the authors' files"),
             (tmp_path / "gone", "no folder"),
         ):
             with pytest.raises(SystemExit) as ended:

@@ -52,7 +52,7 @@ class Page:
     title: str
     image: Path | Image.Image | None
     index: int | None
-    """In the data set's own split; None if the image is of none."""
+    """In the data set's own split; None if the image belongs to no data set."""
     predicted: str
     true: str | None
     """The true class, if it is known."""
