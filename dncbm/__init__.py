@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from dncbm.bottleneck.export import export_model
     from dncbm.bottleneck.model import ConceptBottleneckModel
     from dncbm.concepts.naming import assign_names, read_names
     from dncbm.concepts.sae import load_sae, train_sae
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
     from dncbm.concepts.vocabulary import load_vocabulary, save_vocabulary_embeddings
     from dncbm.features.encoders import load_encoder
     from dncbm.features.stage import open_features, save_probe_features, save_sae_features
+    from dncbm.probe.intervention_stage import measure_intervention
     from dncbm.probe.nec import accuracy_at_nec
     from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
     from dncbm.probe.zero_shot import evaluate_zero_shot
     from dncbm.runs.artifacts import Artifacts
     from dncbm.runs.declarations import (
+        Export,
         Extraction,
+        Intervention,
         NamedEncoder,
         ProbeDataset,
         ProbeFeatures,
@@ -55,10 +59,12 @@ __all__ = [  # noqa: RUF022 - by meaning
     # the config, paths, errors
     "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
     # declarations: what a run is
-    "Extraction", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures", "SAERun", "Splits",
+    "Export", "Extraction", "Intervention", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures",
+    "SAERun", "Splits",
     # stages, in order
     "STAGES", "save_sae_features", "train_sae", "save_vocabulary_embeddings", "assign_names", "save_probe_features",
-    "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec",
+    "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec", "export_model",
+    "measure_intervention",
     # what they made
     "load_concept_strengths", "load_encoder", "load_probe", "load_probe_data", "load_sae", "load_vocabulary",
     "open_features", "read_names",
@@ -67,6 +73,8 @@ __all__ = [  # noqa: RUF022 - by meaning
 # Imported when they are used: most need torch, which takes seconds, and `--help` needs none of them.
 _MODULES = {
     "ConceptBottleneckModel": "dncbm.bottleneck.model",
+    "export_model": "dncbm.bottleneck.export",
+    "measure_intervention": "dncbm.probe.intervention_stage",
     **dict.fromkeys(("assign_names", "read_names"), "dncbm.concepts.naming"),
     **dict.fromkeys(("load_sae", "train_sae"), "dncbm.concepts.sae"),
     **dict.fromkeys(("load_concept_strengths", "save_concept_strengths"), "dncbm.concepts.strengths"),
@@ -78,7 +86,18 @@ _MODULES = {
     "evaluate_zero_shot": "dncbm.probe.zero_shot",
     "Artifacts": "dncbm.runs.artifacts",
     **dict.fromkeys(
-        ("Extraction", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures", "SAERun", "Splits"),
+        (
+            "Export",
+            "Extraction",
+            "Intervention",
+            "NamedEncoder",
+            "ProbeDataset",
+            "ProbeFeatures",
+            "ProbeRun",
+            "SAEFeatures",
+            "SAERun",
+            "Splits",
+        ),
         "dncbm.runs.declarations",
     ),
     **dict.fromkeys(("StaleArtifact", "UserError"), "dncbm.runs.errors"),
