@@ -22,6 +22,13 @@ def _number(name: str) -> int:
     return int(name.removesuffix(".npy"))
 
 
+def _run(indices: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """The indices, as a slice if they follow one another."""
+    first, last = int(indices[0]), int(indices[-1])
+    follow = last - first == len(indices) - 1 and bool((np.diff(indices) == 1).all())
+    return slice(first, last + 1) if follow else indices
+
+
 class FeatureStore:
     """Features on disk: files `NNNNN.npy` (rows x D, float16 or float32) in a folder, each with its `NNNNN.keys.npy`.
 
@@ -41,6 +48,7 @@ class FeatureStore:
             raise UserError(f"the features {folder} have no rows: remove the folder and run {made_by}")
         self.paths, self._shards = list(maps), list(maps.values())
         self._starts = np.cumsum([0, *map(len, self._shards)])
+        self._dtype = np.result_type(*(rows.dtype for rows in self._shards))
         for path, rows in maps.items():
             if rows.shape[1] != self.width:
                 raise self._damaged(path, f"{rows.shape[1]} features per row, where others have {self.width}")
@@ -84,19 +92,24 @@ class FeatureStore:
         return np.concatenate([self._keys_of(path, len(rows)) for path, rows in zip(self.paths, self._shards, strict=True)])
 
     def gather(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Rows in the order asked for, n x D float32. Every shard is visited at most once, in order.
+        """Rows in the order asked for, n x D float32. Every shard is visited at most once, in order; consecutive rows are read
+        in one go.
 
         Raises IndexError if there is no such row.
         """
+        return self.gather_stored(indices).float()
+
+    def gather_stored(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """`gather` in the type in which the rows are stored; in float32 if that of some is float16 and of others float32."""
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)} in {self.folder}")
-        out = np.empty((len(indices), self.width), dtype=np.float32)
+        out = np.empty((len(indices), self.width), dtype=self._dtype)
         order = np.argsort(indices, kind="stable")
         edges = np.searchsorted(indices[order], self._starts)
         for shard, start, first, last in zip(self._shards, self._starts, edges, edges[1:], strict=False):
             rows = order[first:last]
             if len(rows):
-                out[rows] = shard[indices[rows] - start]
+                out[_run(rows)] = shard[_run(indices[rows] - start)]
         return torch.from_numpy(out)
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:

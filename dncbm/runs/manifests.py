@@ -24,6 +24,7 @@ from typing import Any
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.locks import lock_path, locked
 from sparse_autoencoder.files import remove_leftovers, whole_file
+from sparse_autoencoder.settings import without_retired
 
 IMPORTED = "import_published"
 """The stage whose artifacts others have made. The stages that would make them use them as they are."""
@@ -369,7 +370,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the manifest {path}: {first_line(error)}") from error
     if not is_sound:
         raise UserError(f"cannot read the manifest {path}: it lacks what a manifest holds")
-    found: dict[str, Any] = loaded
+    found: dict[str, Any] = loaded | {"settings": without_retired(loaded["settings"])}
     return found
 
 

@@ -1,9 +1,11 @@
 """Batches of features, in an order that depends only on a seed."""
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,11 +16,18 @@ from sparse_autoencoder.errors import NonFiniteError
 from sparse_autoencoder.workers import Workers
 
 READ_AHEAD = 2  # batches gathered ahead of the one in use
+PIECE = 8192  # consecutive items that stay together until groups are shuffled, if `shuffle` is "shards"
+GROUP = 131_072  # about this many items, of 16 pieces, are shuffled together; two groups are in memory at a time
+READ = 1024  # items read in one go: larger reads pay for memory that the system hands out and takes back each time
 
 
 @runtime_checkable
 class Features(Protocol):
-    """N items of D numbers. An optional method `describe(index) -> str` names an item's shard in error messages."""
+    """N items of D numbers.
+
+    Two methods are optional. `describe(index) -> str` names an item's shard in error messages. `gather_stored(indices)` is
+    `gather` in the type in which the items are stored: float16 or bfloat16 saves half the memory and the time of copies.
+    """
 
     def __len__(self) -> int:
         """N."""
@@ -41,7 +50,31 @@ class TensorFeatures:
         return len(self.x)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        return self.x[torch.from_numpy(indices).to(self.x.device)].float()
+        return self.gather_stored(indices).float()
+
+    def gather_stored(self, indices: np.ndarray) -> Tensor:
+        """The items (n x D) at these indices, in the tensor's type."""
+        return self.x.index_select(0, torch.from_numpy(indices).to(self.x.device))
+
+
+class OwnItems:
+    """The items of `features` that one process reads, a range of them, as Features that count from its start."""
+
+    def __init__(self, features: Features, own: range) -> None:
+        self.features, self.start, self.n = features, own.start, len(own)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        return self.features.gather(indices + self.start)
+
+    def gather_stored(self, indices: np.ndarray) -> Tensor:
+        return gather_stored(self.features, indices + self.start)
+
+    def describe(self, index: int) -> str:
+        describe = getattr(self.features, "describe", None)
+        return f"item {index + self.start} of the whole" if describe is None else str(describe(index + self.start))
 
 
 def as_features(data: Features | Tensor) -> Features:
@@ -50,6 +83,17 @@ def as_features(data: Features | Tensor) -> Features:
     if len(features) == 0:
         raise ValueError("there are no features: the data has 0 items")
     return features
+
+
+def gather_stored(features: Features, indices: np.ndarray) -> Tensor:
+    """The items (n x D) at these indices: in float16 or bfloat16 if they are stored in it, else in float32."""
+    x = getattr(features, "gather_stored", features.gather)(indices)
+    return x if x.dtype in (torch.float16, torch.bfloat16) else x.float()
+
+
+def stored_type(features: Features) -> torch.dtype:
+    """The type of `gather_stored`. Reads an item if the features have such a method."""
+    return gather_stored(features, np.zeros(1, np.int64)).dtype if hasattr(features, "gather_stored") else torch.float32
 
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:
@@ -83,9 +127,97 @@ def checksum(features: Features) -> str:
     return f"{zlib.crc32(features.gather(indices).float().contiguous().cpu().numpy().tobytes()):08x}"
 
 
-def epoch_order(n_items: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation (n_items, int64) that depends only on the seed and the epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(n_items)
+def group_size(batch_size: int) -> int:
+    """Items that are held in memory and shuffled together if `shuffle` is "shards": whole batches, at least one."""
+    return max(GROUP // batch_size, 1) * batch_size
+
+
+def epoch_order(n_items: int, seed: int, epoch: int, group: int = 0) -> np.ndarray:
+    """The order of an epoch: a permutation (n_items, int64) that depends only on the seed, the epoch and the group.
+
+    If `group` is 0, any permutation is as likely as any other. Otherwise pieces of PIECE consecutive items are put into a
+    random order, and within every `group` items of that order, items are shuffled. `in_batches` reads such an order without
+    random access.
+    """
+    return shuffled(n_items, np.random.default_rng([seed, epoch]), group)
+
+
+def shuffled(n_items: int, generator: np.random.Generator, group: int = 0) -> np.ndarray:
+    """`epoch_order` with a generator of one's own."""
+    if group == 0:
+        return generator.permutation(n_items)
+    pieces = generator.permutation(-(-n_items // PIECE))
+    order = np.concatenate([np.arange(piece * PIECE, min((piece + 1) * PIECE, n_items)) for piece in pieces])
+    for first in range(0, n_items, group):
+        generator.shuffle(order[first : first + group])
+    return order
+
+
+class _Group:
+    """Items of which most follow one another, read in ascending order and kept in the type in which they are stored.
+    They take the place of another group's tensor `x`, if it has room for them."""
+
+    def __init__(self, features: Features, indices: np.ndarray, x: Tensor | None) -> None:
+        self.features, self.indices = features, np.sort(indices)
+        bounds = [0, *(np.flatnonzero(np.diff(self.indices) != 1) + 1).tolist(), len(indices)]
+        self.runs = [(i, min(i + READ, end)) for start, end in pairwise(bounds) for i in range(start, end, READ)]
+        self.n_read = 0
+        self.x = x if x is not None and len(x) >= len(indices) else None
+
+    def read(self, share: float) -> None:
+        """Reads on until this share of the runs of consecutive items is in memory."""
+        for first, end in self.runs[self.n_read : math.ceil(share * len(self.runs))]:
+            x = gather_stored(self.features, self.indices[first:end])
+            if self.x is None:
+                self.x = torch.empty(len(self.indices), x.shape[1], dtype=x.dtype)
+            self.x[first:end] = x
+            self.n_read += 1
+
+    def take(self, indices: np.ndarray) -> Tensor:
+        """The items at these indices, in that order."""
+        self.read(1)
+        if self.x is None:  # there are none
+            return gather_stored(self.features, indices)
+        return self.x.index_select(0, torch.from_numpy(np.searchsorted(self.indices, indices)))
+
+
+class _Groups:
+    """Takes batches from groups of an order. Holds the group in use and, in part, the next; reads a share of it per batch."""
+
+    def __init__(self, features: Features, order: np.ndarray, bounds: np.ndarray, n_batches: int) -> None:
+        """Groups of `n_batches` batches, of which batch i is order[bounds[i] : bounds[i + 1]]."""
+        self.features, self.order, self.bounds, self.n_batches = features, order, bounds, n_batches
+        self.groups = -(-(len(bounds) - 1) // n_batches)
+        self.held: dict[int, _Group] = {}
+        self.free: Tensor | None = None  # of the last group that was used up, for the one after next
+
+    def take(self, batch: int) -> Tensor:
+        """The items of a batch. Later calls must ask for later batches."""
+        number, place = divmod(batch, self.n_batches)
+        for group in (number, number + 1):
+            if group not in self.held and group < self.groups:
+                first, last = group * self.n_batches, min((group + 1) * self.n_batches, len(self.bounds) - 1)
+                indices = self.order[self.bounds[first] : self.bounds[last]]
+                self.held[group], self.free = _Group(self.features, indices, self.free), None
+        x = self.held[number].take(self.order[self.bounds[batch] : self.bounds[batch + 1]])
+        if number + 1 in self.held:
+            self.held[number + 1].read((place + 1) / self.n_batches)
+        if place + 1 == self.n_batches or batch + 2 == len(self.bounds):
+            used = self.held.pop(number)
+            self.free = used.x if number + 2 < self.groups else None
+        return x
+
+
+def batch_bounds(n_items: int, batch_size: int) -> np.ndarray:
+    """Where the batches of an order start, and where the last one ends."""
+    return np.append(np.arange(0, n_items, batch_size), n_items)
+
+
+def part_of(order: np.ndarray, batch_size: int, own: range) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of an order (N, int64) that lie in `own`, counted from its start, and the bounds of the batches' parts."""
+    mine = (order >= own.start) & (order < own.stop)
+    before = np.append(0, np.cumsum(mine))
+    return order[mine] - own.start, before[batch_bounds(len(order), batch_size)]
 
 
 def in_batches(
@@ -96,48 +228,88 @@ def in_batches(
     first: int = 0,
     name: Callable[[int], str] | None = None,
     reader: Workers | None = None,
+    device: str | torch.device | None = None,
+    group: int = 0,
+    bounds: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """Yields the items at the indices `order` in batches (n x D, float32), from batch `first` on; the last may be short.
 
-    `name` names a batch in errors, by default "batch 3". If there is a `reader`, its thread gathers the next batches while
-    the caller works on this one.
+    Args:
+        features: where the items are.
+        order: their indices (N, int64).
+        batch_size: items in a batch.
+        first: the first batch to yield, from 0.
+        name: names a batch in errors, by default "batch 3".
+        reader: a thread that gathers the next batches while the caller works on this one; for CUDA, also pins them, so that
+            they are copied without waiting.
+        device: where the batches are put; by default where the features are. Batches of `resident` features are gathered
+            there, by the order that is copied once.
+        group: the group size of an order of `epoch_order`; a multiple of the batch size. Every item is read once, in runs of
+            consecutive items, and at most two groups are in memory, in the type in which the items are stored. If 0, or if
+            the features are in memory, each batch is gathered by itself.
+        bounds: where batches start in the order, and where the last one ends, if not at multiples of the batch size; then they
+            may also be empty (`part_of`).
 
     Raises NonFiniteError if a batch holds NaN or infinity.
     """
+    bounds = batch_bounds(len(order), batch_size) if bounds is None else bounds
+    if isinstance(features, TensorFeatures) and features.checked:
+        indices = torch.from_numpy(order).to(features.x.device)
+        for start, end in pairwise(bounds[first:].tolist()):
+            yield features.x.index_select(0, indices[start:end]).to(device).float()
+        return
+    to_cuda = device is not None and torch.device(device).type == "cuda"
+    in_groups = group > 0 and not isinstance(features, TensorFeatures)
+    groups = _Groups(features, order, bounds, group // batch_size) if in_groups else None
 
     def gather(batch: int) -> Tensor:
-        indices = order[batch * batch_size : (batch + 1) * batch_size]
-        x = features.gather(indices).float()
-        check_finite(x, features, indices, name(batch) if name is not None else f"batch {batch}")
-        return x
+        chosen = order[bounds[batch] : bounds[batch + 1]]
+        x = groups.take(batch) if groups is not None else gather_stored(features, chosen)
+        full = x.float()
+        check_finite(full, features, chosen, name(batch) if name is not None else f"batch {batch}")
+        return x.pin_memory() if to_cuda and x.device.type == "cpu" else full
 
-    batches = range(first, -(-len(order) // batch_size))
+    def moved(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=to_cuda).float()  # what goes to CUDA is pinned, or is there
+
+    batches = range(first, len(bounds) - 1)
     if reader is None:
-        yield from map(gather, batches)
+        yield from map(moved, map(gather, batches))
         return
     ahead: deque[Future[Tensor]] = deque()
     for batch in batches:
         ahead.append(reader.submit(lambda batch=batch: gather(batch)))  # type: ignore[misc]
         if len(ahead) > READ_AHEAD:
-            yield ahead.popleft().result()
+            yield moved(ahead.popleft().result())
     while ahead:
-        yield ahead.popleft().result()
+        yield moved(ahead.popleft().result())
 
 
-def resident(features: Features, device: torch.device, batch_size: int) -> Features:
+def resident(features: Features, device: torch.device, batch_size: int, reader: Workers | None = None) -> Features:
     """The features, moved to a CUDA device if they take at most half of its free memory.
     Raises NonFiniteError if they hold NaN or infinity."""
     if device.type != "cuda":
         return features
-    width = features.gather(np.zeros(1, np.int64)).shape[1]
+    item = gather_stored(features, np.zeros(1, np.int64))
     # Older versions of torch want the number of the device.
     free, _ = torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
-    if 4 * width * len(features) > free / 2:
+    if item.nbytes * len(features) > free / 2:
         return features
-    batches = in_batches(features, np.arange(len(features)), batch_size, name=lambda i: f"loading, batch {i}")
-    x = torch.empty(len(features), width, device=device)
+    return loaded(features, device, batch_size, reader)
+
+
+def loaded(features: Features, device: torch.device, batch_size: int, reader: Workers | None = None) -> TensorFeatures:
+    """The features on a device, in the type in which they are stored.
+    Raises NonFiniteError if they hold NaN or infinity."""
+    x: Tensor | None = None
+    batches = in_batches(
+        features, np.arange(len(features)), batch_size, name=lambda i: f"loading, batch {i}", reader=reader, device=device
+    )
     for i, batch in enumerate(batches):
+        if x is None:
+            x = torch.empty(len(features), batch.shape[1], dtype=stored_type(features), device=device)
         x[i * batch_size : i * batch_size + len(batch)] = batch
+    assert x is not None
     return TensorFeatures(x, checked=True)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.parallel import Part, Processes
 
 
 def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -23,12 +24,14 @@ class ItemLosses(NamedTuple):
     latents: Tensor  # B x F
 
 
-def item_losses(model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None) -> ItemLosses:
+def item_losses(
+    model: SparseAutoencoder, x: Tensor, *, training: bool = False, dead: Tensor | None = None, part: Part | None = None
+) -> ItemLosses:
     """The losses of transformed inputs x (B x D) (DN-CBM, section 3.1; `variants` for other codes). With `training`, the code
-    may depend on the batch (BatchTopK), and the latents with indices `dead` (int64) are revived by AuxK's loss."""
+    may depend on the batch (BatchTopK), of which x may be a `part`; AuxK revives the latents of the mask `dead` (F, bool)."""
     code = model.sparsity.code
     pre, threshold = model.pre_activations(x), code.threshold(model)
-    latents = code.activate(pre, threshold, training)
+    latents = code.activate(pre, threshold, training, part)
     penalty = code.penalty(pre, latents, threshold)
     ends = model.sparsity.prefix_ends(model.n_latents)
     reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0]])
@@ -38,12 +41,14 @@ def item_losses(model: SparseAutoencoder, x: Tensor, *, training: bool = False, 
         reconstruction = torch.addmm(reconstruction, latents[:, start:end], model.decoder_weight[start:end])
         l2 = squared_error(reconstruction, x)
         objective = objective + l2
-    n_aux = code.n_auxiliary(model.n_inputs, len(dead)) if training and dead is not None else 0
-    if n_aux:
-        largest, place = pre[:, dead].topk(n_aux, dim=1, sorted=False)
-        revived = torch.zeros_like(pre[:, dead]).scatter(1, place, torch.relu(largest))
+    n_aux = code.n_auxiliary(model.n_inputs, model.n_latents) if training and dead is not None else 0
+    if dead is not None and n_aux:
+        # Shapes must not depend on the number of dead latents, which only the device knows. The other latents, and the places
+        # of missing dead ones, become 0.
+        largest, place = pre.masked_fill(~dead, -torch.inf).topk(n_aux, dim=1, sorted=False)
+        revived = torch.zeros_like(pre).scatter(1, place, torch.relu(largest))
         residual = (x - reconstruction).detach()
-        objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight[dead], residual)
+        objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight, residual) * dead.any()
     return ItemLosses(objective, l2, penalty, latents)
 
 
@@ -72,19 +77,36 @@ class RunningVariance:
         self.squares = 0.0  # sum of squares, about 0
 
     def add(self, x: Tensor) -> None:
-        """Adds a batch (B x D)."""
-        batch_mean = x.mean(dim=0)
-        self.total += float((x - batch_mean).square().sum())
-        self.squares += float(x.square().sum())
-        mean = batch_mean.cpu().double()  # mps has no float64
-        if self.mean is None:
-            self.mean, self.count = mean, len(x)
+        """Adds a batch (B x D), which may be empty."""
+        if len(x) == 0:
             return
-        count = self.count + len(x)
+        batch_mean = x.mean(dim=0)
+        total, squares = float((x - batch_mean).square().sum()), float(x.square().sum())
+        self._merge(len(x), batch_mean.cpu().double(), total, squares)  # on the CPU, since mps has no float64
+
+    def _merge(self, n: int, mean: Tensor, total: float, squares: float) -> None:
+        """Adds n items with this mean (D), this sum of squared deviations from it, and this sum of squares."""
+        self.total += total
+        self.squares += squares
+        if self.mean is None:
+            self.mean, self.count = mean, n
+            return
+        count = self.count + n
         gap = mean - self.mean
-        self.total += float(gap.square().sum()) * self.count * len(x) / count
-        self.mean += gap * (len(x) / count)
+        self.total += float(gap.square().sum()) * self.count * n / count
+        self.mean += gap * (n / count)
         self.count = count
+
+    def merged(self, width: int, across: Processes) -> "RunningVariance":
+        """That of the items of all processes, which are D = `width` wide."""
+        mean = torch.zeros(width, dtype=torch.float64) if self.mean is None else self.mean
+        own = torch.cat([mean, torch.tensor([self.count, self.total, self.squares], dtype=torch.float64)])
+        found = RunningVariance()
+        for part in across.joined(own):
+            n, total, squares = part[width:].tolist()
+            if n:
+                found._merge(int(n), part[:width].clone(), total, squares)
+        return found
 
     @property
     def varies(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_autoencoder.data import Features, as_features, in_batches
 from sparse_autoencoder.losses import CodeLosses, RunningVariance, code_losses, explained_variance
 from sparse_autoencoder.model import SparseAutoencoder
+from sparse_autoencoder.parallel import ALONE, Processes
 from sparse_autoencoder.workers import Workers
 
 ALMOST_DEAD = 1e-5  # a latent that fires, but for a smaller fraction of the items than this, is almost dead
@@ -51,22 +52,33 @@ def measure(
     losses: Callable[[Tensor], CodeLosses] | None = None,
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
+    across: Processes = ALONE,
 ) -> tuple[dict[str, float], Tensor] | None:
-    """`evaluate`'s metrics and each latent's firing count (F, int64).
+    """`evaluate`'s metrics and each latent's firing count (F, int64), over the features of all processes.
     `losses` is a faster equivalent of `code_losses`. Returns None if `stop`, asked before each batch, returns True."""
     model = model.to(device)
-    n, l2, penalty = len(features), 0.0, 0.0
+    l2, penalty, stopped = 0.0, 0.0, False
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     variance = RunningVariance()
-    for batch in in_batches(features, np.arange(n), batch_size, name=lambda i: f"evaluation, batch {i}", reader=reader):
-        if stop():
-            return None
-        x, _ = model.transform(batch.to(device))
+    batches = in_batches(
+        features, np.arange(len(features)), batch_size, name=lambda i: f"evaluation, batch {i}", reader=reader, device=device
+    )
+    for batch in batches:
+        stopped = stop()
+        if stopped:
+            break
+        x, _ = model.transform(batch)
         batch_losses = code_losses(model, x) if losses is None else losses(x)
         l2 += float(batch_losses.l2.sum())
         penalty += float(batch_losses.penalty.sum())
         fired += batch_losses.fired
         variance.add(x)
+    if across.agreed(stopped):
+        return None
+    sums = torch.tensor([len(features), l2, penalty], dtype=torch.float64)
+    across.sum([sums, fired])
+    variance = variance.merged(model.n_inputs, across)
+    n, l2, penalty = int(sums[0]), float(sums[1]), float(sums[2])
     metrics = {
         "loss": (l2 + penalty) / n,
         "l2_loss": l2 / n,

@@ -1,8 +1,12 @@
 """Adam that keeps the decoder's rows at unit norm."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.optim.adam import adam
 
 from sparse_autoencoder.model import SparseAutoencoder
 
@@ -14,11 +18,22 @@ def project_decoder_gradient(gradient: Tensor, decoder_weight: Tensor) -> Tensor
     return gradient - along * decoder_weight
 
 
+def adam_rates(adam: "Adam") -> tuple[np.float32, ...]:
+    """The coefficients of compiled kernels for the next update, each rounded once from float64."""
+    step = adam.steps + 1
+    beta_1, beta_2 = adam.betas
+    lr = adam.lr / (1 - beta_1**step)
+    inverse_root = 1 / math.sqrt(1 - beta_2**step)
+    rates = (lr, beta_1, 1 - beta_1, beta_2, 1 - beta_2, inverse_root, adam.epsilon, adam.weight_decay)
+    return tuple(np.float32(rate) for rate in rates)
+
+
 class Adam:
     """torch's Adam, with moments that can be read, reset and saved by the parameter's name.
 
     `moments` maps "<parameter>.mean" and "<parameter>.variance" to tensors shaped like the parameter; `steps` counts
-    the updates.
+    the updates, and `counts` is where the device counts them. `step` makes one; a CUDA graph captures `update` alone,
+    between `prepare` and `count`.
     """
 
     def __init__(
@@ -32,41 +47,71 @@ class Adam:
     ) -> None:
         self.model = model
         self.lr, self.betas, self.epsilon, self.weight_decay = lr, betas, epsilon, weight_decay
-        fused = model.tied_bias.device.type in ("cpu", "cuda")
-        self._adam = torch.optim.Adam(
-            model.parameters(), lr=lr, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=fused
-        )
+        self.steps = 0
         self.moments: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
-            # torch would create these at the first step; created here, the dense and the sparse step share them.
-            state = self._adam.state[parameter]
-            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
-            state["exp_avg"] = self.moments[f"{name}.mean"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = self.moments[f"{name}.variance"] = torch.zeros_like(parameter)
-        self._steps = 0
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._steps = value
-        for state in self._adam.state.values():
-            state["step"].fill_(value)
+            self.moments[f"{name}.mean"], self.moments[f"{name}.variance"] = (torch.zeros_like(parameter) for _ in range(2))
+        device = model.tied_bias.device
+        self._fused = device.type in ("cpu", "cuda")
+        # What an update reads, and on a GPU must find in its memory: the learning rate, and the updates made so far.
+        self._lr = torch.zeros((), device=device) if device.type == "cuda" else None
+        self.counts = {
+            f"{name}.count": torch.zeros((), device=device if self._fused else "cpu") for name, _ in model.named_parameters()
+        }
+        self._lr_there, self._steps_there = 0.0, 0
 
     @torch.no_grad()
-    def step(self) -> None:
+    def prepare(self) -> None:
+        """Makes the next `update` one with the present `lr` and `steps`."""
+        if self._lr is not None and self._lr_there != self.lr:
+            self._lr.fill_(self.lr)
+            self._lr_there = self.lr
+        if self._steps_there != self.steps:
+            for count in self.counts.values():
+                count.fill_(self.steps)
+            self._steps_there = self.steps
+
+    @torch.no_grad()
+    def update(self) -> None:
         """Updates the parameters from their .grad (projection, Adam, unit norm) and clears it."""
+        parameters = dict(self.model.named_parameters())
         decoder = self.model.decoder_weight
         assert decoder.grad is not None
         decoder.grad = project_decoder_gradient(decoder.grad, decoder)
-        for group in self._adam.param_groups:
-            group["lr"] = self.lr
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        self._steps += 1
+        gradients = [parameter.grad for parameter in parameters.values()]
+        assert all(gradient is not None for gradient in gradients)
+        adam(
+            list(parameters.values()),
+            gradients,  # type: ignore[arg-type]
+            [self.moments[f"{name}.mean"] for name in parameters],
+            [self.moments[f"{name}.variance"] for name in parameters],
+            [],
+            list(self.counts.values()),
+            foreach=False,
+            fused=self._fused,
+            capturable=self._lr is not None,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=self.lr if self._lr is None else self._lr,
+            weight_decay=self.weight_decay,
+            eps=self.epsilon,
+            maximize=False,
+        )
+        for parameter in parameters.values():
+            parameter.grad = None
         decoder.copy_(normalize(decoder, dim=1))
+
+    def count(self) -> None:
+        """Counts an `update`, which has counted itself in the device's memory."""
+        self.steps += 1
+        self._steps_there += 1
+
+    def step(self) -> None:
+        """One update: `prepare`, `update`, `count`."""
+        self.prepare()
+        self.update()
+        self.count()
 
     @torch.no_grad()
     def reset(self, latents: Tensor) -> None:

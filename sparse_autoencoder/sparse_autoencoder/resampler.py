@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_autoencoder.data import Features, in_batches
+from sparse_autoencoder.data import Features, in_batches, part_of, shuffled
 from sparse_autoencoder.losses import CodeLosses, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.parallel import ALONE, Processes
 from sparse_autoencoder.workers import Workers
 
 ENCODER_SCALE = 0.2  # the norm of new encoder rows, relative to the mean of the alive latents
@@ -48,14 +49,17 @@ def resample(
     dataset_size: int,
     batch_size: int,
     generator: np.random.Generator,
+    group: int = 0,
     reader: Workers | None = None,
     stop: Callable[[], bool] = lambda: False,
+    across: Processes = ALONE,
 ) -> Tensor | None:
     """Restarts the latents that `fired` (F) counts as never active: changes their parameters and Adam's moments in place.
 
-    Inputs are drawn without replacement, by `sampling_probability`, from at most `dataset_size` random items. If there are
-    fewer items to draw than dead latents, only the first dead latents restart. `losses` is a faster equivalent of
-    `code_losses`.
+    Inputs are drawn without replacement, by `sampling_probability`, from at most `dataset_size` random items; with a `group`,
+    from items of random pieces (`shuffled`). If there are fewer items to draw than dead latents, only the first dead latents
+    restart. `losses` is a faster equivalent of `code_losses`. With several processes, `features` are those that this one reads
+    (`Processes.own`), and `fired` counts for all.
 
     Returns:
         The indices (int64) of the restarted latents; None, with nothing changed, if `stop`, asked before each batch,
@@ -64,26 +68,59 @@ def resample(
     dead = (fired == 0).nonzero().flatten()
     if len(dead) == 0:
         return dead
-    subset = generator.choice(len(features), size=min(dataset_size, len(features)), replace=False)
+    n_items = torch.tensor(len(features))
+    across.sum([n_items])
+    own = across.own(int(n_items))
+    n_drawn_from = min(dataset_size, int(n_items))
+    if group > 0:
+        subset = shuffled(int(n_items), generator, group)[:n_drawn_from]
+    else:
+        subset = generator.choice(int(n_items), size=n_drawn_from, replace=False)
     device = model.tied_bias.device
-    loss_parts, usable = [], []
-    for batch in in_batches(features, subset, batch_size, name=lambda i: f"resampling, batch {i}", reader=reader):
-        if stop():
-            return None
-        x, _ = model.transform(batch.to(device))
-        found = code_losses(model, x) if losses is None else losses(x)
-        loss_parts.append((found.l2 + found.penalty).cpu())
-        usable.append((x != 0).any(dim=1).cpu())  # a zero input has no direction
-    loss = torch.cat(loss_parts) * torch.cat(usable)
-    probability = sampling_probability(loss).numpy()
+    mine, bounds = part_of(subset, batch_size, own)
+    found = [torch.empty(0, 2)]
+    stopped = False
+    batches = in_batches(
+        features,
+        mine,
+        batch_size,
+        name=lambda i: f"resampling, batch {i}",
+        reader=reader,
+        device=device,
+        group=group,
+        bounds=bounds,
+    )
+    for batch in batches:
+        stopped = stop()
+        if stopped:
+            break
+        x, _ = model.transform(batch)
+        of_batch = code_losses(model, x) if losses is None else losses(x)
+        usable = (x != 0).any(dim=1)  # a zero input has no direction
+        found.append(torch.stack([of_batch.l2 + of_batch.penalty, usable], dim=1).cpu())
+    if across.agreed(stopped):
+        return None
+    loss_and_usable = torch.zeros(len(subset), 2)
+    loss_and_usable[torch.from_numpy(_lies_in(subset, own))] = torch.cat(found)
+    across.sum([loss_and_usable])
+    loss, is_usable = loss_and_usable[:, 0], loss_and_usable[:, 1] > 0
+    probability = sampling_probability(torch.where(is_usable, loss, 0)).numpy()
     n_drawn = min(len(dead), int(np.count_nonzero(probability)))
-    if n_drawn == 0 or not bool(torch.cat(usable).any()):
+    if n_drawn == 0 or not bool(is_usable.any()):
         return dead[:0]
     drawn = subset[generator.choice(len(subset), size=n_drawn, replace=False, p=probability)]
-    inputs, _ = model.transform(features.gather(drawn).to(device))
+    inputs = torch.zeros(n_drawn, model.n_inputs, device=device)
+    is_mine = _lies_in(drawn, own)
+    inputs[torch.from_numpy(is_mine).to(device)] = features.gather(drawn[is_mine] - own.start).to(device)
+    across.sum([inputs])
+    inputs, _ = model.transform(inputs)
     dead = dead[:n_drawn]
     model.encoder_weight[dead] = resampled_encoder_rows(inputs, model.encoder_weight, fired > 0)
     model.decoder_weight[dead] = normalize(inputs, dim=1)
     model.encoder_bias[dead] = 0
     adam.reset(dead)
     return dead
+
+
+def _lies_in(indices: np.ndarray, own: range) -> np.ndarray:
+    return (indices >= own.start) & (indices < own.stop)

@@ -1,6 +1,8 @@
 """The settings of a training run, and names that need no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_autoencoder.declare import check, in_unit, setting
 
@@ -8,6 +10,12 @@ DEFAULT_SEED = 49  # the seed of DN-CBM's runs
 INPUT_TRANSFORMS = ("none", "centre", "unit_norm")
 SEED_HELP = f"seed of the SAE and the probe; part of their names when not {DEFAULT_SEED}"
 EPOCHS, ITEMS = "epochs", "items"
+SHUFFLES = ("auto", "exact", "shards")
+SHARDS_ABOVE = 64 * 2**30
+"""Bytes of features above which `shuffle` "auto" is "shards". Less than that mostly stays in the system's file cache."""
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+RETIRED: dict[str, object] = {"bf16": False}
+"""Settings of earlier versions, with the value under which they did what is done today."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,22 @@ class TrainingSettings:
         identifies="never",
     )
     seed: int = setting(DEFAULT_SEED, SEED_HELP, least=0, most=2**32 - 1, in_name="_seed{}", place=9, name_default=False)
+    shuffle: str = setting(
+        "auto",
+        "order of an epoch: exact draws single items; shards reads pieces of the features in random order, and shuffles items "
+        f"in memory; auto: shards for features of more than {SHARDS_ABOVE // 2**30} GiB",
+        choices=SHUFFLES,
+        identifies="changed",
+    )
     log_every: int = setting(100, "steps between rows of the training log", least=1, identifies="never")
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0, linearly", least=0)
     lr_decay_steps: int = setting(0, "final steps over which the learning rate falls to 0, linearly", least=0)
-    bf16: bool = setting(False, "matrix products in bfloat16, for GPUs")
+    matmul_precision: str = setting(
+        "highest",
+        "float32 products of the SAE's training: highest, exact; high, TF32 on GPUs; medium, factors in bfloat16",
+        choices=MATMUL_PRECISIONS,
+        identifies="changed",
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -51,6 +71,10 @@ class TrainingSettings:
     def steps_per_epoch(self, n_items: int) -> int:
         """Steps of an epoch of n_items, whose last batch may be short."""
         return -(-n_items // self.batch_size)
+
+    def shuffle_of(self, n_bytes: int) -> str:
+        """How features of n_bytes are shuffled: `exact` or `shards`."""
+        return self.shuffle if self.shuffle != "auto" else "shards" if n_bytes > SHARDS_ABOVE else "exact"
 
     def validation_epochs(self, n_items: int) -> int:
         """Epochs of n_items between validations; 0: none before the end. Items count up to the end of an epoch."""
@@ -61,6 +85,11 @@ class TrainingSettings:
         """Training items between checkpoints; 0: none before the end. An epoch has n_items."""
         number, unit = in_unit(self.ckpt_freq, (ITEMS, EPOCHS))
         return number if unit == ITEMS else number * n_items
+
+
+def without_retired(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings without those that no longer exist and changed nothing, so that what they made stays valid."""
+    return {name: value for name, value in recorded.items() if name not in RETIRED or value != RETIRED[name]}
 
 
 def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:

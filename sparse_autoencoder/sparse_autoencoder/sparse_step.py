@@ -6,7 +6,6 @@ gradients never reach memory. The tied bias b is folded into the encoder's (c = 
 from sums computed anyway: sum_i dL/dx_hat_i - (dL/db_e) W_e.
 """
 
-import math
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,23 +18,13 @@ from sparse_autoencoder import kernels
 from sparse_autoencoder.kernels import NO_ENTRIES, ItemMajor, LatentMajor, Trained
 from sparse_autoencoder.losses import CodeLosses
 from sparse_autoencoder.model import SparseAutoencoder
-from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.optimizer import Adam, adam_rates
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
 ITEMS = 1024  # the most items whose pre-activations a thread holds at once: more would leave the cache
 FEWEST_ITEMS = 32  # the fewest: below this, reading the encoder would take longer than the product
 LATENTS = 128  # latents that a thread updates at once
-
-
-def adam_rates(adam: Adam) -> tuple[np.float32, ...]:
-    """The kernels' coefficients for the next update, each rounded once from float64."""
-    step = adam.steps + 1
-    beta_1, beta_2 = adam.betas
-    lr = adam.lr / (1 - beta_1**step)
-    inverse_root = 1 / math.sqrt(1 - beta_2**step)
-    rates = (lr, beta_1, 1 - beta_1, beta_2, 1 - beta_2, inverse_root, adam.epsilon, adam.weight_decay)
-    return tuple(np.float32(rate) for rate in rates)
 
 
 class _Scratch:
@@ -86,12 +75,13 @@ class SparseStep:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, dead: Tensor | None = None) -> StepResult:
-        """The step that `dense_step` makes on transformed inputs x (B x D, float32)."""
+        """The step that `dense_step` makes on transformed inputs x (B x D, float32) and the mask `dead` (F, bool)."""
         model, adam, code = self.model, self.adam, self.model.sparsity.code
         x = x.contiguous()
         n, width = x.shape
         f = model.n_latents
-        n_aux = code.n_auxiliary(width, len(dead)) if dead is not None else 0
+        revivable = None if dead is None else dead.nonzero().flatten()
+        n_aux = 0 if revivable is None else code.n_auxiliary(width, len(revivable))
         threshold = self._threshold()
         tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         trained = {
@@ -107,7 +97,7 @@ class SparseStep:
         scale = np.float32(2 / x.numel())
         items = self._piece_size(n)
         column_sum = torch.empty(-(-n // items), width)
-        encode = self._encoder(x, tensors, threshold, dead if n_aux else None, n_aux)
+        encode = self._encoder(x, tensors, threshold, revivable if n_aux else None, n_aux)
 
         def decode(piece: _Piece) -> _Piece:
             rows = slice(piece.first, piece.first + len(piece.entries.row_start) - 1)

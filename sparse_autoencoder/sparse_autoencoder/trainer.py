@@ -21,7 +21,19 @@ from tqdm import tqdm
 
 from sparse_autoencoder.advice import advice_after, advice_before
 from sparse_autoencoder.checkpoint import read_safetensors
-from sparse_autoencoder.data import Features, as_features, checksum, epoch_order, geometric_median, in_batches, resident
+from sparse_autoencoder.data import (
+    Features,
+    OwnItems,
+    as_features,
+    checksum,
+    epoch_order,
+    geometric_median,
+    group_size,
+    in_batches,
+    part_of,
+    resident,
+    stored_type,
+)
 from sparse_autoencoder.declare import identity
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.files import whole_file, write_safetensors
@@ -29,12 +41,13 @@ from sparse_autoencoder.losses import RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
+from sparse_autoencoder.parallel import ALONE, Part, Processes
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import resample
-from sparse_autoencoder.settings import TrainingSettings, is_resampling_epoch, learning_rate
+from sparse_autoencoder.settings import TrainingSettings, is_resampling_epoch, learning_rate, without_retired
 from sparse_autoencoder.signals import stopping
-from sparse_autoencoder.stepper import Stepper
-from sparse_autoencoder.steps import StepResult
+from sparse_autoencoder.stepper import LOOK_EVERY, Stepper
+from sparse_autoencoder.steps import StepResult, matmul_precision
 from sparse_autoencoder.variants import sparsity_to_json
 from sparse_autoencoder.workers import Workers
 
@@ -65,7 +78,7 @@ class TrainingResult:
 class _State:
     """Everything that the next step depends on, apart from settings and data."""
 
-    COUNTERS = ("items_seen", "window_items", "resampled_after")
+    COUNTERS = ("items_seen", "window_items", "resampled_after", "longest")
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
         self.model, self.adam, self.stepper = model, adam, stepper
@@ -76,12 +89,17 @@ class _State:
         """How often each latent was active in the `window_items` items since the last resampling."""
         self.unfired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
         """Items since each latent was last active, in whole batches."""
+        self.longest = 0
+        """No latent was inactive for longer; on a GPU, where only the device knows exactly, an upper bound."""
 
     def count(self, result: StepResult, n_items: int) -> None:
         self.items_seen += n_items
         self.window_items += n_items
         self.fired += result.fired
         self.unfired = torch.where(result.fired > 0, 0, self.unfired + n_items)
+        self.longest += n_items
+        if self.adam.steps % LOOK_EVERY == 0:
+            self.longest = int(self.unfired.max())
 
     def start_window(self, epoch: int) -> None:
         self.resampled_after = epoch
@@ -118,10 +136,12 @@ class _State:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {restart}") from error
         try:
-            saved_run, counters, checksum = dict(json.loads(header["run"])), json.loads(header["counters"]), header["checksum"]
+            saved_run, counters = without_retired(dict(json.loads(header["run"]))), json.loads(header["counters"])
+            checksum = header["checksum"]
+            counters.setdefault("longest", counters["items_seen"])  # of versions that did not keep it
             own_counters = {name: int(counters[name]) for name in self.COUNTERS}
             steps, density = int(counters["steps"]), float(counters["density"])
-        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a training state; {restart}") from error
         if checksum != _checksum(saved, header):
             raise CheckpointError(f"{path}: this training state is damaged (its checksum is wrong); {restart}")
@@ -179,10 +199,13 @@ class _Log:
         self.time, self.items = time.monotonic(), state.items_seen
         self._write_all()
 
-    def training_row(self, state: _State, result: StepResult, x: Tensor, epoch: int) -> dict[str, float]:
-        """The row of a step on transformed inputs x (B x D)."""
-        variance = RunningVariance()
-        variance.add(x)
+    def training_row(
+        self, state: _State, result: StepResult, x: Tensor, epoch: int, n_items: int, across: Processes
+    ) -> dict[str, float]:
+        """The row of a step on transformed inputs x, this process's part of a batch of n_items."""
+        own_variance = RunningVariance()
+        own_variance.add(x)
+        variance = own_variance.merged(x.shape[1], across)
         l2 = float(result.l2)
         dead, almost_dead = count_dead(state.fired, state.window_items)
         return {
@@ -190,8 +213,8 @@ class _Log:
             "loss": float(result.loss),
             "l2_loss": l2,
             "l1_loss": float(result.penalty),
-            "l0": float(result.fired.sum()) / len(x),
-            "explained_variance": explained_variance(l2 * x.numel(), variance),
+            "l0": float(result.fired.sum()) / n_items,
+            "explained_variance": explained_variance(l2 * n_items * x.shape[1], variance),
             "dead": dead,
             "almost_dead": almost_dead,
             "items_per_second": (state.items_seen - self.items) / max(time.monotonic() - self.time, 1e-9),
@@ -267,11 +290,13 @@ def train(
     figure_path: Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    across: Processes = ALONE,
 ) -> TrainingResult:
     """Trains the model in place on N x D features (DN-CBM, section 3.1 and appendix).
 
-    The order of an epoch and the draws of a resampling depend only on the seed and the epoch. A run that was stopped and
-    resumed therefore ends with the same bits as an uninterrupted one, given the same machine and number of threads.
+    The order of an epoch and the draws of a resampling depend only on the seed, the epoch and the way of shuffling. A run
+    that was stopped and resumed therefore ends with the same bits as an uninterrupted one, given the same machine and number
+    of threads.
 
     Args:
         model: a model of D inputs. With the transform "centre", its centre is first fitted to the data.
@@ -289,6 +314,9 @@ def train(
             matplotlib is installed.
         device: where to train; the model is moved there.
         progress: whether to show a progress bar.
+        across: the processes that train together. All call this with the same arguments and get the same model and result,
+            those of one process up to rounding. Each reads its own part of the items; the first alone writes files, logs and
+            shows progress.
 
     Raises:
         NonFiniteError: the features or the loss are NaN or infinite. The state on disk is the last good one.
@@ -299,9 +327,18 @@ def train(
     device = torch.device(device)
     features = as_features(data)
     held_out = as_features(validation) if validation is not None else None
+    if across.rank > 0:
+        on_checkpoint = log = log_path = figure_path = None
+        progress = False
+    warn = messages.warning if across.rank == 0 else messages.debug
     model.to(device)
     betas = (settings.adam_beta_1, settings.adam_beta_2)
     adam = Adam(model, lr=settings.lr, betas=betas, epsilon=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
+    n_bytes = len(features) * model.n_inputs * stored_type(features).itemsize
+    batch_size = settings.batch_size
+    group = group_size(batch_size) if settings.shuffle_of(n_bytes) == "shards" else 0
+    if settings.shuffle == "auto" and group > 0:
+        messages.info("the features take %.0f GiB, so an epoch reads them in pieces (shuffle: shards)", n_bytes / 2**30)
     run: dict[str, object] = {
         "n_items": len(features),
         "features": checksum(features) if state_path is not None else "",
@@ -310,27 +347,30 @@ def train(
         "sparsity": sparsity_to_json(model.sparsity),
         "input_transform": model.input_transform,
         **identity(settings),
+        "shuffle": "shards" if group > 0 else None,  # None: the order of versions that had no such setting
     }
     with ExitStack() as stack:
-        stepper = Stepper(model, adam, bf16=settings.bf16)
+        stack.enter_context(matmul_precision(settings.matmul_precision, device))
+        batch_size = min(settings.batch_size, len(features))
+        stepper = Stepper(model, adam, batch_size=batch_size, matmul_precision=settings.matmul_precision)
         stack.callback(stepper.close)
         state = _State(model, adam, stepper)
         if state_path is not None and state_path.exists():
             state.load(state_path, run)
         elif model.input_transform == "centre":
             _fit_centre(model, features, settings)
-        batch_size = settings.batch_size
-        features = resident(features, device, batch_size)
-        held_out = None if held_out is None else resident(held_out, device, batch_size)
         reader = Workers(1)
         stack.callback(reader.close)
-        steps_per_epoch = -(-len(features) // batch_size)
+        n_items, own = len(features), across.own(len(features))
+        features = resident(_own_items(features, across), device, batch_size, reader)
+        held_out = None if held_out is None else resident(_own_items(held_out, across), device, batch_size, reader)
+        steps_per_epoch = -(-n_items // batch_size)
         total_steps = settings.epochs * steps_per_epoch
         last_epoch = settings.epochs - 1
-        val_epochs, ckpt_items = settings.validation_epochs(len(features)), settings.checkpoint_items(len(features))
-        shape = {"n_items": len(features), "n_inputs": model.n_inputs, "n_latents": model.n_latents}
+        val_epochs, ckpt_items = settings.validation_epochs(n_items), settings.checkpoint_items(n_items)
+        shape = {"n_items": n_items, "n_inputs": model.n_inputs, "n_latents": model.n_latents}
         for line in advice_before(settings, model.sparsity, validates=held_out is not None, **shape):
-            messages.warning(line)
+            warn(line)
         stop = stack.enter_context(stopping())
         bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
         stack.callback(bar.close)
@@ -340,11 +380,18 @@ def train(
 
         def save() -> None:
             losses.check()
-            if state_path is not None:
+            if state_path is not None and across.rank == 0:
                 state.save(state_path, run)
 
         measure_all = partial(
-            measure, model, batch_size=batch_size, device=device, losses=stepper.losses, reader=reader, stop=stop
+            measure,
+            model,
+            batch_size=batch_size,
+            device=device,
+            losses=stepper.losses,
+            reader=reader,
+            stop=stop,
+            across=across,
         )
         last_validation: dict[str, float] | None = None
 
@@ -364,8 +411,10 @@ def train(
                 dataset_size=settings.resample_dataset_size,
                 batch_size=batch_size,
                 generator=np.random.default_rng([settings.seed, epoch, 1]),
+                group=group,
                 reader=reader,
                 stop=stop,
+                across=across,
             )
             if restarted is None:
                 return None
@@ -376,19 +425,32 @@ def train(
 
         if adam.steps > 0 and adam.steps % steps_per_epoch == 0:
             resample_after(adam.steps // steps_per_epoch - 1)
-        while adam.steps < total_steps and not stop():
+        while adam.steps < total_steps and not across.agreed(stop()):
             epoch, first = divmod(adam.steps, steps_per_epoch)
-            order = epoch_order(len(features), settings.seed, epoch)
+            order, bounds = part_of(epoch_order(n_items, settings.seed, epoch, group), batch_size, own)
 
             def step_name(batch: int, before: int = epoch * steps_per_epoch) -> str:
                 return f"step {before + batch + 1}"
 
-            for batch in in_batches(features, order, batch_size, first=first, name=step_name, reader=reader):
-                x, _ = model.transform(batch.to(device, non_blocking=True))
+            batches = in_batches(
+                features,
+                order,
+                batch_size,
+                first=first,
+                name=step_name,
+                reader=reader,
+                device=device,
+                group=group,
+                bounds=bounds,
+            )
+            for batch in batches:
+                x, _ = model.transform(batch)
                 adam.lr = learning_rate(settings, adam.steps, total_steps)
-                result = stepper(x, model.sparsity.code.dead(state.unfired))
+                n = min(batch_size, n_items - adam.steps % steps_per_epoch * batch_size)  # of all processes
+                part = Part(n, across) if across.size > 1 else None
+                result = stepper(x, model.sparsity.code.dead(state.unfired, state.longest), part)
                 losses.add(result.loss)
-                state.count(result, len(x))
+                state.count(result, n)
                 bar.update()
 
                 step = adam.steps
@@ -397,7 +459,7 @@ def train(
                 row = None
                 if step % settings.log_every == 0 or validate or step == total_steps:
                     losses.check()
-                    row = logger.training_row(state, result, x, epoch)
+                    row = logger.training_row(state, result, x, epoch, n, across)
                 resampled = resample_after(epoch) if end_of_epoch else None
                 if row is not None:
                     if resampled is not None:
@@ -408,14 +470,14 @@ def train(
                         last_validation = measured[0] if measured else None
                         row.update(_named("val", last_validation or {}))
                     final = step == total_steps
-                    density = None if final else (result.fired.cpu().double() / len(x)).numpy()
+                    density = None if final else (result.fired.cpu().double() / n).numpy()
                     logger.write(row, step, state.items_seen, density)
                 if on_checkpoint is not None and ckpt_items > 0:
-                    before = (state.items_seen - len(x)) // ckpt_items
+                    before = (state.items_seen - n) // ckpt_items
                     if before != state.items_seen // ckpt_items:
                         losses.check()
                         on_checkpoint(model, state.items_seen)
-                if stop():
+                if across.agreed(stop()):
                     break
                 if time.monotonic() - last_save >= state_every:
                     save()
@@ -428,12 +490,12 @@ def train(
                 ends_validated = val_epochs > 0 and settings.epochs % val_epochs == 0
                 validated = (last_validation if ends_validated else None) or (measure_all(held_out) or (None,))[0]
         if measured is None or (held_out is not None and validated is None):
-            assert stop.by is not None
+            stopped_by = stop.by or signal.SIGTERM  # it may have reached another process alone
             saved = f"saved its state in {state_path}" if state_path is not None else "saved no state to resume from"
-            messages.warning("%s: training stopped after step %d of %d and %s", stop.by.name, adam.steps, total_steps, saved)
-            return TrainingResult(adam.steps, logger.last, stopped_by=stop.by)
+            warn("%s: training stopped after step %d of %d and %s", stopped_by.name, adam.steps, total_steps, saved)
+            return TrainingResult(adam.steps, logger.last, stopped_by=stopped_by)
         metrics, fired = measured
-        shares = fired.numpy() / len(features)
+        shares = fired.numpy() / n_items
         logger.finish(total_steps, last_epoch, _named("val", validated or {}) | _named("train", metrics), shares)
         if figure_path is not None:
             resamplings = [
@@ -444,10 +506,14 @@ def train(
             try:
                 draw_training(logger.rows, shares, figure_path, resamplings)
             except ImportError:
-                messages.warning("did not draw %s: matplotlib is not installed", figure_path)
+                warn("did not draw %s: matplotlib is not installed", figure_path)
         for line in advice_after(model.sparsity, n_latents=model.n_latents, train=metrics, validation=validated):
-            messages.warning(line)
+            warn(line)
         return TrainingResult(adam.steps, metrics, validated)
+
+
+def _own_items(features: Features, across: Processes) -> Features:
+    return features if across.size == 1 else OwnItems(features, across.own(len(features)))
 
 
 def _named(part: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -19,10 +19,13 @@ def test_gather_is_plain_indexing(tmp_path_factory, make_store, sizes: list[int]
     rows = np.random.default_rng(sum(sizes)).normal(size=(sum(sizes), 3)).astype(dtype)
     shards = np.split(rows, np.cumsum(sizes)[:-1])
     store = make_store(tmp_path_factory.mktemp("store"), shards)
-    indices = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=20)), dtype=np.int64)
+    row = st.integers(0, len(rows) - 1)
+    run = st.tuples(row, row).map(lambda ends: list(range(min(ends), max(ends) + 1)))
+    indices = np.array(data.draw(st.lists(row, max_size=20) | run), dtype=np.int64)
     gathered = store.gather(indices)
     assert gathered.dtype == torch.float32
     np.testing.assert_array_equal(gathered.numpy(), rows[indices].astype(np.float32))
+    np.testing.assert_array_equal(store.gather_stored(indices).numpy(), rows[indices], strict=True)
 
 
 def test_a_store_is_its_shards_in_order(tmp_path: Path, make_store) -> None:
@@ -39,6 +42,9 @@ def test_a_store_is_its_shards_in_order(tmp_path: Path, make_store) -> None:
         assert all(batch.dtype == torch.float32 for batch in batches)
         np.testing.assert_array_equal(torch.cat(batches).numpy(), rows.astype(np.float32))
     np.testing.assert_array_equal(torch.cat(list(store.shard_batches(2, 3))).numpy(), rows[4:].astype(np.float32))
+    mixed = make_store(tmp_path / "mixed", [rows[:3], rows[3:].astype(np.float32)])
+    assert mixed.gather_stored(np.arange(8)).dtype == torch.float32
+    np.testing.assert_array_equal(mixed.gather_stored(np.arange(8)).numpy(), rows)
     assert store.describe(4) == f"row 0 of {tmp_path / 'store' / '00003.npy'}"
     assert store.describe(2) == f"row 2 of {tmp_path / 'store' / '00000.npy'}"
 

@@ -132,6 +132,18 @@ def test_a_setting_more_or_less_is_a_difference(artifact: Path, refusal) -> None
         begin(artifact, RECIPE._replace(settings={"lr": 0.1}))
 
 
+@pytest.mark.parametrize(("recorded", "is_kept"), [(False, True), (True, False)])
+def test_a_setting_that_no_longer_exists_changes_nothing_at_its_old_default(
+    artifact: Path, refusal, recorded: bool, is_kept: bool
+) -> None:
+    assert make(artifact, RECIPE._replace(settings={**RECIPE.settings, "bf16": recorded})) is Outcome.RAN
+    if is_kept:
+        assert make(artifact, RECIPE) is Outcome.ALREADY_DONE
+    else:
+        with refusal("bf16 was True, now None"):
+            make(artifact, RECIPE)
+
+
 def test_overwrite_removes_what_another_recipe_made(artifact: Path) -> None:
     make(artifact, RECIPE)
     assert begin(artifact, OTHER, overwrite=True) is Outcome.RAN

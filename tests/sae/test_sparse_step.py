@@ -47,7 +47,7 @@ def is_clear(model: SparseAutoencoder, x: Tensor, dead: Tensor) -> bool:
             switches.append(torch.tensor(gap(pre, code.k)))
         if isinstance(code, BatchTopK):
             switches.append(torch.tensor(gap(pre.flatten(), code.k * len(x))))
-        if isinstance(code, TopK | BatchTopK) and len(dead):
+        if isinstance(code, TopK | BatchTopK) and dead.any():
             switches.append(torch.tensor(gap(pre[:, dead], code.aux_k or model.n_inputs // 2 or 1)))
         if isinstance(code, JumpReLU):
             distance = (pre - model.log_threshold.exp()).abs()
@@ -110,7 +110,7 @@ nested = st.builds(
 def random_case(
     sparsity: Sparsity, n_inputs: int, n_latents: int, n_items: int, shift: float, n_dead: int, seed: int
 ) -> tuple[SparseAutoencoder, Tensor, Tensor]:
-    """A model, inputs and dead latents. The shift sets the density, from no active latent (-50) to all of them (9)."""
+    """A model, inputs and the mask of dead latents. The shift sets the density, from no active latent (-50) to all (9)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n_items, n_inputs, generator=generator)
     model = SparseAutoencoder(n_inputs, n_latents, sparsity=sparsity)
@@ -120,7 +120,7 @@ def random_case(
         model.tied_bias.normal_(std=0.1, generator=generator)
         if isinstance(sparsity, JumpReLU):
             model.log_threshold.normal_(mean=-1, generator=generator)
-    return model, x, torch.randperm(n_latents, generator=generator)[: min(n_dead, n_latents)].sort().values
+    return model, x, torch.randperm(n_latents, generator=generator) < n_dead
 
 
 @pytest.mark.parametrize("shift", [-1.0, 0.0])
@@ -172,7 +172,7 @@ def test_losses_without_a_step(sparsity: Sparsity, n_items: int, shift: float, s
     if isinstance(sparsity.code, BatchTopK):
         model.threshold.fill_(0.4)
         assume((model.pre_activations(x) - 0.4).abs().min() > MARGIN * 60)
-    assume(is_clear(model, x, torch.empty(0, dtype=torch.int64)))
+    assume(is_clear(model, x, torch.zeros(model.n_latents, dtype=torch.bool)))
     step = SparseStep(model, Adam(model, lr=5e-4))
     got, want = step.losses(x), code_losses(model, x)
     step.close()
@@ -191,7 +191,7 @@ def test_items_without_any_active_latent(features: Tensor) -> None:
     latents = model.encode(x)
     assert (latents == 0).all(dim=1).any()
     assert (latents > 0).any()
-    assert_equal_steps(model, x, torch.empty(0, dtype=torch.int64))
+    assert_equal_steps(model, x, torch.zeros(model.n_latents, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("n_threads", [2, 3])
@@ -224,8 +224,8 @@ def test_batchtopk_when_the_threshold_is_far_too_high(features: Tensor) -> None:
     model = SparseAutoencoder(12, 60, sparsity=BatchTopK(5))
     model.threshold.fill_(1e6)
     x = features[:40]
-    assert is_clear(model, x, torch.empty(0, dtype=torch.int64))
-    assert_equal_steps(model, x, torch.empty(0, dtype=torch.int64))
+    assert is_clear(model, x, torch.zeros(model.n_latents, dtype=torch.bool))
+    assert_equal_steps(model, x, torch.zeros(model.n_latents, dtype=torch.bool))
 
 
 def test_batchtopk_with_equal_values_at_the_edge() -> None:

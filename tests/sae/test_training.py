@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -33,7 +34,7 @@ from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import resample
 from sparse_autoencoder.settings import is_resampling_epoch, learning_rate
-from sparse_autoencoder.trainer import _LossCheck
+from sparse_autoencoder.trainer import _checksum, _LossCheck
 
 pytestmark = pytest.mark.slow
 
@@ -420,6 +421,20 @@ def rewritten(state: Path, change: Callable[[dict[str, Tensor], dict[str, str]],
     save_file(tensors, state, header)
 
 
+def test_a_state_of_an_older_version_is_resumed(tmp_path: Path, features: Tensor) -> None:
+    """It names a setting that no longer exists, and lacks a counter."""
+    state, settings = tmp_path / "state.safetensors", TrainingSettings(epochs=1, batch_size=100)
+    train(small_model(), features, settings, state_path=state, progress=False)
+
+    def as_before(tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        counters = {name: value for name, value in json.loads(header["counters"]).items() if name != "longest"}
+        header.update(run=json.dumps({**json.loads(header["run"]), "bf16": False}), counters=json.dumps(counters))
+        header["checksum"] = _checksum(tensors, header)
+
+    rewritten(state, as_before)
+    assert train(small_model(), features, settings, state_path=state, progress=False).steps == 6
+
+
 STATE_CHANGES: dict[str, Callable[[dict[str, Tensor], dict[str, str]], None]] = {
     "NaN": lambda tensors, _: tensors["model.tied_bias"].fill_(math.nan),
     "another number": lambda tensors, _: tensors["adam.tied_bias.mean"].add_(1e-7),
@@ -547,15 +562,15 @@ def test_resampling_more_dead_than_items_and_all_dead() -> None:
 
 
 class Recorded(TensorFeatures):
-    """Features that record how many items each read takes."""
+    """Features that record how many items each read takes, apart from a look at one."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
         self.reads: list[int] = []
 
-    def gather(self, indices: np.ndarray) -> Tensor:
-        self.reads.append(len(indices))
-        return super().gather(indices)
+    def gather_stored(self, indices: np.ndarray) -> Tensor:
+        self.reads += [len(indices)] if len(indices) > 1 else []
+        return super().gather_stored(indices)
 
 
 def test_resampling_reads_resample_dataset_size_items(features: Tensor) -> None:
@@ -717,13 +732,13 @@ def test_auxiliary_loss_revives_the_dead(features: Tensor, code: type[TopK] | ty
     assert fractions[0] < 0.6 * fractions[1], fractions
 
 
-def test_bf16_trains_too(features: Tensor) -> None:
+def test_bfloat16_products_train_too(features: Tensor) -> None:
     settings = TrainingSettings(epochs=12, batch_size=100, lr=3e-3, log_every=72)
     rows: list[dict[str, float]] = []
     options = {"log": lambda row, _: rows.append(row), "progress": False}
     exact, rounded = (
-        train(model_of(TopK(5)), features, dataclasses.replace(settings, bf16=bf16), **options).metrics
-        for bf16 in (False, True)
+        train(model_of(TopK(5)), features, dataclasses.replace(settings, matmul_precision=precision), **options).metrics
+        for precision in ("highest", "medium")
     )
     assert [row["sparse_step"] for row in rows] == [1, 0]  # the kernels compute in float32 only
     assert rounded["l2_loss"] == pytest.approx(exact["l2_loss"], rel=0.1)

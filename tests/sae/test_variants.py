@@ -131,12 +131,13 @@ def test_matryoshka_sums_over_prefixes(code: TopK | BatchTopK) -> None:
 def test_auxiliary_loss() -> None:
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     model = randomised(TopK(2, aux_coeff=0.25, aux_k=2))
-    dead = torch.tensor([1, 4, 7, 9])
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[1, 4, 7, 9]] = True
     losses = item_losses(model, x, training=True, dead=dead)
     pre = ((x - model.tied_bias) @ model.encoder_weight.t() + model.encoder_bias).detach()
     reconstruction = model.sparsity.activate(pre) @ model.decoder_weight + model.tied_bias
     for i in range(7):
-        best = sorted(dead.tolist(), key=lambda f: -float(pre[i, f]))[:2]
+        best = sorted(dead.nonzero().flatten().tolist(), key=lambda f: -float(pre[i, f]))[:2]
         left = sum(max(float(pre[i, f]), 0) * model.decoder_weight[f] for f in best)
         auxiliary = ((left - (x[i] - reconstruction[i])) ** 2).mean()
         assert_close(losses.objective[i], losses.l2[i] + 0.25 * auxiliary)
@@ -147,13 +148,13 @@ def test_auxiliary_loss_leaves_the_code_alone() -> None:
     """The residual is a fixed target, so only dead latents learn from the auxiliary loss."""
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     gradients = []
-    for dead in (torch.tensor([3, 4]), torch.tensor([], dtype=torch.int64)):
+    alive = torch.tensor([f not in (3, 4) for f in range(12)])
+    for dead in (~alive, torch.zeros(12, dtype=torch.bool)):
         model = randomised(TopK(2))
         with torch.no_grad():
             model.encoder_bias[3:5] = -1
         item_losses(model, x, training=True, dead=dead).objective.sum().backward()
         gradients.append(model.decoder_weight.grad)
-    alive = torch.tensor([f not in (3, 4) for f in range(12)])
     assert torch.equal(gradients[0][alive], gradients[1][alive])
     assert not torch.equal(gradients[0][~alive], gradients[1][~alive])
 
@@ -193,8 +194,9 @@ def test_auxiliary_loss_with_one_input_uses_one_latent() -> None:
 
 @pytest.mark.parametrize("code", [TopK(3, dead_after=500), BatchTopK(3, dead_after=500)])
 def test_latents_are_dead_once_inactive_for_dead_after_items(code: TopK | BatchTopK) -> None:
-    assert code.dead(torch.tensor([0, 499, 500, 501])).tolist() == [2, 3]
-    assert ReLU().dead(torch.tensor([0, 10**9])) is None
+    assert code.dead(torch.tensor([0, 499, 500, 501]), 501).tolist() == [False, False, True, True]
+    assert code.dead(torch.tensor([0, 499, 400, 301]), 499) is None  # known without a look at the latents
+    assert ReLU().dead(torch.tensor([0, 10**9]), 10**9) is None
 
 
 @pytest.mark.parametrize("sparsity", [TopK(13), BatchTopK(13), Matryoshka(BatchTopK(13))], ids=str)

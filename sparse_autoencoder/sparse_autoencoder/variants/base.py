@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # Command lines name the variants; torch and numba are import
     from torch import Tensor, nn
 
     from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
+    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Sparsity:
         """The thresholds of a model's latents: F, a scalar, or None if there are none."""
         return None
 
-    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
-        """Latents (B x F) of pre-activations (B x F)."""
+    def activate(
+        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
+    ) -> Tensor:
+        """Latents (B x F) of pre-activations (B x F); in training they may be a `part` of a batch."""
         raise NotImplementedError
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
@@ -81,17 +84,18 @@ class Sparsity:
         """Sizes of the prefixes of the latents that must each reconstruct the input, ascending."""
         return (n_latents,)
 
-    def dead(self, unfired: Tensor) -> Tensor | None:
-        """Indices (int64) of the latents that AuxK revives; None without AuxK.
-        `unfired` (F) counts the items since each latent was last active."""
+    def dead(self, unfired: Tensor, longest: int) -> Tensor | None:
+        """A mask (F, bool) of the latents that AuxK revives; None without AuxK, or if none is dead for certain.
+        `unfired` (F) counts the items since each latent was last active. None of them exceeds `longest`."""
         return None
 
     def n_auxiliary(self, n_inputs: int, n_dead: int) -> int:
         """How many dead latents reconstruct each item in AuxK's loss."""
         return 0
 
-    def after_batch(self, model: nn.Module, latents: Tensor) -> None:
-        """Updates the model's buffers after a training batch, given its latents (any shape; zeros may be left out)."""
+    def after_batch(self, model: nn.Module, latents: Tensor, part: Part | None = None) -> None:
+        """Updates the model's buffers after a training batch or a `part` of one, given its latents (any shape; zeros may be
+        left out)."""
 
     # The sparse step uses the methods below.
 

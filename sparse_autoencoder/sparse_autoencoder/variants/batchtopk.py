@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparse_autoencoder.kernels import Array
+    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,35 @@ class BatchTopK(LargestK, kernels=True):
     def threshold(self, model: nn.Module) -> Tensor | None:
         return model.get_buffer("threshold")
 
-    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+    def activate(
+        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
+    ) -> Tensor:
         if not training:
             return pre.where(pre > (0 if threshold is None else threshold), 0).clamp_min(0)
+        if part is not None:
+            return pre.where(pre >= self._edge(pre.detach().flatten(), part), 0).clamp_min(0)
         values, indices = pre.flatten().topk(min(self.k * len(pre), pre.numel()), sorted=False)
         return pre.new_zeros(pre.shape).flatten().scatter(0, indices, values.relu()).view_as(pre)
 
-    def after_batch(self, model: nn.Module, latents: Tensor) -> None:
+    def _edge(self, pre: Tensor, part: Part) -> Tensor:
+        """The smallest of the pre-activations that a batch keeps, given this process's (any number)."""
+        n_kept = self.k * part.n_items
+        largest = pre.new_zeros(n_kept)
+        found = pre.topk(min(n_kept, len(pre))).values
+        largest[: len(found)] = found
+        return part.across.joined(largest).flatten().topk(n_kept).values[-1]
+
+    def after_batch(self, model: nn.Module, latents: Tensor, part: Part | None = None) -> None:
         """Updates the running mean of the threshold; a batch without active latents leaves it as it was."""
         import torch
 
         threshold = model.get_buffer("threshold")
-        if latents.numel() == 0:
+        if latents.numel() == 0 and part is None:
             return
         with torch.no_grad():
-            smallest = torch.where(latents > 0, latents, torch.inf).min().to(threshold.dtype)
+            positive = torch.where(latents > 0, latents, torch.inf).flatten()
+            smallest = torch.cat([positive, positive.new_full((1,), torch.inf)]).min().to(threshold.dtype)
+            smallest = smallest if part is None else part.across.joined(smallest).min()
             mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
             threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
 

@@ -45,8 +45,8 @@ class LargestK(Sparsity):
         if self.k > n_latents:
             raise ValueError(f"--k {self.k} asks for more active latents than the SAE has: {n_latents}")
 
-    def dead(self, unfired: Tensor) -> Tensor | None:
-        return (unfired >= self.dead_after).nonzero().flatten()
+    def dead(self, unfired: Tensor, longest: int) -> Tensor | None:
+        return unfired >= self.dead_after if self.aux_coeff > 0 and longest >= self.dead_after else None
 
     def n_auxiliary(self, n_inputs: int, n_dead: int) -> int:
         if self.aux_coeff == 0:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparse_autoencoder.kernels import Array, ItemMajor
+    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class ReLU(Sparsity, kernels=True):
         weight.uniform_(-weight_bound, weight_bound, generator=generator)
         bias.uniform_(-bias_bound, bias_bound, generator=generator)
 
-    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+    def activate(
+        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
+    ) -> Tensor:
         return pre.relu()
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
