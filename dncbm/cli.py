@@ -25,7 +25,7 @@ from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, Unu
 from dncbm.runs.devices import keep_freed_memory
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import verifying_hashes
-from dncbm.runs.ranks import world_size
+from dncbm.runs.ranks import joined, world_size
 from dncbm.runs.settings import Settings, load_settings
 from dncbm.runs.stage import Command
 from dncbm.stages import COMMANDS, PIPELINE, STAGES
@@ -51,8 +51,8 @@ def _run(command: str | Command, argv: Sequence[str] | None) -> None:
     settings, values, given = parse(command, argv)
     stage = STAGES[command.name] if command.name in STAGES else command.load()
     execution = build(Execution, values)
-    with verifying_hashes() if execution.verify else nullcontext():
-        values = complete(settings, stage, values, given)
+    with verifying_hashes() if execution.verify else nullcontext(), joined() as ranks:
+        values = ranks.first_makes(partial(complete, settings, stage, values, given))
         declared: list[Any] = [build(cls, values) for cls in stage.takes]
         stage.function(settings, *declared, device=execution.device, overwrite=execution.overwrite)
 
@@ -81,7 +81,8 @@ def parse(stage: Command, argv: Sequence[str] | None = None) -> tuple[Settings, 
     if settings is None or problem is not None:
         raise problem or UserError("the config was not read")
     if world_size() > 1 and not stage.several_processes:
-        raise UserError("only stages 1 and 5 run in several processes: start this one without torchrun")
+        *first, last = [str(int(one.script[:2])) for one in COMMANDS.values() if one.several_processes]
+        raise UserError(f"only stages {', '.join(first)} and {last} run in several processes: start this one without torchrun")
     declared = flags_of(stage)
     ignored = [name for name in given if name not in declared]
     if ignored:

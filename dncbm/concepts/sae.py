@@ -19,6 +19,7 @@ from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest
+from dncbm.runs.ranks import Ranks, joined, leaving_if_alone, own_gpu
 from dncbm.runs.settings import Settings
 from dncbm.runs.tracking import NO_TRACKING, Log, tracker
 from sparse_autoencoder import CheckpointError, SparseAutoencoder, evaluate, load_checkpoint, save_checkpoint, train
@@ -46,11 +47,17 @@ def train_sae(
         NonFiniteError: the features or the loss are NaN or infinite.
         KeyboardInterrupt: Ctrl-C stopped the training, which is saved.
     """
+    with joined() as ranks, leaving_if_alone(ranks):
+        return _train(settings, run, tracking, ranks, device, overwrite)
+
+
+def _train(settings: Settings, run: SAERun, tracking: Tracking, ranks: Ranks, device: str, overwrite: bool) -> Outcome:
     artifacts = Artifacts(settings)
     target, state, published = artifacts.sae(run), artifacts.sae_state(run), artifacts.published_sae(run)
-    if artifacts.sae_in_use(run) == published:
+    if ranks.first_makes(lambda: artifacts.sae_in_use(run) == published):
         _check_published(settings, run, published)
-        print(f"using the published checkpoint: {published}")
+        if ranks.rank == 0:
+            print(f"using the published checkpoint: {published}")
         return Outcome.PROVIDED
     data, validation = (open_features(settings, run.dataset, run.encoder, run.hook, split) for split in ("train", "train_val"))
     n_latents = data.width * run.expansion_factor
@@ -59,20 +66,19 @@ def train_sae(
     except ValueError as error:
         raise UserError(f"{error} ({data.width} features x --expansion_factor {run.expansion_factor})") from error
 
-    inputs = {"train features": data.folder, "train_val features": validation.folder}
-    recipe = identity(run)
-    files = partial(artifacts.sae_files, run)
-    with making(
+    make = partial(
+        making,
         target,
         SAE.name,
-        recipe,
-        inputs,
+        identity(run),
+        {"train features": data.folder, "train_val features": validation.folder},
         overwrite=overwrite,
         run=values(run),
-        files=files,
+        files=partial(artifacts.sae_files, run),
         scratch=[state],
-        before=partial(resolve_device, device),
-    ) as work:
+        before=partial(resolve_device, own_gpu(device, ranks)),
+    )
+    with ranks.first(make) as work:
         if not work.needed:
             return work.outcome
         if is_constant(data):
@@ -80,7 +86,7 @@ def train_sae(
                 f"the features {data.folder} are the same for all {len(data)} images, so that an SAE has nothing to learn: "
                 f"check the images of --sae_dataset {run.dataset}"
             )
-        torch_device = resolve_device(device)
+        torch_device = resolve_device(own_gpu(device, ranks))
         _check_memory(run, data, torch_device)
 
         def fit(log: Log | None) -> tuple[SparseAutoencoder, TrainingResult]:
@@ -98,25 +104,31 @@ def train_sae(
                 log_path=artifacts.sae_log(run),
                 figure_path=artifacts.sae_figure(run),
                 device=torch_device,
+                across=ranks,
             )
 
         config = values(run) | {"n_inputs": data.width, "n_latents": n_latents, "train_items": len(data)}
         group = f"{run.dataset} {run.encoder} {run.hook}"
-        with _memory_errors(run), tracker(tracking, "sae", run.config_name, config=config, group=group) as log:
+        tracked = tracking if ranks.rank == 0 else NO_TRACKING
+        with _memory_errors(run), tracker(tracked, "sae", run.config_name, config=config, group=group) as log:
             try:
                 model, result = fit(log)
             except CheckpointError as error:
                 if not overwrite:
                     raise
-                logging.getLogger(__name__).warning(f"{error}; --overwrite starts from scratch")
-                state.unlink()
+                if ranks.rank == 0:
+                    logging.getLogger(__name__).warning(f"{error}; --overwrite starts from scratch")
+                    state.unlink()
+                ranks.wait()
                 model, result = fit(log)
         if result.stopped_early:
-            print(f"stopped after {result.steps} steps: the same command resumes from {state}")
+            if ranks.rank == 0:
+                print(f"stopped after {result.steps} steps: the same command resumes from {state}")
             if result.stopped_by is signal.SIGINT:
                 raise KeyboardInterrupt  # what comes after this stage must not run either
             return Outcome.STOPPED
-        save_checkpoint(model, target)
+        if ranks.rank == 0:
+            save_checkpoint(model, target)
         assert result.validation is not None
         found = dict(zip(SAE_SPLITS, (result.validation, result.metrics), strict=True))
         said = "; ".join(f"on {split}: {describe_metrics(metrics)}" for split, metrics in found.items())

@@ -56,6 +56,7 @@ SAE = Command(
     summary="Train the sparse autoencoder.",
     takes=(SAERun, Tracking),
     trains=(SAERun,),
+    several_processes=True,
     place="dncbm.concepts.sae:SAE",
 )
 VOCABULARY = Command(
@@ -85,6 +86,7 @@ STRENGTHS = Command(
     script="06_save_concept_strengths.py",
     summary="Compute the concept strengths of the images that the probe classifies.",
     takes=(SAERun, ProbeDataset, Splits),
+    several_processes=True,
     place="dncbm.concepts.strengths:STRENGTHS",
 )
 PROBE = Command(

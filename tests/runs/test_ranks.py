@@ -1,4 +1,4 @@
-"""Stages 1 and 5 in two processes, as torchrun starts them."""
+"""Stages 1, 5 and 6 in two processes, as torchrun starts them."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,20 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dncbm.cli import parse
+from dncbm.cli import main, parse
+from dncbm.concepts.sae import SAE
+from dncbm.concepts.strengths import STRENGTHS, save_concept_strengths
 from dncbm.features.stage import PROBE_FEATURES, SAE_FEATURES, save_probe_features, save_sae_features
-from dncbm.runs.declarations import Extraction, ProbeFeatures, SAEFeatures, Splits
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import Extraction, ProbeDataset, ProbeFeatures, SAEFeatures, SAERun, Splits
 from dncbm.runs.devices import default_cores, default_workers
-from dncbm.runs.ranks import ALONE, Ranks, device_name, joined
+from dncbm.runs.ranks import ALONE, Ranks, device_name, joined, own_gpu
 from dncbm.runs.settings import load_settings
 from dncbm.runs.stage import Stage
 from dncbm.stages import STAGES
+from sparse_autoencoder import SparseAutoencoder, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -130,10 +135,10 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if "error: " in line.lower()[:12]]
 
 
-def features(folder: Path) -> dict[str, bytes]:
+def features(folder: Path, pattern: str = "*.npy") -> dict[str, bytes]:
     """Every array a stage wrote."""
     out = folder / "out"
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.npy"))}
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob(pattern))}
 
 
 def of(dataset: str, files: dict[str, bytes]) -> dict[str, bytes]:
@@ -188,6 +193,141 @@ def test_too_many_bad_images_are_reported_once(fresh: Path, in_two_processes: Tw
     assert "Traceback" not in said
 
 
+# ------------------------------------------------------------------------------------------------------------ the SAE
+
+SAE_FLAGS = ("--num_epochs", "4", "--train_sae_bs", "8", "--resample_freq", "1", "--log_every", "3")
+
+
+def with_features(folder: Path, make_store) -> Artifacts:
+    """Writes a config, and features to train an SAE on, in several shards."""
+    (folder / "config.py").write_text(CONFIG)
+    artifacts = Artifacts(load_settings(folder / "config.py"))
+    rng = np.random.default_rng(0)
+    for split, sizes in (("train", (13, 4, 20)), ("train_val", (9,)), ("val", (9,))):
+        shards = [rng.normal(size=(rows, 12)).astype(np.float32) for rows in sizes]
+        make_store(artifacts.features("mine", "tiny", "out", split), shards)
+    return artifacts
+
+
+def sae_of(folder: Path) -> dict[str, torch.Tensor]:
+    (checkpoint,) = (folder / "out").rglob("sparse_autoencoder_final.safetensors")
+    return load_file(checkpoint)
+
+
+def test_two_processes_train_the_sae_that_one_trains(
+    tmp_path_factory: pytest.TempPathFactory, make_store, monkeypatch, in_two_processes: TwoProcesses
+) -> None:
+    by_one, by_two, after_death = (tmp_path_factory.mktemp(name) for name in ("one", "two", "death"))
+    for folder in (by_one, by_two, after_death):
+        with_features(folder, make_store)
+    monkeypatch.setenv("DNCBM_CONFIG", str(by_one / "config.py"))
+    main("sae", ["--device", "cpu", *SAE_FLAGS])
+    done = torchrun("02_train_sae_img.py", *SAE_FLAGS, folder=by_two)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training makes only") == 1, done.stderr
+    alone, together = sae_of(by_one), sae_of(by_two)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    one, two = ({path: made["settings"] for path, made in manifests(folder).items()} for folder in (by_one, by_two))
+    assert one == two
+
+    codes, said = in_two_processes("sae", *SAE_FLAGS, folder=after_death, second="dies")
+    assert codes == [1, -signal.SIGKILL], said
+    assert "Traceback" not in said
+    codes, said = in_two_processes("sae", *SAE_FLAGS, folder=after_death)
+    assert codes == [0, 0], said
+    assert all(torch.equal(tensor, together[name]) for name, tensor in sae_of(after_death).items())
+    codes, said = in_two_processes("sae", *SAE_FLAGS, folder=after_death)
+    assert codes == [0, 0], said
+
+
+# ------------------------------------------------------------------------------------------------- concept strengths
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Features of the probe data set in five shards, and an SAE; and what one process makes of them."""
+
+    folder: Path
+    parts: dict[str, bytes]
+    manifests: dict[str, dict[str, dict[str, object]]]
+
+
+@pytest.fixture
+def strengths(tmp_path: Path, make_store) -> Strengths:
+    (tmp_path / "config.py").write_text(CONFIG)
+    settings = load_settings(tmp_path / "config.py")
+    artifacts, run = Artifacts(settings), SAERun("tiny", "out", "mine")
+    rng = np.random.default_rng(0)
+    for split in Splits().names:
+        shards = [rng.normal(size=(rows, 12)).astype(np.float32) for rows in (9, 4, 17, 1, 8)]
+        make_store(artifacts.features("classes", "tiny", "out", split), shards)
+    save_checkpoint(SparseAutoencoder(12, 96, seed=0), artifacts.sae(run))
+    save_concept_strengths(settings, run, ProbeDataset("classes"), Splits(), device="cpu")
+    alone = Strengths(tmp_path, features(tmp_path, "*.npz"), manifests(tmp_path))
+    assert len(alone.parts) == 15
+    for split in Splits().names:
+        shutil.rmtree(artifacts.strengths(run, "classes", split))
+    return alone
+
+
+def test_two_processes_make_the_strengths_that_one_makes(strengths: Strengths) -> None:
+    done = torchrun("06_save_concept_strengths.py", "--probe_split", "train", folder=strengths.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("100%") == 1, done.stderr
+    done = torchrun("06_save_concept_strengths.py", folder=strengths.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("already done") == 1
+    assert features(strengths.folder, "*.npz") == strengths.parts
+    assert manifests(strengths.folder) == strengths.manifests
+    assert not list(strengths.folder.rglob("*.unfinished"))
+
+
+def test_the_strengths_of_a_process_that_died_are_made_by_the_next_run(
+    strengths: Strengths, in_two_processes: TwoProcesses
+) -> None:
+    codes, said = in_two_processes("strengths", folder=strengths.folder, second="dies")
+    assert codes == [1, -signal.SIGKILL], said
+    left = {name.rpartition("/train/")[2]: name for name in features(strengths.folder, "*.npz")}
+    assert sorted(left) == [f"all_concepts/0000{shard}.npz" for shard in (0, 1, 2, 4)]
+    assert len(manifests(strengths.folder)) == 3  # of the features
+    times = {name: (strengths.folder / "out" / name).stat().st_mtime_ns for name in left.values()}
+    codes, said = in_two_processes("strengths", folder=strengths.folder)
+    assert codes == [0, 0], said
+    assert features(strengths.folder, "*.npz") == strengths.parts
+    assert {name: (strengths.folder / "out" / name).stat().st_mtime_ns for name in times} == times
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("no features", "are missing"),
+        ("no manifest", "unfinished"),
+        ("other width", "the SAE takes 11 features"),
+        ("fails", "the second failed"),
+    ],
+)
+def test_what_the_processes_cannot_use_is_said_once(
+    strengths: Strengths, in_two_processes: TwoProcesses, harm: str, message: str
+) -> None:
+    artifacts = Artifacts(load_settings(strengths.folder / "config.py"))
+    store = artifacts.features("classes", "tiny", "out", "train")
+    if harm == "no features":
+        shutil.rmtree(store)
+    if harm == "no manifest":
+        (store / "manifest.json").unlink()
+    if harm == "other width":
+        save_checkpoint(SparseAutoencoder(11, 96, seed=0), artifacts.sae(SAERun("tiny", "out", "mine")))
+    codes, said = in_two_processes("strengths", folder=strengths.folder, second="fails" if harm == "fails" else "")
+    assert codes == [1, 1]
+    (line,) = errors(said)
+    assert message in line
+    assert "Traceback" not in said
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
 def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -200,14 +340,17 @@ def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
         ranks.wait()
 
 
-@pytest.mark.parametrize("stage", [stage for name, stage in STAGES.items() if name not in ("sae_features", "probe_features")])
+SEVERAL = (SAE_FEATURES, SAE, PROBE_FEATURES, STRENGTHS)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES.values() if stage not in SEVERAL])
 def test_other_stages_do_not_start_in_several_processes(monkeypatch, refusal, write_config, stage: Stage) -> None:
     monkeypatch.setenv("DNCBM_CONFIG", str(write_config()))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refusal("torchrun", "1 and 5"):
+    with refusal("torchrun", "1, 2, 5 and 6"):
         parse(stage, [f"{name} of images" for name, flag in stage.flags().items() if flag.setting.positional])
-    for several in (SAE_FEATURES, PROBE_FEATURES):
+    for several in SEVERAL:
         parse(several, [])
 
 
@@ -218,7 +361,7 @@ def test_shares_are_disjoint_and_even(size: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch) -> None:
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, refusal) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
@@ -230,6 +373,12 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch) -> None:
     assert named("cuda", 2) == "cuda:2"
     assert named("cpu", 2) == "cpu"
     assert device_name("auto", ALONE) == "auto"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert own_gpu("auto", Ranks(5, 8)) == device_name("auto", Ranks(5, 8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with refusal("5 processes that train together need a GPU each, and this machine has 4"):
+        own_gpu("auto", Ranks(5, 8))
+    assert own_gpu("cpu", Ranks(5, 8)) == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Reads lines of JSON from stdin, {"stage": ..., "flags": [...], "folder": ..., "second": ...}, and answers each with the exit
 codes of the two processes. `folder` holds config.py and gets their output, stderr0 and stderr1. `second` is "dies" or "fails"
-if that is to happen when the second process writes its second shard, else empty.
+if that is to happen when the second process writes its second shard, or reads its part of a second batch, else empty.
 """
 
 import json
@@ -19,8 +19,10 @@ import torchvision.datasets  # noqa: F401
 import webdataset  # noqa: F401
 
 import dncbm.cli
+from dncbm.concepts import strengths
 from dncbm.features import encoding
 from dncbm.runs.errors import UserError
+from sparse_autoencoder import data
 
 
 def run(rank: int, port: int, stage: str, flags: list[str], folder: str, second: str) -> None:
@@ -30,19 +32,21 @@ def run(rank: int, port: int, stage: str, flags: list[str], folder: str, second:
         os.dup2(os.open(f"{folder}/stderr{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if rank == 1 and second:
         encoding._write_shard = hindered(encoding._write_shard, second)
+        strengths.write_part = hindered(strengths.write_part, second)
+        data.OwnItems.gather_stored = hindered(data.OwnItems.gather_stored, second)
     dncbm.cli.main(stage, ["--device", "cpu", *flags])
 
 
-def hindered(write: Callable[..., None], second: str) -> Callable[..., None]:
+def hindered(write: Callable[..., Any], second: str) -> Callable[..., Any]:
     written = []
 
-    def write_or_not(*arguments: Any) -> None:
+    def write_or_not(*arguments: Any) -> Any:
         written.append(arguments)
         if len(written) == 2 and second == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if len(written) == 2 and second == "fails":
             raise UserError("the second failed")
-        write(*arguments)
+        return write(*arguments)
 
     return write_or_not
 
