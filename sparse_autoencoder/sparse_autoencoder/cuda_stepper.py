@@ -47,11 +47,9 @@ class CudaStepper:
     the dense step counts in its place.
     """
 
-    def __init__(self, model: SparseAutoencoder, adam: Adam, *, batch_size: int, precision: str, has_kernels: bool) -> None:
+    def __init__(self, model: SparseAutoencoder, adam: Adam, *, batch_size: int, precision: str) -> None:
         self.model, self.adam, self.batch_size, self.precision = model, adam, batch_size, precision
-        # One prefix: Matryoshka has no kernels here.
-        one_prefix = len(model.sparsity.prefix_ends(model.n_latents)) == 1
-        self.can_be_sparse = has_kernels and one_prefix and not os.environ.get(DENSE_ONLY)
+        self.can_be_sparse = _has_kernels(model) and not os.environ.get(DENSE_ONLY)
         self._dense = _Way("dense", adam.prepare, self._dense_update, adam.count)
         self._sparse: _Way | None = None
         self._latest: _Way | None = None
@@ -140,6 +138,16 @@ class CudaStepper:
     def _give_up(self, reason: object) -> None:
         log.warning("sparse steps on this GPU are given up, and steps stay dense: %s", _line(reason))
         self.can_be_sparse, self._sparse = False, None
+
+
+def _has_kernels(model: SparseAutoencoder) -> bool:
+    """Whether there are kernels for a model's steps, and Triton, which comes with torch except on macOS and Windows."""
+    try:
+        from sparse_autoencoder.gpu_step import supports
+    except ImportError as error:
+        log.warning("steps on this GPU are dense: %s", _line(error))
+        return False
+    return supports(model)
 
 
 def _line(reason: object) -> str:

@@ -20,8 +20,8 @@ Measured (benchmarks/sae_step.py, "density"): at D = 1024 and F = 8192 the two m
 the sparse step is three times as fast.
 """
 
-SPARSE_BELOW_ON_GPU = 0.013
-"""The same on a GPU. Counted from bytes and operations (docs/PERFORMANCE.md), not measured."""
+SPARSE_BELOW_ON_GPU = {"highest": 0.040, "high": 0.012, "medium": 0.014}
+"""The same on a GPU, by --matmul_precision. Counted from bytes and operations (docs/PERFORMANCE.md), not measured."""
 
 LOOK_EVERY = 100
 """Steps between looks at what only a GPU knows, each of which waits for it: the density, and whether latents are dead."""
@@ -39,6 +39,7 @@ class Stepper:
 
     def __init__(self, model: SparseAutoencoder, adam: Adam, *, batch_size: int, matmul_precision: str = "highest") -> None:
         self.model, self.adam, self.bf16 = model, adam, matmul_precision == "medium"
+        self.sparse_below_on_gpu = SPARSE_BELOW_ON_GPU[matmul_precision]
         self.density = model.sparsity.code.expected_density(model.n_latents)
         self.was_sparse: bool | None = None
         self._on_cpu: SparseStep | None = None
@@ -46,7 +47,7 @@ class Stepper:
         device = model.tied_bias.device.type
         has_kernels = model.sparsity.has_kernels and model.sparsity.code.has_kernels
         if device == "cuda":
-            self._on_gpu = CudaStepper(model, adam, batch_size=batch_size, precision=matmul_precision, has_kernels=has_kernels)
+            self._on_gpu = CudaStepper(model, adam, batch_size=batch_size, precision=matmul_precision)
         elif device == "cpu" and has_kernels and not self.bf16:
             self._on_cpu = SparseStep(model, adam)
 
@@ -56,7 +57,7 @@ class Stepper:
         if part is not None:
             result, is_sparse = dense_step(self.model, self.adam, x, dead, bf16=self.bf16, part=part), False
         elif self._on_gpu is not None:
-            sparse = dead is None and self.density <= SPARSE_BELOW_ON_GPU and self._on_gpu.can_be_sparse
+            sparse = dead is None and self.density <= self.sparse_below_on_gpu and self._on_gpu.can_be_sparse
             result, is_sparse = self._on_gpu(x, dead, sparse=sparse)
         elif self._on_cpu is not None and self.density + self._auxiliary(dead) <= SPARSE_BELOW:
             result, is_sparse = self._on_cpu(x, dead), True

@@ -1,6 +1,7 @@
 """How steps on a GPU are chosen, checked and given up, with stand-ins for graphs and kernels: the logic needs no GPU."""
 
 import copy
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -76,7 +77,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     Graph.made = 0
     monkeypatch.setattr("sparse_autoencoder.cuda_stepper.GraphedStep", Graph)
     monkeypatch.setattr(Kernels, "fault", "")
-    monkeypatch.setitem(__import__("sys").modules, "sparse_autoencoder.gpu_step", SimpleNamespace(GpuStep=Kernels))
+    stand_in = SimpleNamespace(GpuStep=Kernels, supports=lambda model: not isinstance(model.sparsity, Matryoshka))
+    monkeypatch.setitem(sys.modules, "sparse_autoencoder.gpu_step", stand_in)
 
 
 def model_of(sparsity: Sparsity) -> SparseAutoencoder:
@@ -89,7 +91,7 @@ def model_of(sparsity: Sparsity) -> SparseAutoencoder:
 
 
 def stepper_of(model: SparseAutoencoder, adam: Adam, **options: object) -> CudaStepper:
-    return CudaStepper(model, adam, **{"batch_size": BATCH, "precision": "highest", "has_kernels": True, **options})
+    return CudaStepper(model, adam, **{"batch_size": BATCH, "precision": "highest", **options})
 
 
 BATCHES = torch.randn(4, BATCH, 12, generator=torch.Generator().manual_seed(1))
@@ -181,12 +183,14 @@ def test_dead_latents_are_revived_by_dense_steps() -> None:
 
 
 def test_which_models_are_never_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    def can_be_sparse(sparsity: Sparsity, has_kernels: bool = True) -> bool:
+    def can_be_sparse(sparsity: Sparsity) -> bool:
         model = model_of(sparsity)
-        return stepper_of(model, Adam(model, lr=1e-2), has_kernels=has_kernels).can_be_sparse
+        return stepper_of(model, Adam(model, lr=1e-2)).can_be_sparse
 
     assert can_be_sparse(ReLU())
     assert not can_be_sparse(Matryoshka(TopK(4)))
-    assert not can_be_sparse(ReLU(), has_kernels=False)
     monkeypatch.setenv(DENSE_ONLY, "1")
+    assert not can_be_sparse(ReLU())
+    monkeypatch.delenv(DENSE_ONLY)
+    monkeypatch.setitem(sys.modules, "sparse_autoencoder.gpu_step", None)  # no Triton
     assert not can_be_sparse(ReLU())
