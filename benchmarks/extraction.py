@@ -5,8 +5,10 @@
 Prints one JSON object. `efficiency` is (seconds to decode and preprocess all images alone + seconds to encode them alone) /
 (seconds of the stage that does both, from tars to finished files with their manifest, without loading the encoder).
 The three are measured in turn on the same images, so that other load on the machine affects them alike; the median of the
-rounds' ratios is printed. `peak_rss_ratio_8n_over_n` compares the peak memory of two fresh processes that extract 8n and n
-images, the encoder included: the peak of the main process plus that of a decoding process.
+rounds' ratios is printed. `one_shard_speedup` is the time that one worker takes to decode a single shard, divided by the time
+that as many workers as cores take, each time for a whole stage with an encoder that costs nothing.
+`peak_rss_ratio_8n_over_n` compares the peak memory of two fresh processes that extract 8n and n images, the encoder included:
+the peak of the main process plus that of a decoding process.
 
 JPEG images of 256 pixels, as img2dataset writes them; the encoder of the embedded default where it is built
 (`examples/openmoji/build.py`), else a small ViT of open_clip with random weights; the CPU.
@@ -23,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import dncbm  # noqa: F401  before torch, whose threads it asks not to spin
@@ -32,12 +35,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dncbm.features.datasets import open_image, to_rgb
 from dncbm.features.datasets.sae import WebdatasetShards
 from dncbm.features.encoders import Encoder, load_encoder
 from dncbm.features.encoding import encode_shards
 from dncbm.features.store import ARRAYS
 from dncbm.runs.declarations import Extraction
-from dncbm.runs.devices import keep_freed_memory
+from dncbm.runs.devices import default_cores, keep_freed_memory
 from dncbm.runs.manifests import making
 from dncbm.runs.settings import load_settings
 
@@ -57,7 +61,14 @@ def the_encoder() -> Encoder:
     return Encoder("ViT-S-32, random", model.eval(), preprocess, open_clip.get_tokenizer("ViT-S-32"), CPU)
 
 
-def write_tars(folder: Path, n_images: int) -> WebdatasetShards:
+class FreeTower(torch.nn.Module):
+    """An image tower that costs nothing."""
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, 0, 0]
+
+
+def write_tars(folder: Path, n_images: int, shard: int = SHARD) -> WebdatasetShards:
     """Shards of JPEGs: smooth colours with some grain, 64 different ones over and over."""
     rng = np.random.default_rng(0)
     encoded = []
@@ -67,21 +78,21 @@ def write_tars(folder: Path, n_images: int) -> WebdatasetShards:
         buffer = io.BytesIO()
         Image.fromarray(grainy).save(buffer, "jpeg", quality=95)
         encoded.append(buffer.getvalue())
-    paths = []
-    for first in range(0, n_images, SHARD):
+    paths: list[Path] = []
+    for first in range(0, n_images, shard):
         paths.append(folder / f"{len(paths):05d}.tar")
         with tarfile.open(paths[-1], "w") as tar:
-            for number in range(first, min(first + SHARD, n_images)):
+            for number in range(first, min(first + shard, n_images)):
                 member = tarfile.TarInfo(f"{number:09d}.jpg")
                 member.size = len(encoded[number % 64])
                 tar.addfile(member, io.BytesIO(encoded[number % 64]))
     return WebdatasetShards(tuple(paths))
 
 
-def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path) -> int:
+def stage(shards: WebdatasetShards, encoder: Encoder, folder: Path, extraction: Extraction = EXTRACTION) -> int:
     """Stage 1 for one split. Returns the number of images."""
     with making(folder, "sae_features", {}, {"images": shards.fingerprint()}, overwrite=False) as work:
-        details = encode_shards(shards, encoder, folder, EXTRACTION, folder.name)
+        details = encode_shards(shards, encoder, folder, extraction, folder.name)
         work.done(folder.glob(ARRAYS), **details)
     return int(details["images"])
 
@@ -96,7 +107,8 @@ def efficiency(n_images: int, rounds: int) -> dict[str, float]:
         stage(WebdatasetShards(shards.paths[:1]), encoder, folder / "warm-up")
         for number in range(rounds):
             start = time.perf_counter()
-            images = [encoder.preprocess(decode()) for i in range(len(shards)) for _, decode in shards.read(i, print)]
+            loads = (load for i in range(len(shards)) for _, load in shards.read(i, print))
+            images = [encoder.preprocess(to_rgb(open_image(load()))[0]) for load in loads]
             seconds["decode"].append(time.perf_counter() - start)
             batches = [torch.stack(images[first : first + 32]) for first in range(0, len(images), 32)]
             del images
@@ -116,6 +128,23 @@ def efficiency(n_images: int, rounds: int) -> dict[str, float]:
         "efficiency_highest": round(max(ratios), 3),
         **{f"{part}_s": round(statistics.median(values), 2) for part, values in seconds.items()},
     }
+
+
+def one_shard_speedup(n_images: int, rounds: int) -> float:
+    """How much faster all cores decode a shard than one, the median of the rounds."""
+    encoder = replace(the_encoder(), model=FreeTower())
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        shards = write_tars(Path(name), n_images, n_images)
+        for number in range(rounds):
+            seconds = []
+            for n_workers in (1, default_cores()):
+                start = time.perf_counter()
+                extraction = replace(EXTRACTION, num_workers=n_workers)
+                stage(shards, encoder, Path(name) / f"round {number} of {n_workers}", extraction)
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
 
 
 def peak_rss(n_images: int) -> int:
@@ -146,6 +175,7 @@ def main() -> None:
     n_images, rounds, n = (1024, 3, 128) if args.quick else (2048, 5, 1024)
     of_n, of_8n = peak_rss(n), peak_rss(8 * n)
     found = efficiency(n_images, rounds)
+    found["one_shard_speedup"] = round(one_shard_speedup(n_images, rounds), 2)
     print(
         json.dumps(
             {

@@ -654,7 +654,7 @@ def test_a_script_is_a_program(write_config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, found in STAGES.items() if not found.several_processes])
-def test_only_the_extraction_runs_in_several_processes(write_config, monkeypatch, refusal, name: str) -> None:
+def test_other_stages_refuse_to_run_in_several_processes(write_config, monkeypatch, refusal, name: str) -> None:
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "DNCBM_CONFIG": str(write_config())}.items():
         monkeypatch.setenv(key, value)
     with refusal("without torchrun"):

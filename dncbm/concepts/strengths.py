@@ -3,8 +3,12 @@
 import os
 import struct
 import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +29,7 @@ from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.manifests import Outcome, check_chain, fingerprint, how_made_again, making, manifest_path, read_manifest
+from dncbm.runs.ranks import ALONE, Ranks, device_name, joined
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
 from sparse_autoencoder.declare import values
@@ -51,7 +56,8 @@ def save_concept_strengths(
 ) -> Outcome:
     """Stage 6: concept strengths (METHOD section 4) of some splits of a probe data set, one CSR part per feature shard.
 
-    Parts are in scipy's .npz format, with the images' keys added. An interrupted run resumes at the next part.
+    Parts are in scipy's .npz format, with the images' keys added. An interrupted run resumes at the next part. The processes
+    that torchrun starts divide the parts.
 
     Raises UserError if the SAE or the features are missing, or differ in width; StaleArtifact if strengths from another SAE
     or other features exist.
@@ -59,46 +65,77 @@ def save_concept_strengths(
     artifacts, dataset = Artifacts(settings), images.dataset
     outcome = Outcome.ALREADY_DONE
     sae: SparseAutoencoder | None = None
-    for split in splits.names:
-        store = open_features(settings, dataset, run.encoder, run.hook, split)
-        folder = artifacts.strengths(run, dataset, split)
-        inputs = {"SAE": sae_path(settings, run), f"{split} features": store.folder}
-        check_same_encoder(inputs["SAE"], store.folder)
-        shown = values(run) | values(images) | values(Splits(split))
-        with making(
-            folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown, before=partial(resolve_device, device)
-        ) as work:
-            if not work.needed:
-                continue
-            outcome = Outcome.RAN
-            sae = sae or load_sae(settings, run, resolve_device(device))
-            if sae.n_inputs != store.width:
-                raise UserError(
-                    f"the SAE takes {sae.n_inputs} features, but {store.folder} has {store.width}: they come from different "
-                    "encoders"
-                )
-            details = encode_store(sae, store, folder, f"{dataset} {split}", BATCH)
-            said = f"concept strengths of {counted(details['images'], 'image')}, L0 {details['l0']:.2f}"
-            work.done(folder.glob(PARTS), said, **details)
+
+    def open_inputs(split: str) -> tuple[FeatureStore, Path]:
+        store, sae_file = open_features(settings, dataset, run.encoder, run.hook, split), sae_path(settings, run)
+        check_same_encoder(sae_file, store.folder)
+        return store, sae_file
+
+    with joined() as ranks:
+        get_device = partial(resolve_device, device_name(device, ranks))
+        for split in splits.names:
+            store, sae_file = ranks.after_first(partial(open_inputs, split))
+            folder = artifacts.strengths(run, dataset, split)
+            inputs = {"SAE": sae_file, f"{split} features": store.folder}
+            shown = values(run) | values(images) | values(Splits(split))
+            make = partial(making, folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown, before=get_device)
+            with ranks.first(make) as work:
+                if not work.needed:
+                    continue
+                outcome = Outcome.RAN
+                sae = sae or ranks.after_first(lambda: load_sae(settings, run, get_device()))
+                ranks.first_makes(partial(_check_width, sae, store))
+                details = encode_store(sae, store, folder, f"{dataset} {split}", BATCH, ranks)
+                said = f"concept strengths of {counted(details['images'], 'image')}, L0 {details['l0']:.2f}"
+                work.done(folder.glob(PARTS), said, **details)
     return outcome
 
 
+def _check_width(sae: SparseAutoencoder, store: FeatureStore) -> None:
+    if sae.n_inputs != store.width:
+        raise UserError(
+            f"the SAE takes {sae.n_inputs} features, but {store.folder} has {store.width}: they come from different encoders"
+        )
+
+
 @torch.inference_mode()
-def encode_store(sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int) -> dict[str, Any]:
+def encode_store(
+    sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
 
-    Returns `images`, their number, `latents`, F, and `l0`, the mean number of active latents.
+    `ranks` are the processes that divide the shards. Returns `images`, their number, `latents`, F, and `l0`, the mean number
+    of active latents.
     """
-    device = sae.encoder_weight.device
-    with tqdm(desc=title, total=len(store), unit="image") as bar:
-        for shard, path in enumerate(store.paths):
-            part = strengths_part(folder, path)
-            if not _is_whole(part, sae.n_latents, len(np.load(path, mmap_mode="r"))):
-                batches = [to_csr(sae.encode(x.to(device))) for x in store.shard_batches(shard, batch_size)]
-                write_part(part, scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(path)))
-            bar.update(len(np.load(path, mmap_mode="r")))
-    n_active = sum(len(map_part(part)["indices"]) for part in folder.glob(PARTS))
+    sizes = [len(np.load(path, mmap_mode="r")) for path in store.paths]
+    parts = [strengths_part(folder, path) for path in store.paths]
+    pending = ranks.first_makes(lambda: [i for i, part in enumerate(parts) if not _is_whole(part, sae.n_latents, sizes[i])])
+    mine = ranks.share_of(pending)
+    n_done = len(store) - sum(sizes[shard] for shard in pending)
+    total = n_done + sum(sizes[shard] for shard in mine)
+    with tqdm(desc=ranks.titled(title), total=total, initial=n_done, unit="image", disable=ranks.rank > 0) as bar:
+        for shard, codes in groupby(_codes(sae, store, mine, batch_size), key=itemgetter(0)):
+            batches = [code for _, code in codes]
+            write_part(parts[shard], scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(store.paths[shard])))
+            bar.update(sizes[shard])
+    ranks.wait()
+    n_active = ranks.first_makes(lambda: sum(len(map_part(part)["indices"]) for part in parts))
     return {"images": len(store), "latents": sae.n_latents, "l0": n_active / len(store)}
+
+
+def _codes(
+    sae: SparseAutoencoder, store: FeatureStore, shards: Iterable[int], batch_size: int
+) -> Iterator[tuple[int, scipy.sparse.csr_matrix]]:
+    """The latents of some shards in batches, each with its shard. A thread reads the next batch while one is encoded."""
+    device = sae.encoder_weight.device
+    on_gpu = device.type == "cuda"
+    batches = ((shard, x.pin_memory() if on_gpu else x) for shard in shards for x in store.shard_batches(shard, batch_size))
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, batches, None)
+        while (read := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            shard, x = read
+            yield shard, to_csr(sae.encode(x.to(device, non_blocking=on_gpu)))
 
 
 def _is_whole(path: Path, n_latents: int, n_images: int) -> bool:
@@ -116,9 +153,8 @@ def _is_whole(path: Path, n_latents: int, n_images: int) -> bool:
 @torch.inference_mode()
 def encode_in_memory(sae: SparseAutoencoder, store: FeatureStore) -> scipy.sparse.csr_matrix:
     """The latents of a feature store as one CSR matrix, for a code that is not saved."""
-    device = sae.encoder_weight.device
-    parts = [to_csr(sae.encode(x.to(device))) for x in store.batches(BATCH)]
-    return scipy.sparse.vstack(parts, format="csr")
+    codes = [code for _, code in _codes(sae, store, range(len(store.paths)), BATCH)]
+    return scipy.sparse.vstack(codes, format="csr")
 
 
 def to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:

@@ -52,7 +52,8 @@ class Encoder:
 
         Returns N x D on the device: float16 if the precision is fp16, else float32 (numpy has no bfloat16).
         """
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        is_pinned = self.device.type == "cuda" and images.is_pinned()
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=is_pinned)
         with self._autocast():
             features: torch.Tensor = self.model.encode_image(images)  # type: ignore[operator]
         return features.to(torch.float16 if self.precision == "fp16" else torch.float32)

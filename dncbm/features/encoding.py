@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import threading
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from dncbm.features.datasets import DAMAGED, Encoded, ImageShards, counted, open_image, reason_of, to_rgb
+from dncbm.features.datasets import DAMAGED, BadImage, Encoded, ImageShards, counted, open_image, reason_of, to_rgb
 from dncbm.features.encoders import Encoder
 from dncbm.runs.artifacts import shard_files
 from dncbm.runs.declarations import Extraction
@@ -44,10 +45,13 @@ class _Piece:
     """With the last piece of a shard: the contents of its JSON file."""
     n_bytes: int = 0
     """Bytes of the images in the tar or folder, with what a tar adds to each."""
+    came_in: torch.Tensor | None = None
+    """Of a pinned copy: the worker's buffer."""
 
     def pin_memory(self) -> "_Piece":
         """A copy in pinned memory. The DataLoader calls this in a thread of its own if there is a GPU."""
-        pinned = replace(self, images=self.images.pin_memory(), in_use=torch.zeros(1, dtype=torch.bool))
+        in_use = torch.zeros(1, dtype=torch.bool)
+        pinned = replace(self, images=self.images.pin_memory(), in_use=in_use, came_in=self.images)
         self.in_use.fill_(False)
         return pinned
 
@@ -87,45 +91,63 @@ class _Buffers:
         return self.buffers[-1]
 
 
-class _Reader(IterableDataset[_Piece]):
-    """Decodes and preprocesses the images of some shards. With n workers, each reads every n-th shard."""
+@dataclass(frozen=True)
+class _Decoded:
+    """What became of an image of a shard."""
 
-    def __init__(self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int, background: str) -> None:
+    key: Any
+    """None for what the shard holds instead of an image."""
+    n_bytes: int
+    pixels: torch.Tensor | None
+    """Preprocessed; None if the image is bad."""
+    is_transparent: bool
+    reason: str
+    """Why it is bad."""
+    warnings: tuple[str, ...]
+    """The kinds of PIL's warnings."""
+
+
+class _Reader(IterableDataset[_Piece]):
+    """Decodes and preprocesses the images of some shards.
+
+    With n processes, each reads every n-th shard. There are never more processes than shards; if there are fewer than workers,
+    processes decode with several threads, so that all workers share even a single shard. Python's own part of the work, about
+    a quarter, runs in one thread of a process at a time.
+    """
+
+    def __init__(
+        self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int, background: str, n_workers: int
+    ) -> None:
         self.shards, self.pending, self.batch_size, self.background = shards, pending, batch_size, background
-        self.preprocess, self.precision = encoder.preprocess, encoder.precision
+        self.preprocess, self.precision, self.n_workers = encoder.preprocess, encoder.precision, n_workers
 
     def __iter__(self) -> Iterator[_Piece]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         buffers = _Buffers(self.batch_size)
-        for shard in self.pending[first::step]:
-            yield from self._read(shard, buffers)
+        for n_before in range(0, len(self.pending) - first, step):
+            n_reading = min(step, len(self.pending) - n_before)  # processes; some have no shard left in the last round
+            n_threads = len(range(first, self.n_workers, n_reading))
+            yield from self._pieces(self.pending[n_before + first], buffers, n_threads)
 
-    def _read(self, shard: int, buffers: _Buffers) -> Iterator[_Piece]:
+    def _pieces(self, shard: int, buffers: _Buffers, n_threads: int) -> Iterator[_Piece]:
         keys: list[Any] = []
         n_images = n_bytes = n_transparent = 0
         bad: Counter[str] = Counter()
         bad_keys: list[Any] = []
         warned: Counter[str] = Counter()
         content = _Content()
-        for key, load in self.shards.read(shard, on_bad=lambda reason: bad.update([reason])):
-            with warnings.catch_warnings(record=True) as caught:  # PIL's would tear the progress bar
-                warnings.simplefilter("always")
-                try:
-                    encoded = content.add(key, load)
-                    n_bytes += _size_in_tar(encoded)
-                    image, is_transparent = to_rgb(open_image(encoded), self.background)
-                    pixels = self.preprocess(image)
-                except Exception as error:  # a broken file can make a decoder raise anything
-                    bad[reason_of(error)] += 1
-                    bad_keys.append(key)
-                    continue
-                finally:
-                    warned.update({_kind(warning.message) for warning in caught if issubclass(warning.category, WARNINGS)})
-            buffers.add(pixels)
-            keys.append(key)
+        for image in self._decoded(self._read(shard, content), n_threads):
+            warned.update(image.warnings)
+            n_bytes += image.n_bytes
+            if image.pixels is None:
+                bad[image.reason] += 1
+                bad_keys += [] if image.key is None else [image.key]
+                continue
+            buffers.add(image.pixels)
+            keys.append(image.key)
             n_images += 1
-            n_transparent += is_transparent
+            n_transparent += image.is_transparent
             if len(keys) == self.batch_size:
                 yield _Piece(shard, *buffers.take(), keys, None, n_bytes)
                 keys, n_bytes = [], 0
@@ -138,9 +160,76 @@ class _Reader(IterableDataset[_Piece]):
         }  # fmt: skip
         yield _Piece(shard, *buffers.take(), keys, record, n_bytes)
 
+    def _read(self, shard: int, content: "_Content") -> Iterator[tuple[Any, Encoded | Exception]]:
+        """The images of a shard in order, or why one cannot be read; without a key for what the shard holds instead of one."""
+        lost: list[str] = []
+        for key, load in self.shards.read(shard, on_bad=lost.append):
+            yield from ((None, BadImage(reason)) for reason in lost)
+            lost.clear()
+            try:
+                encoded: Encoded | Exception = content.add(key, load)
+            except Exception as error:  # counts as bad
+                encoded = error
+            yield key, encoded
+        yield from ((None, BadImage(reason)) for reason in lost)
+
+    def _decoded(self, images: Iterator[tuple[Any, Encoded | Exception]], n_threads: int) -> Iterator[_Decoded]:
+        """The images, in order; several threads decode some of them ahead."""
+        if n_threads <= 1:
+            for image in images:
+                with _noting_warnings():
+                    decoded = self._decode(*image)
+                yield decoded
+            return
+        coming: deque[Future[_Decoded]] = deque()
+        pool = ThreadPoolExecutor(n_threads)
+        with _noting_warnings():
+            try:
+                for image in images:
+                    coming.append(pool.submit(self._decode, *image))
+                    if len(coming) > 2 * n_threads:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _decode(self, key: Any, encoded: Encoded | Exception) -> _Decoded:
+        warned: dict[str, None] = {}
+        _noted.kinds = warned
+        pixels, is_transparent, reason = None, False, ""
+        n_bytes = 0 if isinstance(encoded, Exception) else _size_in_tar(encoded)
+        try:
+            if isinstance(encoded, Exception):
+                raise encoded
+            image, is_transparent = to_rgb(open_image(encoded), self.background)
+            pixels = self.preprocess(image)
+        except Exception as error:  # a broken file can make a decoder raise anything
+            reason = reason_of(error)
+        return _Decoded(key, n_bytes, pixels, is_transparent, reason, tuple(warned))
+
 
 WARNINGS = (UserWarning, RuntimeWarning)
 """What warns of an image. Others warn of code."""
+_noted = threading.local()
+"""`kinds`: the kinds of warnings of the image that a thread decodes."""
+
+
+@contextmanager
+def _noting_warnings() -> Iterator[None]:
+    """Note the warnings of every thread instead of showing them: PIL's would tear the progress bar."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _note_warning
+        yield
+
+
+def _note_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    """In place of `warnings.showwarning`."""
+    if issubclass(category, WARNINGS) and hasattr(_noted, "kinds"):
+        _noted.kinds[_kind(message)] = None
 
 
 def _kind(message: Warning | str) -> str:
@@ -188,8 +277,8 @@ def encode_shards(
     batch_size = extraction.batch_size or default_batch_size(encoder.device)
     pending = ranks.first_makes(lambda: _unfinished(shards, folder, encoder.precision))
     mine = ranks.share_of(pending)
-    reader = _Reader(shards, mine, encoder, batch_size, extraction.background)
     n_workers = default_workers(on_gpu) if extraction.num_workers is None else extraction.num_workers
+    reader = _Reader(shards, mine, encoder, batch_size, extraction.background, n_workers)
     loader = DataLoader(reader, batch_size=None, num_workers=min(n_workers, len(mine)), pin_memory=on_gpu)
     progress = _Progress(shards, folder, pending, title, ranks)
     with closing(progress), ThreadPoolExecutor(1) as writer, _one_line_errors():
@@ -200,8 +289,8 @@ def encode_shards(
         written: Future[None] | None = None
         for piece in loader:
             if piece.keys:
-                if not on_gpu:  # keeps the worker's buffer mapped; else it would be mapped again for each batch
-                    received[piece.images.data_ptr()] = piece.images
+                buffer = piece.images if piece.came_in is None else piece.came_in
+                received[buffer.data_ptr()] = buffer  # keeps it mapped; else it would be mapped again for each batch
                 in_flight.append(_to_host(encode_batch(encoder, piece.images, batch_size)))
                 piece.in_use.fill_(False)
                 features[piece.shard].append(in_flight[-1])
@@ -270,7 +359,7 @@ class _Progress:
         self.size = 0 if self.is_known else self.size_done + sum(map(shards.size, mine))
         self.n_read = self.n_bytes = 0
         self.bar = tqdm(
-            desc=title if ranks.size == 1 else f"{title} (process 1 of {ranks.size})",
+            desc=ranks.titled(title),
             total=self.n_done + sum(count or 0 for count in counts) if self.is_known else None,
             initial=self.n_done,
             unit="image",

@@ -183,10 +183,7 @@ def _save(
             if not work.needed:
                 continue
             outcome = Outcome.RAN
-            if encoder is None:
-                encoder = load() if ranks.rank == 0 else None  # the first downloads the weights, or fails, for all
-                ranks.wait()
-                encoder = encoder or load()
+            encoder = encoder or ranks.after_first(load)  # which may download the weights
             details = encode_shards(shards, encoder, folder, extraction, title, ranks)
             work.done(folder.glob(ARRAYS), f"{counted(details['images'], 'image')} of {title}", **details)
             said.update(details["warnings"] | {TRANSPARENT: details["transparent"], "": details["images"]})

@@ -143,7 +143,7 @@ class Extraction(_Checked):
     )
     precision: str | None = setting(None, "precision of the encoder; by default fp16 on a GPU, else fp32", choices=PRECISIONS)
     num_workers: int | None = setting(
-        None, "processes that decode images; by default one per core if a GPU encodes, else one per two cores", least=0,
+        None, "workers that decode images; by default one per core if a GPU encodes, else one per two cores", least=0,
         most=MOST_PROCESSES, identifies="never",
     )  # fmt: skip
     max_bad_fraction: float = setting(

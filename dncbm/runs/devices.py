@@ -62,7 +62,7 @@ def default_cores() -> int:
 
 
 def default_workers(on_gpu: bool) -> int:
-    """Number of processes that decode images, at most 16: one per core of this process's share, or half as many if the
-    encoder needs cores, too."""
+    """Number of workers that decode images, at most 16: one per core of this process's share, or half as many if the encoder
+    needs cores, too."""
     cores = default_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(16, cores if on_gpu else cores // 2))

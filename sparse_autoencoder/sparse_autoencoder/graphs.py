@@ -25,7 +25,7 @@ class GraphedStep:
         Raises RuntimeError if the step cannot be captured.
         """
         self.x, self.dead = x.clone(), None if dead is None else dead.clone()
-        with restored(changed):
+        with torch.cuda.device(x.device), restored(changed):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -42,7 +42,8 @@ class GraphedStep:
         self.x.copy_(x)
         if self.dead is not None and dead is not None:
             self.dead.copy_(dead)
-        self.graph.replay()
+        with torch.cuda.device(self.x.device):
+            self.graph.replay()
         return self.result
 
 

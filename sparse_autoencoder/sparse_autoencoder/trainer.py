@@ -554,4 +554,4 @@ def _fit_centre(model: SparseAutoencoder, features: Features, settings: Training
     generator = np.random.default_rng([settings.seed, 0, 2])
     sample = generator.choice(len(features), size=min(CENTRE_SAMPLE, len(features)), replace=False)
     batches = in_batches(features, np.sort(sample), settings.batch_size, name=lambda i: f"centring, batch {i}")
-    model.input_centre.copy_(geometric_median(torch.cat(list(batches))))
+    model.input_centre.copy_(geometric_median(torch.cat(list(batches)).cpu()))  # mps has no float64

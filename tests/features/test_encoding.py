@@ -2,17 +2,20 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import struct
 import tarfile
+import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ from tests.features.conftest import N_IMAGES
 pytestmark = pytest.mark.slow
 
 ALL_MAY_BE_BAD = Extraction(batch_size=4, num_workers=0, max_bad_fraction=1.0)
+MANY_WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -75,9 +79,10 @@ class Listing(torch.nn.Module):
         (2, 1, [2, 2, 2, 1] * 3),
         (3, 2, [3, 3, 1] * 3),
         (64, 2, [16] * 3),
-        pytest.param(3, 8, [3, 3, 1] * 3, marks=pytest.mark.filterwarnings("ignore:This DataLoader will create")),
+        (3, 8, [3, 3, 1] * 3),
     ],
 )
+@MANY_WORKERS
 def test_every_image_is_encoded_once_and_as_by_a_plain_loop(
     tmp_path: Path, shards, make_encoder, means, batch_size: int | None, num_workers: int, batches: list[int]
 ) -> None:
@@ -172,7 +177,8 @@ def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path, shards, mak
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@MANY_WORKERS
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
 @pytest.mark.parametrize("batches", [0, 2, 3, 5, 8])
 def test_an_interrupted_extraction_resumes_to_the_same_bits(
     tmp_path: Path, shards, make_encoder, num_workers: int, batches: int
@@ -454,7 +460,7 @@ def test_every_reason_is_counted(tmp_path: Path, write_tar, make_encoder, random
     }
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_transparency_and_warnings_of_pil_are_counted(
     tmp_path: Path, write_tar, make_encoder, random_image, encoded, recwarn, num_workers: int
 ) -> None:
@@ -537,31 +543,99 @@ def test_the_encoders_preprocessing_gets_unusual_images_in_rgb(tmp_path: Path, w
 # ------------------------------------------------------------------------------------------ worker processes, memory
 
 
-def test_there_are_no_more_workers_than_shards_to_read(tmp_path: Path, shards, make_encoder, monkeypatch) -> None:
-    n_workers = []
+def test_there_are_no_more_processes_than_shards_to_read(tmp_path: Path, shards, make_encoder, monkeypatch) -> None:
+    n_processes = []
 
-    def without_workers(reader: IterableDataset, num_workers: int, **_: object) -> DataLoader:
-        n_workers.append(num_workers)
+    def in_this_process(reader: IterableDataset, num_workers: int, **_: object) -> DataLoader:
+        n_processes.append(num_workers)
         return DataLoader(reader, batch_size=None)
 
-    monkeypatch.setattr("dncbm.features.encoding.DataLoader", without_workers)
+    monkeypatch.setattr("dncbm.features.encoding.DataLoader", in_this_process)
     for folder, num_workers in (("a", 0), ("b", 2), ("c", 8), ("c", 8)):
         extraction = Extraction(batch_size=4, num_workers=num_workers)
         encode_shards(shards, make_encoder(), tmp_path / folder, extraction, "images")
-    assert n_workers == [0, 2, 3, 0]
+    assert n_processes == [0, 2, 3, 0]
 
 
-def test_a_worker_that_is_killed_is_an_error_of_one_line(tmp_path: Path, shards, make_encoder, refusal) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_workers_that_share_a_shard_write_what_one_writes(
+    tmp_path: Path, make_encoder, write_tar, random_image, encoded, num_workers: int
+) -> None:
+    """The later of two images is decoded first. Damage is counted in the order of the tar, and batches are the same."""
+    half = encoded(random_image(9, (64, 64)))[:2000]
+    clear = encoded(random_image(2).convert("RGBA").rotate(10))
+    members = {f"{n}": {"png": encoded(random_image(n))} for n in range(9)}
+    members |= {
+        "lost": {"txt": b""},
+        "clear": {"png": clear},
+        "cut": {"png": half},
+        "empty": {"png": b""},
+        "text": {"jpg": b"?"},
+    }
+    members |= {f"{n}": {"png": encoded(random_image(n))} for n in range(20, 29)}
+    shards = WebdatasetShards((write_tar(tmp_path / "0.tar", members),))
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        number = np.asarray(image).sum()
+        time.sleep(number % 3 / 100)
+        warnings.warn("even" if number % 2 else "odd", UserWarning, stacklevel=2)
+        return make_encoder().preprocess(image)
+
+    def extract(name: str, num_workers: int) -> tuple[dict[str, bytes], list[int], dict[str, object]]:
+        extraction, tower = replace(ALL_MAY_BE_BAD, num_workers=num_workers), Listing()
+        encoder = replace(make_encoder(tower), preprocess=preprocess)
+        details = encode_shards(shards, encoder, tmp_path / name, extraction, "images")
+        return files(tmp_path / name), tower.sizes, details
+
+    expected = extract("alone", 0)
+    assert expected[2]["bad"] == {"OSError": 1, "empty file": 1, "UnidentifiedImageError": 1, "no image in the sample": 1}
+    assert sum(expected[2]["warnings"].values()) == expected[2]["images"] == 19
+    assert extract("shared", num_workers) == expected
+
+
+@pytest.mark.parametrize(("n_shards", "num_workers"), [(1, 4), (2, 5), (3, 2), (5, 3)])
+@MANY_WORKERS
+def test_all_workers_decode_at_once_however_few_shards_are_left(
+    tmp_path: Path, make_encoder, write_tar, encoded, n_shards: int, num_workers: int
+) -> None:
+    """White images, those of the last shards, wait until as many are being decoded as there are workers."""
+    n_last = n_shards % num_workers or num_workers
+    images = ["black"] * (n_shards - n_last) + ["white"] * n_last
+    tars = [
+        write_tar(tmp_path / f"{n}.tar", {f"{i}": {"png": encoded(Image.new("RGB", (8, 8), colour))} for i in range(6)})
+        for n, colour in enumerate(images)
+    ]
+    all_here, have_met = multiprocessing.Barrier(num_workers), multiprocessing.Event()
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        if image.getpixel((0, 0)) == (255, 255, 255) and not have_met.is_set():
+            all_here.wait(timeout=30)
+            have_met.set()
+        return make_encoder().preprocess(image)
+
+    encoder = replace(make_encoder(), preprocess=preprocess)
+    extraction = replace(ALL_MAY_BE_BAD, num_workers=num_workers)
+    details = encode_shards(WebdatasetShards(tuple(tars)), encoder, tmp_path / "features", extraction, "images")
+    assert (details["images"], details["bad"]) == (6 * n_shards, {})
+    assert have_met.is_set()
+
+
+@pytest.mark.parametrize("num_workers", [1, 8])
+@MANY_WORKERS
+def test_a_worker_that_is_killed_is_an_error_of_one_line(
+    tmp_path: Path, shards, make_encoder, refusal, num_workers: int
+) -> None:
     def die(image: Image.Image) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
     encoder = replace(make_encoder(), preprocess=die)
     with refusal("a process that decodes images was killed", "--num_workers"):
-        encode_shards(shards, encoder, tmp_path / "f", Extraction(batch_size=2, num_workers=1), "images")
+        encode_shards(shards, encoder, tmp_path / "f", Extraction(batch_size=2, num_workers=num_workers), "images")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 1, 8])
+@MANY_WORKERS
 def test_a_missing_tar_is_an_error_of_one_line(tmp_path: Path, shards, make_encoder, num_workers: int) -> None:
     shards.paths[1].unlink()
     extraction = Extraction(batch_size=2, num_workers=num_workers)
@@ -616,3 +690,36 @@ def test_a_pinned_batch_leaves_its_buffer(monkeypatch) -> None:
     images.fill_(5)
     assert (pinned.images == 1).all()
     assert pinned.keys == ["a"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_the_buffers_of_a_worker_stay_mapped(tmp_path: Path, shards, make_encoder, monkeypatch, is_pinned: bool) -> None:
+    """Mapping one again for each batch costs as much as copying the batch."""
+    mapped: list[set[str]] = []
+
+    class Watching(Encoder):
+        def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+            mapped.append(set(large_shared_memory()))
+            return images.mean(dim=(2, 3))
+
+    def pinning(*arguments: object, **options: object) -> Iterator[_Piece]:
+        for piece in DataLoader(*arguments, **options):
+            yield pin_memory(piece) if is_pinned else piece
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
+    monkeypatch.setattr("dncbm.features.encoding.DataLoader", pinning)
+    encoder = Watching(**vars(make_encoder()) | {"preprocess": lambda _: torch.ones(3, 64, 64)})
+    encode_shards(shards, encoder, tmp_path / "features", Extraction(batch_size=1, num_workers=1), "images")
+    assert len(mapped) == 3 * N_IMAGES
+    assert mapped[0]
+    for before, after in pairwise(mapped):
+        assert before <= after
+
+
+def large_shared_memory() -> Iterator[str]:
+    """The inodes of torch's shared memory in this process, of more than a page."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if "/dev/shm/torch_" in line and int(last, 16) - int(first, 16) > 4096:
+            yield line.split()[4]
