@@ -5,8 +5,9 @@
 Prints one JSON object, for F = 8192 concepts, C = 365 classes, 32 active concepts per image and batches of 512. `dense_step_s`
 is the time of a step with nn.Linear, autograd on cross-entropy + lambda * mean |W| and torch's Adam, on batches that are dense
 in memory; `fused_dense_step_s` is the same with Adam(fused=True); `sparse_step_s` is a step of this library from the CSR
-matrix. The ways take turns of several steps, so that each finds its caches as it does within an epoch; ratios are medians over
-the rounds. `max_weight_difference` is measured after all steps, relative to the largest weight.
+matrix. The ways take turns of several steps, so that each finds its caches as it does within an epoch. For the ratios named
+`alternating`, they take turns of one step, so that each finds what the others left. Ratios are medians over the rounds.
+`max_weight_difference` is measured after all steps, relative to the largest weight.
 """
 
 import argparse
@@ -66,34 +67,41 @@ def main() -> None:
     layer, dense_step = dense_way(fused=False)
     _, fused_dense_step = dense_way(fused=True)
 
-    times: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
-    for round_, rows in enumerate(order.reshape(n_rounds + 1, IN_TURN, BATCH)):  # the first round compiles and is not counted
-        batches = [(batch, torch.from_numpy(matrix[batch].toarray()), labels[torch.from_numpy(batch)]) for batch in rows]
-        ways: dict[str, Callable[[NDArray[np.int64], torch.Tensor, torch.Tensor], object]] = {
-            "dense_step": lambda _, dense, wanted: dense_step(dense, wanted),
-            "fused_dense_step": lambda _, dense, wanted: fused_dense_step(dense, wanted),
-            "sparse_step": lambda batch, _, wanted: sparse_step(matrix, batch, wanted),
-        }
-        for name, way in ways.items():
-            start = time.perf_counter()
-            for batch, dense, wanted in batches:
-                way(batch, dense, wanted)
-            if round_:
-                times[name].append((time.perf_counter() - start) / IN_TURN)
+    def times(in_turn: int, rows: NDArray[np.int64]) -> dict[str, list[float]]:
+        """Seconds per step of each way, of each round, with so many steps per turn; the first round only warms up."""
+        found: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
+        for of_round in rows.reshape(-1, in_turn, BATCH):
+            batches = [(of, torch.from_numpy(matrix[of].toarray()), labels[torch.from_numpy(of)]) for of in of_round]
+            ways: dict[str, Callable[[NDArray[np.int64], torch.Tensor, torch.Tensor], object]] = {
+                "dense_step": lambda _, dense, wanted: dense_step(dense, wanted),
+                "fused_dense_step": lambda _, dense, wanted: fused_dense_step(dense, wanted),
+                "sparse_step": lambda batch, _, wanted: sparse_step(matrix, batch, wanted),
+            }
+            for name, way in ways.items():
+                start = time.perf_counter()
+                for batch, dense, wanted in batches:
+                    way(batch, dense, wanted)
+                found[name].append((time.perf_counter() - start) / in_turn)
+        return {name: seconds[1:] for name, seconds in found.items()}
+
+    consecutive = times(IN_TURN, order)
+    alternating = times(1, order[: BATCH * IN_TURN * (n_rounds // 2 + 1)])
     sparse_step.close()
 
-    def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times["sparse_step"], strict=True))
+    def ratio(seconds: dict[str, list[float]], name: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds["sparse_step"], strict=True))
 
     difference = (weight.detach().T - layer.weight.detach()).abs().max() / layer.weight.detach().abs().max()
     result = {
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "steps": n_rounds * IN_TURN,
-        **{f"{name}_s": statistics.median(values) for name, values in times.items()},
-        "epoch_of_places365_s": statistics.median(times["sparse_step"]) * -(-1_623_114 // BATCH),
-        "speedup_over_dense": ratio("dense_step"),
-        "speedup_over_fused_dense": ratio("fused_dense_step"),
+        "steps": (n_rounds + n_rounds // 2) * IN_TURN,
+        **{f"{name}_s": statistics.median(seconds) for name, seconds in consecutive.items()},
+        "epoch_of_places365_s": statistics.median(consecutive["sparse_step"]) * -(-1_623_114 // BATCH),
+        "speedup_over_dense": ratio(consecutive, "dense_step"),
+        "speedup_over_fused_dense": ratio(consecutive, "fused_dense_step"),
+        "alternating_speedup_over_dense": ratio(alternating, "dense_step"),
+        "alternating_speedup_over_fused_dense": ratio(alternating, "fused_dense_step"),
         "max_weight_difference": float(difference),
     }
     print(json.dumps(result, indent=2))

@@ -38,8 +38,8 @@ def make_venv(folder: Path) -> Path:
     return python
 
 
-def ways() -> dict[str, Callable[[], object]]:
-    """Each library's step on one batch, and the product alone."""
+def ways(device: str = "cpu") -> dict[str, Callable[[], object]]:
+    """Each library's step on one batch on a device, and the product alone."""
     import torch
     from dictionary_learning.trainers.standard import StandardTrainer
     from overcomplete.sae import SAE as OvercompleteSAE
@@ -51,14 +51,17 @@ def ways() -> dict[str, Callable[[], object]]:
 
     from sparse_autoencoder import ReLU, TopK
     from sparse_autoencoder.optimizer import Adam
-    from sparse_autoencoder.sparse_step import SparseStep
+    from sparse_autoencoder.stepper import Stepper
 
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0))
-    relu, topk = calibrated(D, K, ReLU(), x), calibrated(D, F / 2, TopK(K), x)
-    relu_step, topk_step = (SparseStep(model, Adam(model, lr=1e-6)) for model in (relu, topk))
-    weight, out = relu.encoder_weight.detach(), torch.empty(B, F)
+    relu, topk = (model.to(device) for model in (calibrated(D, K, ReLU(), x), calibrated(D, F / 2, TopK(K), x)))
+    relu_step, topk_step = (Stepper(model, Adam(model, lr=1e-6), batch_size=B) for model in (relu, topk))
+    for stepper in (relu_step, topk_step):
+        stepper.density = K / F  # sparse from the first step
+    x = x.to(device)
+    weight, out = relu.encoder_weight.detach(), torch.empty(B, F, device=device)
 
-    lens = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D, d_sae=F))
+    lens = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D, d_sae=F, device=device))
     lens_adam = torch.optim.Adam(lens.parameters(), lr=1e-6)
 
     def sae_lens() -> None:
@@ -68,9 +71,9 @@ def ways() -> dict[str, Callable[[], object]]:
         lens_adam.step()
         lens_adam.zero_grad()
 
-    dictionary = StandardTrainer(steps=10**6, activation_dim=D, dict_size=F, layer=0, lm_name="", device="cpu")
+    dictionary = StandardTrainer(steps=10**6, activation_dim=D, dict_size=F, layer=0, lm_name="", device=device)
 
-    coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K))
+    coder = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K), device=device)
     coder_adam = torch.optim.Adam(coder.parameters(), lr=1e-6)
 
     def sparsify() -> None:
@@ -80,7 +83,7 @@ def ways() -> dict[str, Callable[[], object]]:
         coder_adam.zero_grad()
         coder.set_decoder_norm_to_unit_norm()
 
-    complete = OvercompleteSAE(D, F)
+    complete = OvercompleteSAE(D, F, device=device)
     complete_adam = torch.optim.Adam(complete.parameters(), lr=1e-6)
 
     def overcomplete() -> None:

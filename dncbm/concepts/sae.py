@@ -23,7 +23,7 @@ from dncbm.runs.ranks import Ranks, joined, leaving_if_alone, own_gpu
 from dncbm.runs.settings import Settings
 from dncbm.runs.tracking import NO_TRACKING, Log, tracker
 from sparse_autoencoder import CheckpointError, SparseAutoencoder, evaluate, load_checkpoint, save_checkpoint, train
-from sparse_autoencoder.data import is_constant
+from sparse_autoencoder.data import is_constant, memory_of_gpu
 from sparse_autoencoder.declare import identity, values
 from sparse_autoencoder.trainer import TrainingResult
 
@@ -229,8 +229,7 @@ def _check_memory(run: SAERun, data: FeatureStore, device: torch.device) -> None
 def _memory_of(device: torch.device) -> int | None:
     """Bytes of a device's memory, if the system tells."""
     if device.type == "cuda":
-        # Older versions of torch want the number of the device.
-        return torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)[1]
+        return memory_of_gpu(device)[1]
     try:
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):

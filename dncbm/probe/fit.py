@@ -65,26 +65,23 @@ def fit_probe(
         UserError: the loss is NaN or infinite; or the state is damaged or of another training (`StateFile.load`).
     """
     weight = initial_weight(train.width, n_classes, run.seed).to(device).requires_grad_()
-    optimizer = torch.optim.Adam([weight], lr=run.lr)
+    fused = True if device.type == "cuda" else None  # one kernel, which keeps the number of steps on the GPU
+    optimizer = torch.optim.Adam([weight], lr=run.lr, fused=fused)
     report, latest, start = _Report(validation, run, keep), Latest(keep.state), 0
     shapes = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), weight.shape) | {"step": torch.Size([1])}
     if found := keep.state.load(device, shapes, ("epoch", "log")):
         tensors, about = found
         weight.detach().copy_(tensors.pop("weight"))
-        optimizer.state[weight] = tensors | {"step": tensors["step"].reshape(()).cpu()}
+        optimizer.state[weight] = tensors | {"step": tensors["step"].reshape(()).to(device if fused else "cpu")}
         report.rows, start = about["log"], about["epoch"]
     with (
         latest.saved_if_interrupted(),
-        _stepper(train, weight, optimizer, run.sparsity_lambda, device) as step,
+        _trainer(train, weight, optimizer, run) as train_in,
         tqdm(desc=f"probe on {run.inputs}", total=run.epochs, initial=start, unit="epoch") as bar,
     ):
         for epoch in range(start, run.epochs):
             order = np.random.default_rng([run.seed, epoch]).permutation(len(train))
-            summed = torch.zeros((), device=device)  # read once per epoch: reading it makes a GPU wait
-            for first in range(0, len(train), run.batch_size):
-                chosen = order[first : first + run.batch_size]
-                summed += step(chosen) * len(chosen)
-            train_loss = float(summed) / len(train)
+            train_loss = train_in(order) / len(train)
             if not np.isfinite(train_loss):
                 raise UserError(f"the probe's loss became NaN or infinite in epoch {epoch}: lower --probe_lr ({run.lr})")
             last = epoch + 1 == run.epochs
@@ -194,25 +191,31 @@ class _Report:
 
 
 @contextmanager
-def _stepper(
-    train: ProbeData, weight: torch.Tensor, optimizer: torch.optim.Adam, sparsity_lambda: float, device: torch.device
-) -> Iterator[Callable[[NDArray[np.int64]], torch.Tensor | float]]:
-    """A training step on some rows, which returns their loss: compiled for strengths on a CPU, otherwise autograd's."""
+def _trainer(
+    train: ProbeData, weight: torch.Tensor, optimizer: torch.optim.Adam, run: ProbeRun
+) -> Iterator[Callable[[NDArray[np.int64]], float]]:
+    """An epoch in a given order, which returns the sum of the losses: compiled for strengths on a CPU, else autograd's."""
 
-    def plain(rows: NDArray[np.int64]) -> torch.Tensor:
-        batch, labels = train.batch(rows, device)
-        optimizer.zero_grad()
-        loss = probe_loss(linear(batch, weight), labels, weight, sparsity_lambda)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    def plain(order: NDArray[np.int64]) -> float:
+        summed = torch.zeros((), device=weight.device)
+        for batch, labels in train.batches(run.batch_size, weight.device, order):
+            optimizer.zero_grad()
+            loss = probe_loss(linear(batch, weight), labels, weight, run.sparsity_lambda)
+            loss.backward()
+            optimizer.step()
+            summed += loss.detach() * len(labels)
+        return float(summed)  # only now does the host wait for a GPU
+
+    def compiled(order: NDArray[np.int64]) -> float:
+        batches = (order[first : first + run.batch_size] for first in range(0, len(order), run.batch_size))
+        return sum(step(matrix, rows, train.labels[torch.from_numpy(rows)]) * len(rows) for rows in batches)
 
     matrix = train.inputs
-    if device.type != "cpu" or isinstance(matrix, FeatureStore):
+    if weight.device.type != "cpu" or isinstance(matrix, FeatureStore):
         yield plain
         return
-    with closing(SparseAdamStep(weight, optimizer, sparsity_lambda)) as step:
-        yield lambda rows: step(matrix, rows, train.labels[torch.from_numpy(rows)])
+    with closing(SparseAdamStep(weight, optimizer, run.sparsity_lambda)) as step:
+        yield compiled
 
 
 def save_probe(weight: torch.Tensor, path: Path) -> None:

@@ -5,8 +5,8 @@ weights. Weights are input-major (inputs x C), the layout that a sparse product 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -15,22 +15,13 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dncbm.features.store import FeatureStore
-from dncbm.probe.step import take_rows
+from dncbm.probe.rows import ResidentRows, SparseRows, sent_rows
 from dncbm.runs.devices import widest_float
 from dncbm.runs.results import COVERAGES, ZERO_TOLERANCES
+from sparse_autoencoder.data import Features, fits, in_batches, resident
 
-
-class SparseRows(NamedTuple):
-    """Some rows of a CSR matrix, as tensors."""
-
-    indices: torch.Tensor
-    """Column of each entry, int64."""
-    offsets: torch.Tensor
-    """First entry of each row, int64."""
-    values: torch.Tensor
-    """float32."""
-
-
+LOADED = 8192
+"""Rows of features that are moved to a GPU at once."""
 Inputs: TypeAlias = scipy.sparse.csr_matrix | FeatureStore
 Batch: TypeAlias = SparseRows | torch.Tensor
 
@@ -45,18 +36,41 @@ class ProbeData:
     groups: torch.Tensor | None = None
     """int64, the group of each row (Waterbirds: bird and background), if the data set has groups."""
 
+    _on_gpu: "dict[torch.device, _OnGPU | None]" = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def batch(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Batch, torch.Tensor]:
         """The inputs and labels of some rows."""
-        labels = self.labels[torch.from_numpy(rows)].to(device)
         if isinstance(self.inputs, FeatureStore):
-            return self.inputs.gather(rows).to(device), labels
-        start, indices, values = take_rows(self.inputs, rows)
-        return SparseRows(*(torch.from_numpy(a).to(device) for a in (indices, start[:-1], values))), labels
+            return self.inputs.gather(rows).to(device), self.labels[torch.from_numpy(rows)].to(device)
+        return sent_rows(self.inputs, rows, self.labels, device)
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """All rows in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(np.arange(start, min(start + batch_size, len(self))), device)
+    def batches(
+        self, batch_size: int, device: torch.device, order: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """The inputs and labels of all rows, in batches, in the given order or as they are.
+
+        On CUDA, they are in the GPU's memory from the first call on if they take at most half of what is free there; otherwise
+        batches are copied from pinned memory. Either way the host does not wait for the GPU.
+
+        Raises IndexError if a CSR matrix is malformed; NonFiniteError, on a GPU, if features hold NaN or infinity.
+        """
+        on_gpu, rows = self._kept_on(device), np.arange(len(self)) if order is None else order
+        if on_gpu is None:
+            yield from (self.batch(rows[start : start + batch_size], device) for start in range(0, len(rows), batch_size))
+            return
+        found: Iterator[Batch]
+        if isinstance(on_gpu.inputs, ResidentRows):
+            found = on_gpu.inputs.batches(batch_size, order)
+        else:
+            found = in_batches(on_gpu.inputs, rows, batch_size, device=device)
+        labels = on_gpu.labels if order is None else on_gpu.labels[torch.from_numpy(order).to(device)]
+        yield from zip(found, labels.split(batch_size), strict=False)  # labels of no rows are one part, too
+
+    def _kept_on(self, device: torch.device) -> "_OnGPU | None":
+        if device not in self._on_gpu:
+            with torch.inference_mode(False):  # else training could not use what an evaluation has loaded
+                self._on_gpu[device] = _loaded(self.inputs, self.labels, device)
+        return self._on_gpu[device]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,6 +79,29 @@ class ProbeData:
     def width(self) -> int:
         """Number of inputs: F concepts or D features."""
         return self.inputs.width if isinstance(self.inputs, FeatureStore) else int(self.inputs.shape[1])
+
+
+@dataclass(frozen=True)
+class _OnGPU:
+    """Inputs and labels of a split as a GPU reads them."""
+
+    inputs: ResidentRows | Features
+    """Features that do not fit into the GPU's memory are read from the disk."""
+    labels: torch.Tensor
+
+
+def _loaded(inputs: Inputs, labels: torch.Tensor, device: torch.device) -> _OnGPU | None:
+    """None if batches are gathered on the CPU and sent."""
+    found: ResidentRows | Features
+    if isinstance(inputs, FeatureStore):
+        found = resident(inputs, device, LOADED)
+        if found is inputs and device.type == "cpu":
+            return None
+    elif fits(ResidentRows.n_bytes(inputs) + 8 * len(labels), device):
+        found = ResidentRows(inputs, device)
+    else:
+        return None
+    return _OnGPU(found, labels.to(device))
 
 
 # ------------------------------------------------------------------------------------------------------------- formulas
@@ -112,12 +149,12 @@ def contributions(batch: Batch, weight: torch.Tensor, classes: torch.Tensor) -> 
     """
     if isinstance(batch, torch.Tensor):
         return batch * weight.T[classes]
-    return batch.values * weight[batch.indices, classes[_row_of_entries(batch)]]
+    return batch.values * weight[batch.indices.long(), classes[_row_of_entries(batch)]]
 
 
 def _row_of_entries(batch: SparseRows) -> torch.Tensor:
-    ends = torch.cat([batch.offsets[1:], torch.tensor([len(batch.indices)], device=batch.offsets.device)])
-    return torch.repeat_interleave(torch.arange(len(ends), device=ends.device), ends - batch.offsets)
+    entry = torch.arange(len(batch.indices), dtype=batch.offsets.dtype, device=batch.offsets.device)
+    return torch.searchsorted(batch.offsets, entry, right=True) - 1
 
 
 def _rows(batch: Batch, entries: torch.Tensor) -> torch.Tensor:
@@ -150,7 +187,7 @@ def evaluate_probe(
 
     With five classes or fewer, top-5 is 1: the true class is always among the first five.
     """
-    sums, covered = [], torch.zeros(2, len(COVERAGES), dtype=torch.float64)
+    sums, covered = [], torch.zeros(2, len(COVERAGES), dtype=torch.int64, device=weight.device)
     for batch, labels in data.batches(batch_size, weight.device):
         logits = linear(batch, weight)
         ranks = true_class_ranks(logits, labels)
@@ -158,7 +195,7 @@ def evaluate_probe(
         sums.append(torch.stack([ce, (ranks < 1).sum(), (ranks < 5).sum()]))  # on the device, which is not waited for
         if coverage:
             for i, absolute in enumerate((False, True)):
-                covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0).cpu()
+                covered[i] += coverage_counts(batch, weight, absolute=absolute).sum(dim=0)
     n = len(data)
     ce_mean, top1, top5 = (torch.stack(sums).cpu().double().sum(dim=0) / n).tolist()
     metrics = {"loss": ce_mean + sparsity_lambda * float(weight.abs().mean()), "ce": ce_mean, "top1": top1, "top5": top5}
@@ -177,5 +214,5 @@ def accuracy_of_groups(
     `groups` has the int64 group of every image; if it is the labels, a group is a class.
     """
     batches = data.batches(batch_size, weight.device)
-    right = torch.cat([(true_class_ranks(linear(batch, weight), labels) == 0).cpu() for batch, labels in batches])
+    right = torch.cat([true_class_ranks(linear(batch, weight), labels) == 0 for batch, labels in batches]).cpu()
     return groups.bincount(minlength=n_groups), groups[right].bincount(minlength=n_groups)

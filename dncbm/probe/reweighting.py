@@ -105,9 +105,9 @@ def _likelihood(data: ProbeData, weights: torch.Tensor, fold: torch.Tensor) -> t
     """log p(y | inputs) of every image, by the weights of its fold (folds x inputs x C)."""
     folds, width, n_classes = weights.shape
     side_by_side = weights.permute(1, 0, 2).reshape(width, folds * n_classes).contiguous()
-    found = []
+    found, of_all = [], fold.to(weights.device)
     for number, (batch, labels) in enumerate(data.batches(BATCH, weights.device)):
-        of_images = fold[number * BATCH : (number + 1) * BATCH].to(weights.device)
+        of_images = of_all[number * BATCH : (number + 1) * BATCH]
         logits = linear(batch, side_by_side).reshape(-1, folds, n_classes)
         own = logits[torch.arange(len(labels), device=logits.device), of_images]
         found.append(-functional.cross_entropy(own, labels, reduction="none"))

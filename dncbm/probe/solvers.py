@@ -19,12 +19,15 @@ import torch
 from torch.nn import functional
 
 from dncbm.features.store import FeatureStore
-from dncbm.probe.model import Batch, ProbeData, SparseRows, linear
+from dncbm.probe.model import Batch, ProbeData, linear
+from dncbm.probe.rows import SparseRows
 from dncbm.probe.step import BatchSlopes, add_gradient
 from dncbm.runs.devices import widest_float
 
 BATCH = 4096
 """Images whose logits are in memory at once."""
+FLOATS = 2**28
+"""About the most numbers that the gradient of a sparse product may need: on CUDA, embedding_bag takes C per entry."""
 STALLED_OVER = 10
 """The objective is compared with its value this many passes ago."""
 
@@ -78,7 +81,7 @@ class CrossEntropy:
     def _autograd(self, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
         weight = weight.detach().requires_grad_()
         total = torch.zeros((), device=self.device, dtype=widest_float(self.device))
-        for batch, labels, of_images in self._batches():
+        for batch, labels, of_images in self._batches(weight.shape[1]):
             if of_images is None:
                 loss = functional.cross_entropy(linear(batch, weight), labels, reduction="sum") / len(self.data)
             else:
@@ -100,11 +103,14 @@ class CrossEntropy:
             slopes.over_inputs(partial(add_gradient, *found[1:], gradient.numpy()))
         return total, gradient
 
-    def _batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
-        """All images in order: their inputs, labels and weights."""
-        for number, (batch, labels) in enumerate(self.data.batches(BATCH, self.device)):
-            start = number * BATCH
-            yield batch, labels, None if self._image_weights is None else self._image_weights[start : start + BATCH]
+    def _batches(self, n_columns: int = 1) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor | None]]:
+        """All images in order: their inputs, labels and weights, in batches for products with this many columns."""
+        inputs, size = self.data.inputs, BATCH
+        if not isinstance(inputs, FeatureStore):
+            size = max(1, min(BATCH, FLOATS * len(self.data) // max(1, inputs.nnz * n_columns)))
+        for number, (batch, labels) in enumerate(self.data.batches(size, self.device)):
+            start = number * size
+            yield batch, labels, None if self._image_weights is None else self._image_weights[start : start + size]
 
     def curvature(self) -> torch.Tensor:
         """D_f (see the module's docstring) of every input, times `_tightness` for features; images count by their weights."""

@@ -285,17 +285,23 @@ def in_batches(
         yield moved(ahead.popleft().result())
 
 
+def memory_of_gpu(device: torch.device) -> tuple[int, int]:
+    """Bytes of a CUDA device's memory that are free, and all of them."""
+    # Older versions of torch want the number of the device.
+    return torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def fits(n_bytes: int, device: torch.device) -> bool:
+    """Whether data of this size is to be kept on a device: on CUDA, if it takes at most half of the free memory."""
+    return device.type == "cuda" and n_bytes <= memory_of_gpu(device)[0] / 2
+
+
 def resident(features: Features, device: torch.device, batch_size: int, reader: Workers | None = None) -> Features:
-    """The features, moved to a CUDA device if they take at most half of its free memory.
-    Raises NonFiniteError if they hold NaN or infinity."""
-    if device.type != "cuda":
+    """The features, moved to a CUDA device if they fit it (`fits`). Raises NonFiniteError if they hold NaN or infinity."""
+    if device.type != "cuda" or len(features) == 0:
         return features
     item = gather_stored(features, np.zeros(1, np.int64))
-    # Older versions of torch want the number of the device.
-    free, _ = torch.cuda.mem_get_info(torch.cuda.current_device() if device.index is None else device.index)
-    if item.nbytes * len(features) > free / 2:
-        return features
-    return loaded(features, device, batch_size, reader)
+    return loaded(features, device, batch_size, reader) if fits(item.nbytes * len(features), device) else features
 
 
 def loaded(features: Features, device: torch.device, batch_size: int, reader: Workers | None = None) -> TensorFeatures:

@@ -22,6 +22,7 @@ DECODER_ROWS = 8  # decoder rows that a program of the row pass holds at once
 ITEM_ROWS = 4  # pairs of input and residual that a program of the latent pass reads at once
 LATENTS = 4  # latents that a program updates one after the other: it leaves one row of `back`
 SUMMED_ROWS = 64  # rows that a program adds at once
+SUMMED_ITEMS = 1024  # items whose losses one program adds at once
 
 
 def supports(model: SparseAutoencoder) -> bool:
@@ -194,6 +195,7 @@ class GpuStep:
         kernels.finish_kernel[(_ceil(d, 32),)](
             self._residual_sums, _ceil(n, SUMMED_ROWS), self._back_sums, len(self._back_sums), self._error, self._penalty, n,
             scale, 1 / n, gradients["tied_bias"], self._losses, D=d, ROWS=SUMMED_ROWS, COLUMNS=32,
+            ITEMS=SUMMED_ITEMS,
         )  # fmt: skip
         for name, gradient in gradients.items():
             kernels.vector_kernel[(_ceil(len(gradient), 256),)](

@@ -34,7 +34,7 @@ def item_losses(
     latents = code.activate(pre, threshold, training, part)
     penalty = code.penalty(pre, latents, threshold)
     ends = model.sparsity.prefix_ends(model.n_latents)
-    reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0]])
+    reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0], :])
     l2 = squared_error(reconstruction, x)
     objective = l2 + penalty
     for start, end in pairwise(ends):
@@ -68,50 +68,69 @@ def code_losses(model: SparseAutoencoder, x: Tensor) -> CodeLosses:
 
 
 class RunningVariance:
-    """Sum of squared deviations from the mean of a stream, batch by batch (merged in float64: Chan et al. 1979)."""
+    """Sum of squared deviations from the mean of a stream, batch by batch (merged in float64: Chan et al. 1979).
+
+    Batches may be on a GPU, which is not waited for until the result is asked for.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None
-        self.total = 0.0
-        self.squares = 0.0  # sum of squares, about 0
+        self._batches: list[tuple[int, Tensor]] = []  # items; their mean (D), squared deviations from it, and squares
+        self._count = 0
+        self._mean: Tensor | None = None
+        self._total = 0.0
+        self._squares = 0.0  # sum of squares, about 0
 
     def add(self, x: Tensor) -> None:
         """Adds a batch (B x D), which may be empty."""
-        if len(x) == 0:
-            return
-        batch_mean = x.mean(dim=0)
-        total, squares = float((x - batch_mean).square().sum()), float(x.square().sum())
-        self._merge(len(x), batch_mean.cpu().double(), total, squares)  # on the CPU, since mps has no float64
+        if len(x) > 0:
+            mean = x.mean(dim=0)
+            sums = torch.stack([(x - mean).square().sum(), x.square().sum()])
+            self._batches.append((len(x), torch.cat([mean, sums])))
 
-    def _merge(self, n: int, mean: Tensor, total: float, squares: float) -> None:
-        """Adds n items with this mean (D), this sum of squared deviations from it, and this sum of squares."""
-        self.total += total
-        self.squares += squares
-        if self.mean is None:
-            self.mean, self.count = mean, n
+    def _merge(self) -> None:
+        """Adds the batches that are waiting."""
+        if not self._batches:
             return
-        count = self.count + n
-        gap = mean - self.mean
-        self.total += float(gap.square().sum()) * self.count * n / count
-        self.mean += gap * (n / count)
-        self.count = count
+        found = torch.stack([about for _, about in self._batches]).cpu().double()  # on the CPU, since mps has no float64
+        for (n, _), about in zip(self._batches, found, strict=True):
+            self._add(n, about[:-2], *about[-2:].tolist())
+        self._batches.clear()
+
+    def _add(self, n: int, mean: Tensor, total: float, squares: float) -> None:
+        """Adds n items with this mean (D), this sum of squared deviations from it, and this sum of squares."""
+        self._total += total
+        self._squares += squares
+        if self._mean is None:
+            self._mean, self._count = mean.clone(), n
+            return
+        count = self._count + n
+        gap = mean - self._mean
+        self._total += float(gap.square().sum()) * self._count * n / count
+        self._mean += gap * (n / count)
+        self._count = count
 
     def merged(self, width: int, across: Processes) -> "RunningVariance":
         """That of the items of all processes, which are D = `width` wide."""
-        mean = torch.zeros(width, dtype=torch.float64) if self.mean is None else self.mean
-        own = torch.cat([mean, torch.tensor([self.count, self.total, self.squares], dtype=torch.float64)])
+        self._merge()
+        mean = torch.zeros(width, dtype=torch.float64) if self._mean is None else self._mean
+        own = torch.cat([mean, torch.tensor([self._total, self._squares, self._count], dtype=torch.float64)])
         found = RunningVariance()
         for part in across.joined(own):
-            n, total, squares = part[width:].tolist()
+            total, squares, n = part[width:].tolist()
             if n:
-                found._merge(int(n), part[:width].clone(), total, squares)
+                found._add(int(n), part[:width], total, squares)
         return found
+
+    @property
+    def total(self) -> float:
+        """The sum of squared deviations."""
+        self._merge()
+        return self._total
 
     @property
     def varies(self) -> bool:
         """Whether the items differ by more than float32 rounds."""
-        return self.total > self.squares * (16 * torch.finfo(torch.float32).eps) ** 2
+        return self.total > self._squares * (16 * torch.finfo(torch.float32).eps) ** 2
 
 
 def explained_variance(squared_error_sum: float, variance: RunningVariance) -> float:

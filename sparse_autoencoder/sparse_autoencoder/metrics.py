@@ -57,7 +57,8 @@ def measure(
     """`evaluate`'s metrics and each latent's firing count (F, int64), over the features of all processes.
     `losses` is a faster equivalent of `code_losses`. Returns None if `stop`, asked before each batch, returns True."""
     model = model.to(device)
-    l2, penalty, stopped = 0.0, 0.0, False
+    found = [torch.zeros(2, device=device)]  # read at the end: reading makes a GPU wait
+    stopped = False
     fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     variance = RunningVariance()
     batches = in_batches(
@@ -69,16 +70,15 @@ def measure(
             break
         x, _ = model.transform(batch)
         batch_losses = code_losses(model, x) if losses is None else losses(x)
-        l2 += float(batch_losses.l2.sum())
-        penalty += float(batch_losses.penalty.sum())
+        found.append(torch.stack([batch_losses.l2.sum(), batch_losses.penalty.sum()]))
         fired += batch_losses.fired
         variance.add(x)
     if across.agreed(stopped):
         return None
-    sums = torch.tensor([len(features), l2, penalty], dtype=torch.float64)
-    across.sum([sums, fired])
+    n_items, sums = torch.tensor(len(features)), torch.stack(found).cpu().double().sum(dim=0)
+    across.sum([n_items, sums, fired])
     variance = variance.merged(model.n_inputs, across)
-    n, l2, penalty = int(sums[0]), float(sums[1]), float(sums[2])
+    n, (l2, penalty) = int(n_items), sums.tolist()
     metrics = {
         "loss": (l2 + penalty) / n,
         "l2_loss": l2 / n,

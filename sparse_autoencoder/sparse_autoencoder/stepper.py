@@ -20,7 +20,7 @@ Measured (benchmarks/sae_step.py, "density"): at D = 1024 and F = 8192 the two m
 the sparse step is three times as fast.
 """
 
-SPARSE_BELOW_ON_GPU = {"highest": 0.040, "high": 0.012, "medium": 0.014}
+SPARSE_BELOW_ON_GPU = {"highest": 0.037, "high": 0.0094, "medium": 0.0117}
 """The same on a GPU, by --matmul_precision. Counted from bytes and operations (docs/PERFORMANCE.md), not measured."""
 
 LOOK_EVERY = 100

@@ -374,7 +374,7 @@ def column_sum_kernel(rows, sums, n, D: tl.constexpr, ROWS: tl.constexpr, COLUMN
 @triton.jit
 def finish_kernel(
     residual_sums, n_residual_sums, back_sums, n_back_sums, error, penalty, n, scale, per_item, gradient, losses,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(D / COLUMNS)). The tied bias's gradient (D); program 0 also writes losses (3): loss, l2, penalty."""
     program = tl.program_id(0)
@@ -392,10 +392,10 @@ def finish_kernel(
         of_back += tl.sum(tl.load(back_sums + row[:, None] * D + d[None, :], mask=inside, other=0.0), axis=0)
     tl.store(gradient + d, scale * of_residual - of_back, mask=d < D)
     if program == 0:
-        errors = tl.full([ROWS], 0.0, tl.float32)
-        penalties = tl.full([ROWS], 0.0, tl.float32)
-        for first in range(0, n, ROWS):
-            item = first + offset
+        errors = tl.full([ITEMS], 0.0, tl.float32)
+        penalties = tl.full([ITEMS], 0.0, tl.float32)
+        for first in range(0, n, ITEMS):
+            item = first + tl.arange(0, ITEMS)
             errors += tl.load(error + item, mask=item < n, other=0.0)
             penalties += tl.load(penalty + item, mask=item < n, other=0.0)
         l2 = tl.sum(errors, axis=0) * (scale / 2)

@@ -129,6 +129,7 @@ def test_at_the_optimum_the_subgradient_holds_zero(data: ProbeData) -> None:
 
 def test_loss_and_gradient_are_autograds(data: ProbeData, values: np.ndarray, monkeypatch) -> None:
     monkeypatch.setattr(dncbm.probe.solvers, "BATCH", 64)
+    monkeypatch.setattr(dncbm.probe.solvers, "FLOATS", 100)  # batches of fewer images where autograd is used for strengths
     weight = torch.randn(F, C, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(F, generator=torch.Generator().manual_seed(1)) + 0.5
     for divide, of_images in itertools.product((None, scale), (None, OF_IMAGES)):

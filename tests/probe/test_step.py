@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dncbm.probe.fit import initial_weight
 from dncbm.probe.model import ProbeData, linear, probe_loss
-from dncbm.probe.step import SparseAdamStep, take_rows
+from dncbm.probe.rows import ResidentRows
+from dncbm.probe.step import BatchSlopes, SparseAdamStep, take_rows
 
 CPU = torch.device("cpu")
 
@@ -126,6 +127,7 @@ def test_a_malformed_matrix_is_refused_before_anything_is_read(strengths, sparse
         lambda: take_rows(matrix, rows),
         lambda: step(matrix, rows, labels),
         lambda: ProbeData(matrix, labels).batch(rows, CPU),
+        lambda: ResidentRows(matrix, CPU),
     ):
         with pytest.raises(IndexError):
             attempt()
@@ -142,4 +144,23 @@ def test_rows_and_inputs_that_do_not_exist_are_refused(strengths) -> None:
     step = SparseAdamStep(weight, torch.optim.Adam([weight]), 0.0)
     with pytest.raises(IndexError, match="7 inputs for weights of 6"):
         step(matrix, np.arange(3), torch.zeros(3, dtype=torch.int64))
+    for label in (-1, 3):
+        with pytest.raises(IndexError, match="for 3 classes"):
+            step(matrix[:, :6], np.arange(3), torch.full((3,), label))
     step.close()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e4])
+def test_slopes_are_those_of_double_precision_however_large_the_logits(strengths, size: float) -> None:
+    """With a number of classes that is no multiple of a vector's length."""
+    values, labels = strengths(40, 12, 3), torch.from_numpy(np.random.default_rng(3).integers(0, 85, 40))
+    weight = size * torch.randn(12, 85, generator=torch.Generator().manual_seed(3))
+    logits = (torch.from_numpy(values).double() @ weight.double()).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    loss.backward()
+    slopes = BatchSlopes(12)
+    found = slopes(weight, scipy.sparse.csr_matrix(values), np.arange(40), labels, 40)
+    slopes.close()
+    assert found.ce == pytest.approx(loss.item(), rel=1e-6)
+    # The logits are rounded to single precision before anything else.
+    torch.testing.assert_close(torch.from_numpy(found.slopes).double(), logits.grad, rtol=1e-6 + 1e-6 * size, atol=1e-7)

@@ -98,7 +98,7 @@ class Made:
         from sparse_autoencoder import gpu_step
 
         # So small that every loop has several turns, with a short last one.
-        gpu_step.CHUNK, gpu_step.SUMMED_ROWS, gpu_step.SLOTS = 8, 4, case.slots
+        gpu_step.CHUNK, gpu_step.SUMMED_ROWS, gpu_step.SUMMED_ITEMS, gpu_step.SLOTS = 8, 4, 16, case.slots
         self.model = case.model()
         self.adam = case.adam(self.model)
         self.step = gpu_step.GpuStep(self.model, self.adam, max(case.batches), **options)  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ class ReLU(Sparsity, kernels=True):
         return pre.relu()
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
-        return self.l1_coeff * latents.abs().sum(dim=1)
+        return self.l1_coeff * latents.sum(dim=1)  # none is negative
 
     def penalties(self, entries: ItemMajor) -> Array:
         from sparse_autoencoder import kernels
