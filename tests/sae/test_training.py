@@ -34,6 +34,7 @@ from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import resample
 from sparse_autoencoder.settings import is_resampling_epoch, learning_rate
+from sparse_autoencoder.steps import matmul_precision
 from sparse_autoencoder.trainer import _checksum, _LossCheck
 
 pytestmark = pytest.mark.slow
@@ -742,6 +743,18 @@ def test_bfloat16_products_train_too(features: Tensor) -> None:
     )
     assert [row["sparse_step"] for row in rows] == [1, 0]  # the kernels compute in float32 only
     assert rounded["l2_loss"] == pytest.approx(exact["l2_loss"], rel=0.1)
+
+
+def test_tf32_is_for_gpus_and_ends_with_the_training(features: Tensor) -> None:
+    models = [model_of(TopK(5)) for _ in range(2)]
+    for model, precision in zip(models, ("highest", "high"), strict=True):
+        train(model, features, dataclasses.replace(SHORT, matmul_precision=precision), progress=False)
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+    for precision, on_gpu in (("highest", "highest"), ("high", "high"), ("medium", "high")):
+        for device, expected in (("cuda", on_gpu), ("cpu", "highest")):
+            with matmul_precision(precision, torch.device(device)):
+                assert torch.get_float32_matmul_precision() == expected
+            assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_figure_of_a_resumed_run(tmp_path: Path, features: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
