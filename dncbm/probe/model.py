@@ -67,6 +67,7 @@ class ProbeData:
         yield from zip(found, labels.split(batch_size), strict=False)  # labels of no rows are one part, too
 
     def _kept_on(self, device: torch.device) -> "_OnGPU | None":
+        device = torch.empty(0, device=device).device  # `cuda` is the same as `cuda:0`
         if device not in self._on_gpu:
             with torch.inference_mode(False):  # else training could not use what an evaluation has loaded
                 self._on_gpu[device] = _loaded(self.inputs, self.labels, device)

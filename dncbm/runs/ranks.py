@@ -1,5 +1,6 @@
 """The processes of one command, which torchrun starts on one or several machines."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -97,11 +98,22 @@ def joined() -> Iterator[Ranks]:
         ) from error
     try:
         yield Ranks(distributed.get_rank(), size)
-    except UserError:
-        print(file=sys.stderr)  # end the line of the progress bar, so that the message has its own
+    except BaseException as error:
+        if isinstance(error, UserError):
+            print(file=sys.stderr)  # end the line of the progress bar, so that the message has its own
+        if "nccl" in backend:
+            atexit.register(_exit_at_once)
+        else:
+            distributed.destroy_process_group()
         raise
-    finally:
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
+
+
+def _exit_at_once() -> None:
+    """Exits without ending NCCL's communicators: that would wait for the other processes, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def device_name(name: str, ranks: Ranks) -> str:

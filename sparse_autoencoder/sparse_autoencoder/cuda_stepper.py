@@ -52,8 +52,7 @@ class CudaStepper:
         self.can_be_sparse = _has_kernels(model) and not os.environ.get(DENSE_ONLY)
         self._dense = _Way("dense", adam.prepare, self._dense_update, adam.count)
         self._sparse: _Way | None = None
-        self._latest: _Way | None = None
-        self._graphs: dict[bool, GraphedStep] = {}  # by whether dead latents are revived
+        self._graphs: dict[tuple[str, bool], GraphedStep] = {}  # by way, and by whether dead latents are revived
 
     def _dense_update(self, x: Tensor, dead: Tensor | None) -> StepResult:
         return dense_update(self.model, self.adam, x, dead, bf16=self.precision == "medium")
@@ -71,18 +70,24 @@ class CudaStepper:
 
     def __call__(self, x: Tensor, dead: Tensor | None, *, sparse: bool) -> tuple[StepResult, bool]:
         """A step on transformed inputs x (B x D) and the mask `dead` (F, bool), and whether it was sparse."""
-        if sparse != (self._latest is not None and self._latest is self._sparse):
-            self._graphs.clear()  # frees what the other way holds
         if sparse and self._sparse is None:
             try:
                 self._sparse = self._sparse_way()
             except Exception as error:  # a compiler can raise anything
                 self._give_up(error)
         way = self._sparse if sparse and self._sparse is not None else self._dense
-        result = self._run(way, x, dead) if way.proved else self._first(way, x, dead)
+        try:
+            result = self._run(way, x, dead) if way.proved else self._first(way, x, dead)
+        except torch.cuda.OutOfMemoryError as error:  # of the comparison, which holds copies of everything
+            if way.proved:
+                raise
+            self._drop(way, error)
+            result = None
+        if result is None:  # outside the handler, where the error would keep the memory of the failed step
+            del way
+            return self(x, dead, sparse=False)
         made = self._sparse if way is self._sparse and self._sparse is not None else self._dense
         made.count()
-        self._latest = made
         # Copied, since the next step overwrites them.
         loss, l2, penalty = torch.stack([result.loss, result.l2, result.penalty]).unbind()
         return StepResult(loss, l2, penalty, result.fired), made is not self._dense
@@ -97,23 +102,21 @@ class CudaStepper:
 
     def _run(self, way: _Way, x: Tensor, dead: Tensor | None) -> StepResult:
         way.prepare()
-        if not way.graphed or len(x) != self.batch_size:
-            return way.update(x, dead)
-        revives = dead is not None
-        if revives not in self._graphs:
+        is_full, kind = len(x) == self.batch_size, (way.name, dead is not None)
+        if way.graphed and is_full and kind not in self._graphs:
             try:
-                self._graphs[revives] = GraphedStep(way.update, x, dead, self._changed().values())
+                self._graphs[kind] = GraphedStep(way.update, x, dead, self._changed().values())
             except RuntimeError as error:
                 log.warning("%s steps are launched one by one, since a CUDA graph failed: %s", way.name, _line(error))
                 way.graphed = False
-                return way.update(x, dead)
-        return self._graphs[revives](x, dead)
+                self._graphs.clear()
+        return self._graphs[kind](x, dead) if way.graphed and is_full else way.update(x, dead)
 
     def _first(self, way: _Way, x: Tensor, dead: Tensor | None) -> StepResult:
         """The first step of a way. If it fails or differs from a dense step, that one is the result and the way given up."""
         before = {name: tensor.clone() for name, tensor in self._compared().items()}
+        self.adam.prepare()  # before the copies: `prepare` does not fill the counts again once they are restored
         with restored(self._changed().values()):
-            self.adam.prepare()
             wanted = self._dense_update(x, dead)
             after = {name: tensor.clone() for name, tensor in self._changed().items()}
         try:
@@ -127,13 +130,17 @@ class CudaStepper:
             return found
         for name, tensor in self._changed().items():
             tensor.copy_(after[name])
+        self._drop(way, complaint)
+        return wanted
+
+    def _drop(self, way: _Way, reason: object) -> None:
+        """Gives up a way, or of dense steps their graph, and the memory that it takes."""
         self._graphs.clear()
         if way is self._dense:
-            log.warning("CUDA graphs are given up (%s): steps are launched one by one", complaint)
+            log.warning("CUDA graphs are given up (%s): steps are launched one by one", _line(reason))
             way.graphed, way.proved = False, True
         else:
-            self._give_up(complaint)
-        return wanted
+            self._give_up(reason)
 
     def _give_up(self, reason: object) -> None:
         log.warning("sparse steps on this GPU are given up, and steps stay dense: %s", _line(reason))

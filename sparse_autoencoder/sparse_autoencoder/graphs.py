@@ -25,7 +25,8 @@ class GraphedStep:
         Raises RuntimeError if the step cannot be captured.
         """
         self.x, self.dead = x.clone(), None if dead is None else dead.clone()
-        with torch.cuda.device(x.device), restored(changed):
+        # If a capture fails, torch.cuda.graph leaves its own stream the current one.
+        with restored(changed), torch.cuda.device(x.device), torch.cuda.stream(torch.cuda.current_stream(x.device)):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

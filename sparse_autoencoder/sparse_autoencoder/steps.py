@@ -16,13 +16,22 @@ from sparse_autoencoder.parallel import Part
 @contextmanager
 def matmul_precision(name: str, device: torch.device) -> Iterator[None]:
     """A context in which float32 products on a GPU may use TF32, unless the precision is "highest"."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if name == "highest" else "high")
+    if device.type != "cuda":
+        yield
+        return
+    matmul, before, newer = torch.backends.cuda.matmul, None, None
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a caller has used the switch of torch 2.9 and later, beside which this one cannot be read
+        newer = matmul.fp32_precision
+    torch.set_float32_matmul_precision("highest" if name == "highest" else "high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        else:
+            matmul.fp32_precision = newer
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def dense_update(
     model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None, *, bf16: bool, part: Part | None = None
 ) -> StepResult:
     """What `dense_step` does on the device, without a wait for it: a CUDA graph can capture this."""
+    model.zero_grad()  # a step that ran out of memory halfway leaves gradients, to which this one would add its own
     # A cast that autocast kept from before would become part of a captured graph.
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         losses = item_losses(model, x, training=True, dead=dead, part=part)

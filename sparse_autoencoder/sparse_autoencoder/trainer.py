@@ -53,6 +53,7 @@ from sparse_autoencoder.workers import Workers
 
 messages = logging.getLogger(__name__)
 
+UNKNOWN = 2**62  # more than any number of items
 CENTRE_SAMPLE = 100_000  # the geometric median is taken of at most this many random items
 
 
@@ -80,7 +81,7 @@ class _State:
 
     COUNTERS = ("items_seen", "window_items", "resampled_after", "longest")
 
-    def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper) -> None:
+    def __init__(self, model: SparseAutoencoder, adam: Adam, stepper: Stepper, batch_size: int) -> None:
         self.model, self.adam, self.stepper = model, adam, stepper
         self.items_seen = self.window_items = 0
         self.resampled_after = -1  # the epoch after which dead latents were last resampled; -1: none yet
@@ -89,17 +90,17 @@ class _State:
         """How often each latent was active in the `window_items` items since the last resampling."""
         self.unfired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
         """Items since each latent was last active, in whole batches."""
-        self.longest = 0
-        """No latent was inactive for longer; on a GPU, where only the device knows exactly, an upper bound."""
+        self.batch_size = batch_size
+        self.longest = LOOK_EVERY * batch_size
+        """No latent will have been inactive for more items before the next look at `unfired`."""
 
     def count(self, result: StepResult, n_items: int) -> None:
         self.items_seen += n_items
         self.window_items += n_items
         self.fired += result.fired
         self.unfired = torch.where(result.fired > 0, 0, self.unfired + n_items)
-        self.longest += n_items
         if self.adam.steps % LOOK_EVERY == 0:
-            self.longest = int(self.unfired.max())
+            self.longest = int(self.unfired.max()) + LOOK_EVERY * self.batch_size
 
     def start_window(self, epoch: int) -> None:
         self.resampled_after = epoch
@@ -138,7 +139,7 @@ class _State:
         try:
             saved_run, counters = without_retired(dict(json.loads(header["run"]))), json.loads(header["counters"])
             checksum = header["checksum"]
-            counters.setdefault("longest", counters["items_seen"])  # of versions that did not keep it
+            counters.setdefault("longest", UNKNOWN)  # of versions that did not keep it
             own_counters = {name: int(counters[name]) for name in self.COUNTERS}
             steps, density = int(counters["steps"]), float(counters["density"])
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -354,7 +355,7 @@ def train(
         batch_size = min(settings.batch_size, len(features))
         stepper = Stepper(model, adam, batch_size=batch_size, matmul_precision=settings.matmul_precision)
         stack.callback(stepper.close)
-        state = _State(model, adam, stepper)
+        state = _State(model, adam, stepper, batch_size)
         if state_path is not None and state_path.exists():
             state.load(state_path, run)
         elif model.input_transform == "centre":

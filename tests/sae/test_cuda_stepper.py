@@ -170,6 +170,62 @@ def test_without_graphs_steps_are_launched_one_by_one(
     assert record.message.endswith("a CUDA graph failed: operation not permitted when stream is capturing")
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_resumed_run_keeps_its_number_of_steps(sparse: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Adam's bias correction depends on it, and the device keeps its own."""
+    model = model_of(ReLU(0.01))
+    adam = Adam(model, lr=1e-2)
+    adam.steps = 300
+    stepper = stepper_of(model, adam)
+    for batch in BATCHES:
+        stepper(batch, None, sparse=sparse)
+    stepper(BATCHES[0], None, sparse=False)
+    assert adam.steps == 305
+    assert {int(count) for count in adam.counts.values()} == {305}
+    assert not caplog.records
+
+
+class SecondGraphFails(Graph):
+    """Fails halfway through a step, as a capture may that runs out of memory."""
+
+    def __init__(self, step: Callable, x: Tensor, dead: Tensor | None, changed: object) -> None:
+        if Graph.made == 1:
+            for parameter in step.__self__.model.parameters():  # type: ignore[attr-defined]
+                parameter.grad = torch.ones_like(parameter)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        super().__init__(step, x, dead, changed)
+
+
+def test_a_step_that_failed_halfway_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sparse_autoencoder.cuda_stepper.GraphedStep", SecondGraphFails)
+    model = model_of(TopK(4, aux_k=3))
+    twin = copy.deepcopy(model)
+    adam, twins = Adam(model, lr=1e-2), Adam(twin, lr=1e-2)
+    stepper = stepper_of(model, adam)
+    for batch, dead in zip(BATCHES, (None, torch.arange(60) < 5) * 2, strict=True):
+        stepper(batch, dead, sparse=False)
+        dense_step(twin, twins, batch, dead)
+    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert [record.message.split(",")[0] for record in caplog.records] == ["dense steps are launched one by one"]
+
+
+def test_without_memory_for_the_comparison_steps_are_dense(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoMemory:
+        def __init__(self, _: object) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sparse_autoencoder.cuda_stepper.restored", NoMemory)
+    found, losses, was_sparse = trained(ReLU(0.01), sparse=True)
+    wanted, wanted_losses = by_dense_steps(ReLU(0.01))
+    assert (losses, was_sparse) == (wanted_losses, [False] * 4)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert len(caplog.records) == 2
+
+
 def test_dead_latents_are_revived_by_dense_steps() -> None:
     model = model_of(TopK(4, aux_k=3))
     twin = copy.deepcopy(model)

@@ -60,8 +60,8 @@ class BatchTopK(LargestK, kernels=True):
         if latents.numel() == 0 and part is None:
             return
         with torch.no_grad():
-            positive = torch.where(latents > 0, latents, torch.inf).flatten()
-            smallest = torch.cat([positive, positive.new_full((1,), torch.inf)]).min().to(threshold.dtype)
+            positive = torch.where(latents > 0, latents, torch.inf)
+            smallest = (positive.min() if positive.numel() else positive.new_full((), torch.inf)).to(threshold.dtype)
             smallest = smallest if part is None else part.across.joined(smallest).min()
             mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
             threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
