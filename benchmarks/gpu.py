@@ -1,4 +1,4 @@
-"""Everything that a GPU has to show, on whatever CUDA card is there, in under 8 minutes.
+"""Measures everything on any CUDA card, in about 8 minutes.
 
     python benchmarks/gpu.py [--peers] [--parts card rates steps ...] [--quick]
 

@@ -17,7 +17,7 @@ step take equally long. Nothing here was measured on a GPU. The count assumes:
 - Every item has the same number of entries, and no latent has more than a chunk's.
 
 Operations: two per multiplication and addition of the products and gathers and 30 per weight for Adam, by formula. Other
-arithmetic is left out; it is far from being what takes longest.
+arithmetic is left out; it is negligible.
 
 The dense step is counted while its code runs on tensors without data: every operator reads its arguments and writes its
 results.

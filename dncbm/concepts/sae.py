@@ -23,7 +23,7 @@ from dncbm.runs.ranks import Ranks, joined, leaving_if_alone, own_gpu
 from dncbm.runs.settings import Settings
 from dncbm.runs.tracking import NO_TRACKING, Log, tracker
 from sparse_autoencoder import CheckpointError, SparseAutoencoder, evaluate, load_checkpoint, save_checkpoint, train
-from sparse_autoencoder.data import is_constant, memory_of_gpu
+from sparse_autoencoder.data import is_constant, memory_of_gpu, shuffle_of
 from sparse_autoencoder.declare import identity, values
 from sparse_autoencoder.trainer import TrainingResult
 
@@ -66,14 +66,15 @@ def _train(settings: Settings, run: SAERun, tracking: Tracking, ranks: Ranks, de
     except ValueError as error:
         raise UserError(f"{error} ({data.width} features x --expansion_factor {run.expansion_factor})") from error
 
+    shuffle = shuffle_of(data, data.width, run.training)
     make = partial(
         making,
         target,
         SAE.name,
-        identity(run),
+        identity(run) | ({"shuffle": shuffle} if shuffle == "shards" else {}),
         {"train features": data.folder, "train_val features": validation.folder},
         overwrite=overwrite,
-        run=values(run),
+        run=values(run) | {"shuffle": shuffle},
         files=partial(artifacts.sae_files, run),
         scratch=[state],
         before=partial(resolve_device, own_gpu(device, ranks)),
@@ -132,7 +133,14 @@ def _train(settings: Settings, run: SAERun, tracking: Tracking, ranks: Ranks, de
         assert result.validation is not None
         found = dict(zip(SAE_SPLITS, (result.validation, result.metrics), strict=True))
         said = "; ".join(f"on {split}: {describe_metrics(metrics)}" for split, metrics in found.items())
-        work.done([target], f"SAE {said}", metrics=_jsonable(found), steps=result.steps, device=str(torch_device))
+        work.done(
+            [target],
+            f"SAE {said}",
+            metrics=_jsonable(found),
+            steps=result.steps,
+            device=str(torch_device),
+            processes=ranks.size,
+        )
     return work.outcome
 
 

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> "torch.device":
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
+        reason = first_line(error)[:200]
         raise UserError(f"--device {name} is not available: {reason}; use auto, cpu, cuda or mps") from error
     return device
 

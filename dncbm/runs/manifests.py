@@ -24,7 +24,7 @@ from typing import Any
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.locks import lock_path, locked
 from sparse_autoencoder.files import remove_leftovers, whole_file
-from sparse_autoencoder.settings import without_retired
+from sparse_autoencoder.settings import in_todays_words
 
 IMPORTED = "import_published"
 """The stage whose artifacts others have made. The stages that would make them use them as they are."""
@@ -191,8 +191,9 @@ def _begin(
             return Outcome.RAN
         # An unfinished run that failed at once has nothing to lose.
         if not overwrite and (found == finished or any(_parts(artifact, files))):
+            what = "was made from" if found == finished else "is unfinished and was begun with"
             raise StaleArtifact(
-                f"{artifact} was made from other inputs or settings ({'; '.join(differences)}): "
+                f"{artifact} {what} other inputs or settings ({'; '.join(differences)}): "
                 "pass --overwrite to replace it, or move it away",
                 differences,
             )
@@ -224,7 +225,8 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     def phrase(key: str) -> str:
         was, now = made["settings"].get(key), wanted["settings"].get(key)
         if not isinstance(was, dict) or not isinstance(now, dict):
-            return f"{key} was {was!r}, now {now!r}"
+            was, now = ("the default" if value is None else repr(value) for value in (was, now))
+            return f"{key} was {was}, now {now}"
         return f"{key} of {', '.join(sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k)))} changed"
 
     return [*map(phrase, differing("settings")), *(f"{key} has changed" for key in differing("inputs"))]
@@ -370,7 +372,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the manifest {path}: {first_line(error)}") from error
     if not is_sound:
         raise UserError(f"cannot read the manifest {path}: it lacks what a manifest holds")
-    found: dict[str, Any] = loaded | {"settings": without_retired(loaded["settings"])}
+    found: dict[str, Any] = loaded | {"settings": in_todays_words(loaded["settings"])}
     return found
 
 

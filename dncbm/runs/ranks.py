@@ -132,7 +132,9 @@ def own_gpu(name: str, ranks: Ranks) -> str:
 
     found = device_name(name, ranks)
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    if found.startswith("cuda") and ranks.size > 1 and n_here > torch.cuda.device_count():
+    if ranks.size > 1 and name.startswith("cuda:"):
+        raise UserError(f"processes that train together need a GPU each: pass --device cuda, not {name}")
+    if found.startswith("cuda:") and ranks.size > 1 and n_here > torch.cuda.device_count():
         raise UserError(
             f"{n_here} processes that train together need a GPU each, and this machine has {torch.cuda.device_count()}: "
             "lower torchrun's --nproc_per_node"

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
+from sparse_autoencoder.parallel import Processes
 from sparse_autoencoder.settings import DEFAULT_SEED, TrainingSettings
 from sparse_autoencoder.variants import VARIANTS, BatchTopK, JumpReLU, Matryoshka, ReLU, Sparsity, TopK
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_SEED", "SAEOutput", "SparseAutoencoder", "load_checkpoint", "save_checkpoint"]
 __all__ += ["VARIANTS", "BatchTopK", "JumpReLU", "Matryoshka", "ReLU", "Sparsity", "TopK"]
-__all__ += ["CheckpointError", "Features", "NonFiniteError", "TrainingResult", "TrainingSettings", "evaluate", "train"]
+__all__ += ["CheckpointError", "Features", "NonFiniteError", "Processes", "TrainingResult", "TrainingSettings"]
+__all__ += ["evaluate", "train"]
 
 # What needs torch, which takes two seconds to import, is imported when it is used: `--help` needs only the settings.
 _MODULES = {

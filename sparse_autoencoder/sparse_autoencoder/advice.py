@@ -39,8 +39,8 @@ def advice_before(
     if sparsity.resamples and settings.resample_freq > 0 and not any(resamplings):
         less = f"below {-(-epochs // 2)}" if epochs > 2 else "0"
         found.append(
-            f"dead latents are never resampled, since {epochs} epochs hold no resampling that is followed by "
-            f"--resample_freq {settings.resample_freq} more: set it to {less}, or raise --num_epochs"
+            f"dead latents are never resampled, since {epochs} epochs are too few for --resample_freq "
+            f"{settings.resample_freq}: set it to {less}, or raise --num_epochs"
         )
     k = getattr(sparsity.code, "k", 0)
     if k > DENSE * n_latents or k >= n_inputs:

@@ -137,13 +137,13 @@ class CudaStepper:
         """Gives up a way, or of dense steps their graph, and the memory that it takes."""
         self._graphs.clear()
         if way is self._dense:
-            log.warning("CUDA graphs are given up (%s): steps are launched one by one", _line(reason))
+            log.warning("CUDA graphs are disabled (%s): steps are launched one by one", _line(reason))
             way.graphed, way.proved = False, True
         else:
             self._give_up(reason)
 
     def _give_up(self, reason: object) -> None:
-        log.warning("sparse steps on this GPU are given up, and steps stay dense: %s", _line(reason))
+        log.warning("sparse steps are disabled on this GPU, and steps stay dense: %s", _line(reason))
         self.can_be_sparse, self._sparse = False, None
 
 

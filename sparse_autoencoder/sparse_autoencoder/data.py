@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.errors import NonFiniteError
+from sparse_autoencoder.settings import TrainingSettings
 from sparse_autoencoder.workers import Workers
 
 READ_AHEAD = 2  # batches gathered ahead of the one in use
@@ -80,6 +81,8 @@ class OwnItems:
 def as_features(data: Features | Tensor) -> Features:
     """`data` as Features. Raises ValueError if the data has no items, or a tensor is not N x D."""
     features = TensorFeatures(data) if isinstance(data, Tensor) else data
+    if not isinstance(features, Features):
+        raise ValueError(f"features must be a tensor, or have __len__ and gather, not a {type(data).__name__}")
     if len(features) == 0:
         raise ValueError("there are no features: the data has 0 items")
     return features
@@ -94,6 +97,11 @@ def gather_stored(features: Features, indices: np.ndarray) -> Tensor:
 def stored_type(features: Features) -> torch.dtype:
     """The type of `gather_stored`. Reads an item if the features have such a method."""
     return gather_stored(features, np.zeros(1, np.int64)).dtype if hasattr(features, "gather_stored") else torch.float32
+
+
+def shuffle_of(features: Features, width: int, settings: TrainingSettings) -> str:
+    """How an epoch of features of this width (D) is shuffled: `exact` or `shards`."""
+    return settings.shuffle_of(len(features) * width * stored_type(features).itemsize)
 
 
 def check_finite(x: Tensor, features: Features, indices: np.ndarray, when: str) -> None:

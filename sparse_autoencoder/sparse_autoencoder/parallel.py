@@ -33,6 +33,14 @@ class Processes:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces each tensor by that of the first process."""
+        if self.size > 1:
+            from torch import distributed
+
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
     def joined(self, tensor: Tensor) -> Tensor:
         """The processes' tensors, all of one shape, stacked by rank."""
         import torch

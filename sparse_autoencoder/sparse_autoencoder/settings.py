@@ -14,8 +14,8 @@ SHUFFLES = ("auto", "exact", "shards")
 SHARDS_ABOVE = 64 * 2**30
 """Bytes of features above which `shuffle` "auto" is "shards". Less than that mostly stays in the system's file cache."""
 MATMUL_PRECISIONS = ("highest", "high", "medium")
-RETIRED: dict[str, object] = {"bf16": False}
-"""Settings of earlier versions, with the value under which they did what is done today."""
+RETIRED: dict[tuple[str, Any], dict[str, Any]] = {("bf16", False): {}, ("bf16", True): {"matmul_precision": "medium"}}
+"""Settings of earlier versions with their values, and what says the same today."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class TrainingSettings:
     seed: int = setting(DEFAULT_SEED, SEED_HELP, least=0, most=2**32 - 1, in_name="_seed{}", place=9, name_default=False)
     shuffle: str = setting(
         "auto",
-        "order of an epoch: exact draws single items; shards reads pieces of the features in random order, and shuffles items "
-        f"in memory; auto: shards for features of more than {SHARDS_ABOVE // 2**30} GiB",
+        "order within an epoch: exact permutes all items; shards reads long pieces in random order and shuffles items within "
+        f"groups of them; auto picks shards above {SHARDS_ABOVE // 2**30} GiB",
         choices=SHUFFLES,
-        identifies="changed",
+        identifies="never",  # what it picks does: `shuffle_of`
     )
     log_every: int = setting(100, "steps between rows of the training log", least=1, identifies="never")
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0, linearly", least=0)
     lr_decay_steps: int = setting(0, "final steps over which the learning rate falls to 0, linearly", least=0)
     matmul_precision: str = setting(
         "highest",
-        "float32 products of the SAE's training: highest, exact; high, TF32 on GPUs; medium, factors in bfloat16",
+        "precision of the SAE's matrix products: highest (float32), high (TF32, on CUDA GPUs), medium (bfloat16 inputs)",
         choices=MATMUL_PRECISIONS,
         identifies="changed",
     )
@@ -87,9 +87,13 @@ class TrainingSettings:
         return number if unit == ITEMS else number * n_items
 
 
-def without_retired(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings without those that no longer exist and changed nothing, so that what they made stays valid."""
-    return {name: value for name, value in recorded.items() if name not in RETIRED or value != RETIRED[name]}
+def in_todays_words(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with those of earlier versions translated, so that what they made stays valid."""
+    found: dict[str, Any] = {}
+    for name, value in recorded.items():
+        is_retired = isinstance(value, bool) and (name, value) in RETIRED
+        found |= RETIRED[name, value] if is_retired else {name: value}
+    return found
 
 
 def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:

@@ -32,7 +32,7 @@ from sparse_autoencoder.data import (
     in_batches,
     part_of,
     resident,
-    stored_type,
+    shuffle_of,
 )
 from sparse_autoencoder.declare import identity
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
@@ -44,7 +44,7 @@ from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.parallel import ALONE, Part, Processes
 from sparse_autoencoder.plotting import draw_training
 from sparse_autoencoder.resampler import resample
-from sparse_autoencoder.settings import TrainingSettings, is_resampling_epoch, learning_rate, without_retired
+from sparse_autoencoder.settings import SHARDS_ABOVE, TrainingSettings, in_todays_words, is_resampling_epoch, learning_rate
 from sparse_autoencoder.signals import stopping
 from sparse_autoencoder.stepper import LOOK_EVERY, Stepper
 from sparse_autoencoder.steps import StepResult, matmul_precision
@@ -137,7 +137,7 @@ class _State:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {restart}") from error
         try:
-            saved_run, counters = without_retired(dict(json.loads(header["run"]))), json.loads(header["counters"])
+            saved_run, counters = in_todays_words(dict(json.loads(header["run"]))), json.loads(header["counters"])
             checksum = header["checksum"]
             counters.setdefault("longest", UNKNOWN)  # of versions that did not keep it
             own_counters = {name: int(counters[name]) for name in self.COUNTERS}
@@ -147,7 +147,7 @@ class _State:
         if checksum != _checksum(saved, header):
             raise CheckpointError(f"{path}: this training state is damaged (its checksum is wrong); {restart}")
         differences = [
-            f"{name} is {run.get(name)} now, {saved_run.get(name)} there"
+            f"{name} is {run.get(name, 'the default')} now, {saved_run.get(name, 'the default')} there"
             for name in sorted({*run, *saved_run})
             if run.get(name) != saved_run.get(name)
         ]
@@ -315,9 +315,9 @@ def train(
             matplotlib is installed.
         device: where to train; the model is moved there.
         progress: whether to show a progress bar.
-        across: the processes that train together. All call this with the same arguments and get the same model and result,
-            those of one process up to rounding. Each reads its own part of the items; the first alone writes files, logs and
-            shows progress.
+        across: the processes that train together. All call this with the same arguments, start from the first one's model and
+            get the same model and result, those of one process up to rounding. Each reads its own part of the items; the
+            first alone writes files, logs and shows progress.
 
     Raises:
         NonFiniteError: the features or the loss are NaN or infinite. The state on disk is the last good one.
@@ -331,15 +331,16 @@ def train(
     if across.rank > 0:
         on_checkpoint = log = log_path = figure_path = None
         progress = False
-    warn = messages.warning if across.rank == 0 else messages.debug
+    warn, say = (messages.warning, messages.info) if across.rank == 0 else (messages.debug, messages.debug)
+    if settings.matmul_precision == "high" and device.type != "cuda":
+        warn("TF32 needs a CUDA GPU: products stay float32")
     model.to(device)
     betas = (settings.adam_beta_1, settings.adam_beta_2)
     adam = Adam(model, lr=settings.lr, betas=betas, epsilon=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
-    n_bytes = len(features) * model.n_inputs * stored_type(features).itemsize
-    batch_size = settings.batch_size
-    group = group_size(batch_size) if settings.shuffle_of(n_bytes) == "shards" else 0
-    if settings.shuffle == "auto" and group > 0:
-        messages.info("the features take %.0f GiB, so an epoch reads them in pieces (shuffle: shards)", n_bytes / 2**30)
+    in_groups = shuffle_of(features, model.n_inputs, settings) == "shards"
+    group = group_size(settings.batch_size) if in_groups else 0
+    if settings.shuffle == "auto" and in_groups:
+        say("the features are larger than %d GiB, so an epoch reads them in pieces (shuffle: shards)", SHARDS_ABOVE // 2**30)
     run: dict[str, object] = {
         "n_items": len(features),
         "features": checksum(features) if state_path is not None else "",
@@ -348,7 +349,7 @@ def train(
         "sparsity": sparsity_to_json(model.sparsity),
         "input_transform": model.input_transform,
         **identity(settings),
-        "shuffle": "shards" if group > 0 else None,  # None: the order of versions that had no such setting
+        "shuffle": "shards" if in_groups else None,  # None: the order of versions that had no such setting
     }
     with ExitStack() as stack:
         stack.enter_context(matmul_precision(settings.matmul_precision, device))
@@ -360,6 +361,7 @@ def train(
             state.load(state_path, run)
         elif model.input_transform == "centre":
             _fit_centre(model, features, settings)
+        across.share(model.state_dict().values())
         reader = Workers(1)
         stack.callback(reader.close)
         n_items, own = len(features), across.own(len(features))
@@ -420,7 +422,7 @@ def train(
             if restarted is None:
                 return None
             n = len(restarted)
-            messages.info("step %d: resampled %d dead latent%s", adam.steps, n, "" if n == 1 else "s")
+            say("step %d: resampled %d dead latent%s", adam.steps, n, "" if n == 1 else "s")
             state.start_window(epoch)
             return n
 

@@ -196,6 +196,20 @@ def test_runs_at_one_path_are_told_apart(settings: Settings, refusal, run: SAERu
     assert target.read_bytes() != before
 
 
+def test_what_counts_is_how_an_epoch_was_shuffled(settings: Settings, refusal) -> None:
+    """`auto` is recorded as what it chose, and `exact` like runs from before there was a choice."""
+    exact, shards = (replace(RUN, training=replace(TRAINING, shuffle=way)) for way in ("exact", "shards"))
+    fit(settings)
+    manifest = read_manifest(Artifacts(settings).sae(RUN))
+    assert (manifest["settings"].get("shuffle"), manifest["run"]["shuffle"]) == (None, "exact")
+    assert fit(settings, exact) is Outcome.ALREADY_DONE
+    with refusal("shuffle was the default, now 'shards'"):
+        fit(settings, shards)
+    assert fit(settings, shards, overwrite=True) is Outcome.RAN
+    with refusal("shuffle was 'shards', now the default"):
+        fit(settings)
+
+
 def test_other_features_are_stale_and_everything_of_the_old_run_goes(settings: Settings, make_store, refusal) -> None:
     fit(settings)
     beside = Artifacts(settings).concept_names(RUN)

@@ -629,12 +629,12 @@ def test_a_background_is_part_of_the_recipe_and_none_is_not(photos: Settings) ->
     save_sae(photos)
     folder = Artifacts(photos).features("mine", "enc", "out", "train")
     assert "background" not in read_manifest(folder)["settings"]
-    with pytest.raises(StaleArtifact, match="background was None, now 'white'"):
+    with pytest.raises(StaleArtifact, match="background was the default, now 'white'"):
         save_sae(photos, replace(LOOSE, background="white"))
     save_sae(photos, replace(LOOSE, background="white"), overwrite=True)
     assert read_manifest(folder)["settings"]["background"] == "white"
     assert features_background(photos, "mine", "enc", "out", "train") == "white"
-    with pytest.raises(StaleArtifact, match="background was 'white', now None"):
+    with pytest.raises(StaleArtifact, match="background was 'white', now the default"):
         save_sae(photos)
 
 

@@ -126,9 +126,9 @@ def test_another_recipe_is_refused_and_the_difference_named(artifact: Path, refu
 
 def test_a_setting_more_or_less_is_a_difference(artifact: Path, refusal) -> None:
     make(artifact, RECIPE)
-    with refusal("momentum was None, now 0.9"):
+    with refusal("momentum was the default, now 0.9"):
         begin(artifact, RECIPE._replace(settings={**RECIPE.settings, "momentum": 0.9}))
-    with refusal("sizes was [1, 2], now None"):
+    with refusal("sizes was [1, 2], now the default"):
         begin(artifact, RECIPE._replace(settings={"lr": 0.1}))
 
 
@@ -140,7 +140,7 @@ def test_a_setting_that_no_longer_exists_changes_nothing_at_its_old_default(
     if is_kept:
         assert make(artifact, RECIPE) is Outcome.ALREADY_DONE
     else:
-        with refusal("bf16 was True, now None"):
+        with refusal("matmul_precision was 'medium', now the default"):
             make(artifact, RECIPE)
 
 

@@ -59,7 +59,8 @@ def trained(name: str, folder: Path, across: Processes = ALONE, fate: str = "", 
     torch.set_num_threads(1)
     model = SparseAutoencoder(12, 40, sparsity=sparsity, input_transform="centre" if name == "centre" else "none")
     with torch.no_grad():
-        model.encoder_weight.normal_(generator=torch.Generator().manual_seed(1)).div_(12**0.5)
+        # All start from the first process's model.
+        model.encoder_weight.normal_(generator=torch.Generator().manual_seed(1 + across.rank)).div_(12**0.5)
         model.encoder_bias[:6] = -20  # dead from the start
     result = train(
         model, Fateful(items(), fate, read), TrainingSettings(**COMMON | changed), validation=items()[:50], progress=False,
