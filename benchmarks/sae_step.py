@@ -1,12 +1,14 @@
-"""The time of a sparse-autoencoder training step, in units of the encoder's matrix product alone.
+"""The time of a sparse-autoencoder training step, in units of the encoder's matrix product alone by torch.mm.
 
     python benchmarks/sae_step.py [--quick]
 
 Prints one JSON object. It holds medians of interleaved repetitions in one process, for D = 1024, F = 8192, B = 4096 and about
-32 active latents per item (set by the bias): `encode_gemm_s`, the product x W_e^T alone; `relu_step_s` and `topk_step_s`, this
-package's whole step (forward, backward, Adam, unit norm); `dense_step_s`, the same step by plain autograd with torch's Adam.
+32 active latents per item (set by the bias): `encode_gemm_s`, the product x W_e^T alone by torch.mm; `step_product_s`, the
+same product as the step computes it; `relu_step_s` and `topk_step_s`, this package's whole step (forward, backward, Adam, unit
+norm); `dense_step_s`, the same step by plain autograd with torch's Adam. `over_gemm` and `over_product` mark ratios to the two
+products.
 `d512` holds the same for D = 512. `density` holds, by the fraction of active latents, the sparse and the dense step in units
-of the product, and which of them training uses. `--quick` measures only the first set.
+of torch.mm, and which of them training uses. `--quick` measures only the first set.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from sparse_autoencoder import ReLU, SparseAutoencoder, Sparsity, TopK
 from sparse_autoencoder.optimizer import Adam
-from sparse_autoencoder.sparse_step import SparseStep
+from sparse_autoencoder.sparse_step import PRE_ACTIVATIONS, SparseStep, encoder_product
 from sparse_autoencoder.stepper import SPARSE_BELOW
 from sparse_autoencoder.steps import dense_step
 
@@ -71,6 +73,16 @@ def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict
     return times
 
 
+@torch.no_grad()
+def clear_items(model: SparseAutoencoder, x: Tensor) -> Tensor:
+    """The items of x without a latent of which rounding decides whether it is active."""
+    pre = model.pre_activations(x)
+    edge = torch.zeros(len(x), 1)
+    if isinstance(model.sparsity, TopK):
+        edge = pre.topk(model.sparsity.k + 1).values[:, -2:].mean(dim=1, keepdim=True)
+    return x[(pre - edge).abs().amin(dim=1) > 1e-5]
+
+
 def gradient_error(n_inputs: int, x: Tensor) -> float:
     """The largest relative error of a gradient of the sparse step against autograd.
 
@@ -82,12 +94,13 @@ def gradient_error(n_inputs: int, x: Tensor) -> float:
         for sparse in (True, False):
             model = calibrated(n_inputs, ACTIVE if isinstance(sparsity, ReLU) else F / 2, sparsity, x)
             adam = Adam(model, lr=5e-4)
+            items = clear_items(model, x)
             if sparse:
                 step = SparseStep(model, adam)
-                step(x)
+                step(items)
                 step.close()
             else:
-                dense_step(model, adam, x)
+                dense_step(model, adam, items)
             adams.append(adam)
         for name, moment in adams[0].moments.items():
             if name.endswith(".mean"):
@@ -104,8 +117,14 @@ def measure(n_inputs: int, repetitions: int) -> dict[str, float]:
     plain = plain_step(calibrated(n_inputs, ACTIVE, ReLU(), x))
     relu_step, topk_step = (SparseStep(model, Adam(model, lr=1e-6)) for model in (relu, topk))
     weight, out = relu.encoder_weight.detach(), torch.empty(B, F)
+
+    def step_product() -> None:
+        for part in x.split(PRE_ACTIVATIONS // F):
+            encoder_product(part, weight)
+
     ways: dict[str, Callable[[], object]] = {
         "encode_gemm": lambda: torch.mm(x, weight.t(), out=out),
+        "step_product": step_product,
         "relu_step": lambda: relu_step(x),
         "topk_step": lambda: topk_step(x),
         "dense_step": lambda: plain(x),
@@ -119,6 +138,8 @@ def measure(n_inputs: int, repetitions: int) -> dict[str, float]:
         **{f"{name}_s": statistics.median(values) for name, values in times.items()},
         "relu_step_over_gemm": ratio["relu_step", "encode_gemm"],
         "topk_step_over_gemm": ratio["topk_step", "encode_gemm"],
+        "relu_step_over_product": ratio["relu_step", "step_product"],
+        "topk_step_over_product": ratio["topk_step", "step_product"],
         "speedup_over_dense": ratio["dense_step", "relu_step"],
         "max_relative_gradient_error": error,
     }

@@ -46,9 +46,10 @@ class Shards:
 
 
 def epoch_seconds(data: Shards, validation: Tensor | None, folder: Path) -> float:
-    """The time of a run's second epoch, between the log rows at the ends of its two epochs."""
+    """The time of a run's second of three epochs, between the log rows at the ends of the first and the second. (That at the
+    end of the last epoch follows the final evaluation.)"""
     times: list[float] = []
-    settings = TrainingSettings(epochs=2, batch_size=B, log_every=STEPS)
+    settings = TrainingSettings(epochs=3, batch_size=B, log_every=STEPS)
     model = SparseAutoencoder(D, F, sparsity=TopK(32))
 
     def log(row: dict[str, float], step: int) -> None:
@@ -62,7 +63,7 @@ def epoch_seconds(data: Shards, validation: Tensor | None, folder: Path) -> floa
 def step_seconds(batches: list[Tensor]) -> float:
     """The time of the same steps alone."""
     model = SparseAutoencoder(D, F, sparsity=TopK(32))
-    stepper = Stepper(model, Adam(model, lr=5e-4))
+    stepper = Stepper(model, Adam(model, lr=5e-4), batch_size=B)
     for batch in batches:  # the first epoch, not measured
         stepper(batch)
     start = time.perf_counter()

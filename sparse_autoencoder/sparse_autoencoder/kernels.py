@@ -313,7 +313,10 @@ def learn_thresholds(
 
 @njit(inline="always", fastmath=FASTMATH)
 def _adam(p: Array, g: Array, mean: Array, variance: Array, rates: Rates) -> None:
-    """Adam (Kingma & Ba 2015), as torch computes it, in place on rows p, mean and variance, given the gradient g."""
+    """Adam (Kingma & Ba 2015), as torch computes it, in place on rows p, mean and variance, given the gradient g.
+
+    Callers compile with error_model="numpy": a check for division by zero would keep the loop from being vectorised.
+    """
     lr, beta_1, rest_1, beta_2, rest_2, inverse_root, epsilon, decay = rates
     for d in range(p.shape[0]):
         gradient = g[d] + decay * p[d]
@@ -324,7 +327,7 @@ def _adam(p: Array, g: Array, mean: Array, variance: Array, rates: Rates) -> Non
         p[d] -= lr * m / (math.sqrt(v) * inverse_root + epsilon)
 
 
-@compiled(fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH, error_model="numpy")
 def update_vector(vector: Trained, gradient: Array, rates: Rates) -> None:
     """One step of Adam on a vector."""
     _adam(vector.value, gradient, vector.mean, vector.variance, rates)
@@ -342,7 +345,7 @@ def _add_entries(entries: LatentMajor, f: int, x: Array, residual: Array, by_enc
     return slope_sum
 
 
-@compiled(fastmath=FASTMATH)
+@compiled(fastmath=FASTMATH, error_model="numpy")
 def update_latents(
     first: int,
     last: int,

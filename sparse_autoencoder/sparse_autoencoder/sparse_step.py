@@ -1,6 +1,6 @@
 """The exact optimiser step that touches only the active entries (CPU).
 
-Only the encoder's product is dense. It is computed up to 1024 items at a time, so that pre-activations stay in the cache.
+Only the encoder's product is dense. It is computed for a few items at a time, so that pre-activations stay in the cache.
 Decoding, the derivatives at the active latents and all gradients then cost work in proportion to the active entries, and
 gradients never reach memory. The tied bias b is folded into the encoder's (c = b_e - W_e b), and its own gradient follows
 from sums computed anyway: sum_i dL/dx_hat_i - (dL/db_e) W_e.
@@ -22,16 +22,43 @@ from sparse_autoencoder.optimizer import Adam, adam_rates
 from sparse_autoencoder.steps import StepResult
 from sparse_autoencoder.workers import Workers
 
-ITEMS = 1024  # the most items whose pre-activations a thread holds at once: more would leave the cache
-FEWEST_ITEMS = 32  # the fewest: below this, reading the encoder would take longer than the product
+PRE_ACTIVATIONS = 2**22  # the most that a thread holds at once (16 MB): more would leave the cache
+FEWEST_ITEMS = 32  # the fewest per piece: below this, reading the encoder would take longer than the product
 LATENTS = 128  # latents that a thread updates at once
+LARGE = 2**20  # Numbers in an encoder's weight; smaller ones keep torch.mm, and with it the bits of earlier versions.
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by oneDNN, through the operator that torch.compile uses."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+def _has_onednn() -> bool:
+    """Whether this torch has that operator, which is not part of its public interface."""
+    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return torch.equal(_by_onednn(x, weight), x @ weight.t())
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+HAS_ONEDNN = _has_onednn()
+
+
+def encoder_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T (n x F) of x (n x D) and W (F x D), summed in float32.
+
+    oneDNN computes large ones, if torch has it: on an AMD EPYC with AVX-512 it takes half as long as MKL, which torch.mm
+    calls.
+    """
+    return _by_onednn(x, weight) if HAS_ONEDNN and weight.numel() >= LARGE else torch.mm(x, weight.t())
 
 
 class _Scratch:
-    """Working memory of one thread that encodes a piece."""
+    """Working memory of one thread that selects the entries of a piece."""
 
     def __init__(self, n_items: int, n_latents: int) -> None:
-        self.pre = torch.empty(n_items, n_latents)
         self.latent = np.empty((n_items, n_latents), np.int32)
         self.value = np.empty((n_items, n_latents), np.float32)
         self.row_start = np.empty(n_items + 1, np.int64)
@@ -60,9 +87,10 @@ class SparseStep:
         self.ends = np.array(model.sparsity.prefix_ends(model.n_latents), np.int64)
         self.n_threads = torch.get_num_threads()
         self.workers = Workers(self.n_threads)
+        self._most_items = max(FEWEST_ITEMS, PRE_ACTIVATIONS // model.n_latents)
         self._scratch: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
         for _ in range(self.n_threads):
-            self._scratch.put(_Scratch(ITEMS, model.n_latents))
+            self._scratch.put(_Scratch(self._most_items, model.n_latents))
         self._residual = self._left = torch.empty(0)
 
     def close(self) -> None:
@@ -70,8 +98,8 @@ class SparseStep:
         self.workers.close()
 
     def _piece_size(self, n: int) -> int:
-        """Items per piece of a batch of n: at most ITEMS, and few enough to give each thread two pieces."""
-        return min(ITEMS, max(FEWEST_ITEMS, -(-n // (2 * self.n_threads))))
+        """Items per piece of a batch of n: as many as a thread can hold, but few enough to give each thread two pieces."""
+        return min(self._most_items, max(FEWEST_ITEMS, -(-n // (2 * self.n_threads))))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, dead: Tensor | None = None) -> StepResult:
@@ -183,14 +211,14 @@ class SparseStep:
         """A function that encodes the piece starting at an item, and keeps its entries above a level."""
         code = self.model.sparsity.code
         items = self._piece_size(len(x))
-        weight = tensors["encoder_weight"].t()
+        weight = tensors["encoder_weight"]
         bias = self._folded_bias(tensors)
 
         def encode(first: int, level: float) -> _Piece:
             part = x[first : first + items]
             scratch = self._scratch.get()
             try:
-                pre = torch.mm(part, weight, out=scratch.pre[: len(part)])
+                pre = encoder_product(part, weight)
                 row_start = scratch.row_start[: len(part) + 1]
                 out = (scratch.latent, scratch.value, row_start)
                 entries = code.select(pre.numpy(), bias.numpy(), threshold, level, out)

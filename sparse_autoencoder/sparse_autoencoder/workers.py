@@ -24,6 +24,7 @@ class Workers:
         ready = threading.Barrier(n_threads + 1)
 
         def start() -> None:
+            torch.get_num_threads()  # torch sets each thread's number when that thread first asks; later it would undo this:
             torch.set_num_threads(1)  # for this thread, but threads that start later inherit it, so ...
             ready.wait()
 

@@ -1,6 +1,7 @@
 """Comparison of the sparse step with autograd on the dense code, over shapes, densities and variants."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sparse_autoencoder.losses import code_losses
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.sparse_step import SparseStep
 from sparse_autoencoder.steps import StepResult, dense_step
+from sparse_autoencoder.workers import Workers
 
 MARGIN = 2e-6
 """Minimum distance of a pre-activation from a threshold, because the two computations round differently."""
@@ -23,7 +25,9 @@ MARGIN = 2e-6
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pieces so small that a batch has several, with a short last one."""
-    monkeypatch.setattr(module, "ITEMS", 7)
+    monkeypatch.setattr(module, "PRE_ACTIVATIONS", 1)
+    monkeypatch.setattr(module, "FEWEST_ITEMS", 7)
+    monkeypatch.setattr(module, "LARGE", 1)
     monkeypatch.setattr(module, "LATENTS", 5)
 
 
@@ -217,6 +221,33 @@ def test_bits_do_not_depend_on_the_number_of_threads(features: Tensor, sparsity:
         torch.set_num_threads(1)
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
+
+
+@pytest.mark.parametrize("has_onednn", [module.HAS_ONEDNN, False])
+def test_encoder_product(has_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAS_ONEDNN", has_onednn)
+    x, weight = (torch.randn(n, 33, generator=torch.Generator().manual_seed(n)) for n in (50, 70))
+    product = module.encoder_product(x[7:21], weight)
+    torch.testing.assert_close(product, (x[7:21].double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_each_worker_uses_one_core() -> None:
+    """Also after torch's first operation in each thread, where torch sets the thread's number of cores itself."""
+    torch.set_num_threads(2)
+    try:
+        workers = Workers(2)
+        barrier = threading.Barrier(2)  # so that both threads take part
+
+        def cores(_: int) -> int:
+            barrier.wait(timeout=60)
+            torch.ones(2**17).sum()
+            return torch.get_num_threads()
+
+        assert workers.map(cores, range(4)) == [1] * 4
+        assert torch.get_num_threads() == 2
+        workers.close()
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_batchtopk_when_the_threshold_is_far_too_high(features: Tensor) -> None:
