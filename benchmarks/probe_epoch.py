@@ -68,7 +68,7 @@ def main() -> None:
     _, fused_dense_step = dense_way(fused=True)
 
     def times(in_turn: int, rows: NDArray[np.int64]) -> dict[str, list[float]]:
-        """Seconds per step of each way, of each round, with so many steps per turn; the first round only warms up."""
+        """Seconds per step of each way, of each round, with this many steps per turn; the first round only warms up."""
         found: dict[str, list[float]] = {"dense_step": [], "fused_dense_step": [], "sparse_step": []}
         for of_round in rows.reshape(-1, in_turn, BATCH):
             batches = [(of, torch.from_numpy(matrix[of].toarray()), labels[torch.from_numpy(of)]) for of in of_round]
