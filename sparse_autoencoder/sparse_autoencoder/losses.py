@@ -31,7 +31,7 @@ def item_losses(
     may depend on the batch (BatchTopK), of which x may be a `part`; AuxK revives the latents of the mask `dead` (F, bool)."""
     code = model.sparsity.code
     pre, threshold = model.pre_activations(x), code.threshold(model)
-    latents = code.activate(pre, threshold, training, part)
+    latents = code.activate(pre, threshold, training) if part is None else code.activate_part(pre, threshold, part)
     penalty = code.penalty(pre, latents, threshold)
     ends = model.sparsity.prefix_ends(model.n_latents)
     reconstruction = torch.addmm(model.tied_bias, latents[:, : ends[0]], model.decoder_weight[: ends[0], :])

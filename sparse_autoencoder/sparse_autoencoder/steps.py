@@ -82,7 +82,10 @@ def dense_update(
     if part is not None:
         sum_over_parts(model, result, part)
     adam.update()
-    model.sparsity.code.after_batch(model, latents, part)
+    if part is None:
+        model.sparsity.code.after_batch(model, latents)
+    else:
+        model.sparsity.code.after_part(model, latents, part)
     return result
 
 

@@ -70,11 +70,13 @@ class Sparsity:
         """The thresholds of a model's latents: F, a scalar, or None if there are none."""
         return None
 
-    def activate(
-        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
-    ) -> Tensor:
-        """Latents (B x F) of pre-activations (B x F); in training they may be a `part` of a batch."""
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        """Latents (B x F) of pre-activations (B x F)."""
         raise NotImplementedError
+
+    def activate_part(self, pre: Tensor, threshold: Tensor | None, part: Part) -> Tensor:
+        """The latents in training of a part of a batch. To override if an item's latents depend on the rest of the batch."""
+        return self.activate(pre, threshold, training=True)
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:
         """The sparsity term of each item's loss (B)."""
@@ -93,9 +95,12 @@ class Sparsity:
         """How many dead latents reconstruct each item in AuxK's loss."""
         return 0
 
-    def after_batch(self, model: nn.Module, latents: Tensor, part: Part | None = None) -> None:
-        """Updates the model's buffers after a training batch or a `part` of one, given its latents (any shape; zeros may be
-        left out)."""
+    def after_batch(self, model: nn.Module, latents: Tensor) -> None:
+        """Updates the model's buffers after a training batch, given its latents (any shape; zeros may be left out)."""
+
+    def after_part(self, model: nn.Module, latents: Tensor, part: Part) -> None:
+        """`after_batch` of a part of a batch. To override together with that."""
+        self.after_batch(model, latents)
 
     # The sparse step uses the methods below.
 

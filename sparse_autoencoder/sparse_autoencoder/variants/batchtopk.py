@@ -34,35 +34,40 @@ class BatchTopK(LargestK, kernels=True):
     def threshold(self, model: nn.Module) -> Tensor | None:
         return model.get_buffer("threshold")
 
-    def activate(
-        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
-    ) -> Tensor:
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         if not training:
             return pre.where(pre > (0 if threshold is None else threshold), 0).clamp_min(0)
-        if part is not None:
-            return pre.where(pre >= self._edge(pre.detach().flatten(), part), 0).clamp_min(0)
         values, indices = pre.flatten().topk(min(self.k * len(pre), pre.numel()), sorted=False)
         return pre.new_zeros(pre.shape).flatten().scatter(0, indices, values.relu()).view_as(pre)
 
-    def _edge(self, pre: Tensor, part: Part) -> Tensor:
-        """The smallest of the pre-activations that a batch keeps, given this process's (any number)."""
+    def activate_part(self, pre: Tensor, threshold: Tensor | None, part: Part) -> Tensor:
         n_kept = self.k * part.n_items
         largest = pre.new_zeros(n_kept)
-        found = pre.topk(min(n_kept, len(pre))).values
+        found = pre.detach().flatten().topk(min(n_kept, pre.numel())).values
         largest[: len(found)] = found
-        return part.across.joined(largest).flatten().topk(n_kept).values[-1]
+        edge = part.across.joined(largest).flatten().topk(n_kept).values[-1]
+        return pre.where(pre >= edge, 0).clamp_min(0)
 
-    def after_batch(self, model: nn.Module, latents: Tensor, part: Part | None = None) -> None:
+    def after_batch(self, model: nn.Module, latents: Tensor) -> None:
+        self._move_threshold(model, self._smallest(latents))
+
+    def after_part(self, model: nn.Module, latents: Tensor, part: Part) -> None:
+        self._move_threshold(model, part.across.joined(self._smallest(latents)).min())
+
+    def _smallest(self, latents: Tensor) -> Tensor:
+        """The smallest active latent, or infinity."""
+        import torch
+
+        positive = torch.where(latents > 0, latents, torch.inf)
+        return positive.min() if positive.numel() else positive.new_full((), torch.inf)
+
+    def _move_threshold(self, model: nn.Module, smallest: Tensor) -> None:
         """Updates the running mean of the threshold; a batch without active latents leaves it as it was."""
         import torch
 
         threshold = model.get_buffer("threshold")
-        if latents.numel() == 0 and part is None:
-            return
         with torch.no_grad():
-            positive = torch.where(latents > 0, latents, torch.inf)
-            smallest = (positive.min() if positive.numel() else positive.new_full((), torch.inf)).to(threshold.dtype)
-            smallest = smallest if part is None else part.across.joined(smallest).min()
+            smallest = smallest.to(threshold.dtype)
             mean = torch.where(threshold > 0, torch.lerp(smallest, threshold, self.threshold_decay), smallest)
             threshold.copy_(torch.where(torch.isfinite(smallest), mean, threshold))
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparse_autoencoder.kernels import Array, ItemMajor, LatentMajor, Selection
-    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ class JumpReLU(Sparsity, kernels=True):
     def threshold(self, model: nn.Module) -> Tensor | None:
         return model.get_parameter("log_threshold").exp()
 
-    def activate(
-        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
-    ) -> Tensor:
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         from sparse_autoencoder.variants.pseudo_derivatives import Jump
 
         return Jump.apply(pre, threshold, self.bandwidth)

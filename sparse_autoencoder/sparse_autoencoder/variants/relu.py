@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparse_autoencoder.kernels import Array, ItemMajor
-    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ class ReLU(Sparsity, kernels=True):
         weight.uniform_(-weight_bound, weight_bound, generator=generator)
         bias.uniform_(-bias_bound, bias_bound, generator=generator)
 
-    def activate(
-        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
-    ) -> Tensor:
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return pre.relu()
 
     def penalty(self, pre: Tensor, latents: Tensor, threshold: Tensor | None = None) -> Tensor:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparse_autoencoder.kernels import Array, ItemMajor, Selection
-    from sparse_autoencoder.parallel import Part
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,7 @@ class TopK(LargestK, kernels=True):
 
     kind: ClassVar[str] = "topk"
 
-    def activate(
-        self, pre: Tensor, threshold: Tensor | None = None, training: bool = False, part: Part | None = None
-    ) -> Tensor:
+    def activate(self, pre: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         values, indices = pre.topk(min(self.k, pre.shape[1]), dim=1, sorted=False)
         return pre.new_zeros(pre.shape).scatter(1, indices, values.relu())
 
