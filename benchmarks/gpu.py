@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--peers] [--parts card rates steps ...] [--quick]
 
 Prints one JSON object. Each part runs in a process of its own with a limit of time. Where something fails, its `error`
-stands in place of its figures, and the rest goes on.
+stands in place of its figures, and the other parts run on.
 
 `card`: its name and memory, and the versions of its driver, torch, CUDA and Triton.
 `rates`: what the card reaches. `fp32`, `tf32` and `bf16` are FLOP/s of the encoder's product (B x D by D x F). `memory` is
