@@ -221,9 +221,14 @@ def batch_bounds(n_items: int, batch_size: int) -> np.ndarray:
     return np.append(np.arange(0, n_items, batch_size), n_items)
 
 
+def lies_in(indices: np.ndarray, own: range) -> np.ndarray:
+    """A mask of the indices (n) that lie in a range."""
+    return (indices >= own.start) & (indices < own.stop)
+
+
 def part_of(order: np.ndarray, batch_size: int, own: range) -> tuple[np.ndarray, np.ndarray]:
     """The indices of an order (N, int64) that lie in `own`, counted from its start, and the bounds of the batches' parts."""
-    mine = (order >= own.start) & (order < own.stop)
+    mine = lies_in(order, own)
     before = np.append(0, np.cumsum(mine))
     return order[mine] - own.start, before[batch_bounds(len(order), batch_size)]
 

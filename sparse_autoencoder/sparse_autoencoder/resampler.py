@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_autoencoder.data import Features, in_batches, part_of, shuffled
+from sparse_autoencoder.data import Features, in_batches, lies_in, part_of, shuffled
 from sparse_autoencoder.losses import CodeLosses, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
@@ -101,7 +101,7 @@ def resample(
     if across.agreed(stopped):
         return None
     loss_and_usable = torch.zeros(len(subset), 2)
-    loss_and_usable[torch.from_numpy(_lies_in(subset, own))] = torch.cat(found)
+    loss_and_usable[torch.from_numpy(lies_in(subset, own))] = torch.cat(found)
     across.sum([loss_and_usable])
     loss, is_usable = loss_and_usable[:, 0], loss_and_usable[:, 1] > 0
     probability = sampling_probability(torch.where(is_usable, loss, 0)).numpy()
@@ -110,7 +110,7 @@ def resample(
         return dead[:0]
     drawn = subset[generator.choice(len(subset), size=n_drawn, replace=False, p=probability)]
     inputs = torch.zeros(n_drawn, model.n_inputs, device=device)
-    is_mine = _lies_in(drawn, own)
+    is_mine = lies_in(drawn, own)
     inputs[torch.from_numpy(is_mine).to(device)] = features.gather(drawn[is_mine] - own.start).to(device)
     across.sum([inputs])
     inputs, _ = model.transform(inputs)
@@ -120,7 +120,3 @@ def resample(
     model.encoder_bias[dead] = 0
     adam.reset(dead)
     return dead
-
-
-def _lies_in(indices: np.ndarray, own: range) -> np.ndarray:
-    return (indices >= own.start) & (indices < own.stop)
