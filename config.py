@@ -16,13 +16,20 @@ vocabulary = "clipdissect_20k"
 
 # Images that the SAE is trained on: the webdataset shards of each split. train_val is held out of the training shards, for
 # validation. These are the paper's shard numbers; yours may differ (list the folders that img2dataset wrote). A folder of
-# images at any depth works too: "mine": "photos".
+# images at any depth works too: "mine": "photos". A split may also be a list of patterns, with globs, URLs and commands.
 sae_datasets = {
     "cc3m": {
         "train": "datasets/cc3m/training/{00000..00299}.tar",
         "train_val": "datasets/cc3m/training/{00300..00331}.tar",
         "val": "datasets/cc3m/validation/{00000..00001}.tar",
     },
+    # CC3M as others have packed it, for those who cannot download it any more: --sae_dataset cc3m_wds. Shards are read from
+    # the hub; of a downloaded copy, write the folder in place of the address.
+    # "cc3m_wds": {
+    #     "train": "https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/main/cc3m-train-{0000..0519}.tar",
+    #     "train_val": "https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/main/cc3m-train-{0520..0575}.tar",
+    #     "val": "https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/main/cc3m-validation-{0000..0015}.tar",
+    # },
 }
 
 # Images that the linear probe classifies. places365, cifar10, cifar100 and waterbirds100 are read as published; for any

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,8 @@ from sparse_autoencoder.declare import flags
 ROOTS = ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")
 LOCAL_DIR = "local-dir:"
 OPEN_CLIP = "openclip:"
+PIPE = "pipe"
+WEB = ("https", "http")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Settings:
     vocab_dir: Path
     analysis_dir: Path
     vocabulary: str
-    sae_datasets: Mapping[str, Mapping[str, str] | Path]
-    """Name -> split -> webdataset shard pattern, or name -> folder of images."""
+    sae_datasets: Mapping[str, Mapping[str, tuple[str, ...]] | Path]
+    """Name -> split -> patterns of webdataset shards, or name -> folder of images."""
     probe_datasets: Mapping[str, ProbeSource]
     encoders: Mapping[str, EncoderEntry]
     defaults: Mapping[str, Any]
@@ -86,9 +88,9 @@ class Settings:
         entry: EncoderEntry = self._entry("encoders", name, "encoder")
         return entry
 
-    def sae_dataset(self, name: str) -> Mapping[str, str] | Path:
-        """Split -> shard pattern, or the folder, of the SAE's images. Raises UserError if config has no such data set."""
-        source: Mapping[str, str] | Path = self._entry("sae_datasets", name, "--sae_dataset")
+    def sae_dataset(self, name: str) -> Mapping[str, tuple[str, ...]] | Path:
+        """Split -> shard patterns, or the folder, of the SAE's images. Raises UserError if config has no such data set."""
+        source: Mapping[str, tuple[str, ...]] | Path = self._entry("sae_datasets", name, "--sae_dataset")
         return source
 
     def probe_dataset(self, name: str) -> ProbeSource:
@@ -172,10 +174,11 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
             raise UserError(f"{root} is not a folder: `{key}` in {path} names it; correct the key, or move the file away")
     for name, source in found["sae_datasets"].items():
         if not isinstance(source, str | Path) and (
-            not isinstance(source, dict) or set(source) != set(SPLITS) or not all(isinstance(p, str) for p in source.values())
+            not isinstance(source, dict) or set(source) != set(SPLITS) or not all(map(_are_patterns, source.values()))
         ):
             raise UserError(
-                f"{path}: sae_datasets[{name!r}] must have the keys {', '.join(SPLITS)}, each a shard pattern, or be a folder"
+                f"{path}: sae_datasets[{name!r}] must have the keys {', '.join(SPLITS)}, each a shard pattern or a list of "
+                "shard patterns, or be a folder"
             )
         if name in found["probe_datasets"]:
             raise UserError(f"{path}: {name!r} is in sae_datasets and in probe_datasets, so their files would mix: rename one")
@@ -189,7 +192,7 @@ def _checked(path: Path, found: dict[str, Any]) -> Settings:
         **roots,
         vocabulary=found["vocabulary"],
         sae_datasets={
-            name: {split: str(base / pattern) for split, pattern in source.items()}
+            name: {split: tuple(_joined(base, one) for one in _listed(patterns)) for split, patterns in source.items()}
             if isinstance(source, dict)
             else base / source
             for name, source in found["sae_datasets"].items()
@@ -219,9 +222,30 @@ def _paths(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, entry in found[key].items():
             where = f"{key}[{name!r}]"
             if isinstance(entry, dict):
-                yield from ((f"{where}[{one!r}]", value) for one, value in entry.items() if isinstance(value, str | Path))
+                for one, value in entry.items():
+                    at = f"{where}[{one!r}]"
+                    yield from ((at, path) for path in _listed(value) if isinstance(path, str | Path))
             elif isinstance(entry, str | Path):
                 yield where, entry
+
+
+def scheme_of(pattern: str) -> str:
+    """How the shards of a pattern are reached: `https`, PIPE, ... by what precedes `://`, or "" for local files."""
+    found = re.match(rf"({PIPE}):|([a-z][a-z0-9+.-]*)://", pattern, re.ASCII | re.IGNORECASE)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def _joined(base: Path, pattern: str) -> str:
+    return pattern if scheme_of(pattern) else str(base / pattern)
+
+
+def _listed(patterns: Any) -> Sequence[Any]:
+    """The patterns of a split, which are one or a list."""
+    return patterns if isinstance(patterns, list | tuple) else (patterns,)
+
+
+def _are_patterns(value: Any) -> bool:
+    return bool(_listed(value)) and all(isinstance(pattern, str) for pattern in _listed(value))
 
 
 def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:

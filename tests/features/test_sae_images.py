@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from braceexpand import braceexpand
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dncbm.features.datasets import ImageShards, file_states, open_image, reason_of, to_rgb
-from dncbm.features.datasets.sae import MAX_KEY, WebdatasetShards, expand_braces, sae_images
+from dncbm.features.datasets.patterns import expand_braces, matching_files
+from dncbm.features.datasets.sae import MAX_KEY, WebdatasetShards, sae_images
+from dncbm.runs.declarations import SPLITS
 from dncbm.runs.settings import load_settings
 from tests.features.test_images import at_most
 
@@ -287,6 +290,18 @@ def test_a_fingerprint_follows_names_and_sizes(tmp_path: Path, write_tar, member
     assert of(a).fingerprint() != fingerprints[0]
 
 
+def test_features_of_earlier_versions_stay_valid(make_settings, tmp_path: Path, write_tar) -> None:
+    """What was recorded of these shards before an entry could hold several patterns."""
+    for shard in range(2):
+        content = [bytes((k * 7 + j * (shard + 1)) % 256 for j in range(1500)) for k in range(20)]
+        write_tar(tmp_path / f"{shard}.tar", {str(k): {"jpg": content[k]} for k in range(20)})
+    for train in ("{0..1}.tar", "?.tar", ["0.tar", "[1-9].tar"]):
+        config = make_settings(sae_datasets={"mine": {"train": train, "train_val": "0.tar", "val": "0.tar"}})
+        shards = sae_images(config, "mine")["train"]
+        assert shards.fingerprint() == "4375ed18e989f52ff8994bdcb5e364511ca60753ec890ab8485e0d2e1735d7b0"
+        assert shards.state(1, []) == "1.tar 51200 072d3465fe5381a9"
+
+
 def test_other_images_of_the_same_size_are_noticed(tmp_path: Path, write_tar) -> None:
     contents = [np.random.default_rng(seed).bytes(20_000) for seed in range(2)]
     prints = [
@@ -384,11 +399,69 @@ def test_braces_that_are_not_balanced_are_one_line(make_settings, refusal, patte
         sae_images(settings, "mine")
 
 
+@pytest.fixture(scope="module")
+def folder_of_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files to be matched, among them hidden ones; `folder` matches what its files do, and is none."""
+    top = tmp_path_factory.mktemp("globs")
+    (top / "folder").mkdir()
+    for name in ("a1.tar", "a2.tar", "a10.tar", "b1.tar", "b2.tar", "aa", "ab", "1", ".a1.tar", "[a]1", "a\nb"):
+        (top / name).touch()
+        (top / "folder" / name).touch()
+    return top
+
+
+IN_GLOBS = ["*", "?", "[ab]", "[!a]", "[0-9]", "{a,b}", "{1..2}", "folder/", "a", "1", ".tar", "\\*", "\\[", ".a"]
+
+
+@settings(max_examples=100)
+@given(pattern=st.lists(st.sampled_from(IN_GLOBS), min_size=1, max_size=5).map("".join))
+def test_globs_stand_for_what_bash_says(folder_of_files: Path, pattern: str) -> None:
+    assume(not pattern.endswith("/") and "//" not in pattern)
+    script = f'shopt -s failglob; for name in {pattern}; do [ -d "$name" ] || printf "%s\\0" "$name"; done'
+    said = subprocess.run(["bash", "-c", script], cwd=folder_of_files, capture_output=True, text=True, check=False)
+    if said.returncode or not said.stdout:
+        with pytest.raises(ValueError, match="no file matches"):
+            list(matching_files(pattern, str(folder_of_files)))
+    else:
+        found = matching_files(pattern, str(folder_of_files))
+        assert sorted(map(str, found)) == sorted(str(folder_of_files / name) for name in said.stdout.split("\0")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shards"),
+    [
+        ("*.tar", ["1.tar", "2.tar", "10.tar", "[1].tar", "a1.tar", "a*.tar"]),
+        ("{2,1?}.tar", ["2.tar", "10.tar"]),
+        ("a*.tar", ["a*.tar"]),  # of that name
+        ("[1].tar", ["[1].tar"]),
+        ("[12].tar", ["1.tar", "2.tar"]),
+        ("\\[1\\].tar", ["[1].tar"]),
+        ("*/*.tar", ["more/3.tar"]),
+        (["more/*", "{10,2}.tar"], ["more/3.tar", "10.tar", "2.tar"]),
+    ],
+)
+def test_globs_are_sorted_and_names_are_preferred(
+    make_settings, tmp_path: Path, write_tar, members, pattern: str | list[str], shards: list[str]
+) -> None:
+    for name in ("10", "2", "1", "[1]", "a*", "a1", "more/3"):
+        write_tar(tmp_path / f"{name}.tar", members(1))
+    (tmp_path / "more" / "folder").mkdir()
+    found = sae_images(make_settings(sae_datasets={"mine": dict.fromkeys(SPLITS, pattern)}), "mine")
+    assert found["train"].paths == tuple(tmp_path / name for name in shards)
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_shard(make_settings, tmp_path: Path, write_tar, members, refusal) -> None:
+    write_tar(tmp_path / "0.tar", members(1))
+    (tmp_path / "1.tar").symlink_to("none")
+    with refusal("1 of 2 shards are missing, first", tmp_path / "1.tar"):
+        sae_images(make_settings(sae_datasets={"mine": dict.fromkeys(SPLITS, "*.tar")}), "mine")
+
+
 def test_braces_in_the_folder_of_the_config_are_part_of_its_name(tmp_path: Path, write_tar, members, monkeypatch) -> None:
-    folder = tmp_path / "a{b,c}{1..2}"
+    folder = tmp_path / "a{b,c}{1..2}[x]*"
     for shard in range(2):
         write_tar(folder / f"{shard}.tar", members(1))
-    sources = {"mine": {"train": "{0..1}.tar", "train_val": str(folder / "0.tar"), "val": "0.tar"}}
+    sources = {"mine": {"train": "{0..1}.tar", "train_val": str(folder / "0.tar"), "val": "[0].tar"}}
     keys = {"data_dir": "d", "sae_dir": "s", "probe_dir": "p", "vocab_dir": "v", "analysis_dir": "a", "vocabulary": "w"}
     lines = [
         f"{key} = {value!r}" for key, value in (keys | {"sae_datasets": sources, "probe_datasets": {}, "encoders": {}}).items()
@@ -397,6 +470,7 @@ def test_braces_in_the_folder_of_the_config_are_part_of_its_name(tmp_path: Path,
     found = sae_images(load_settings(folder / "config.py"), "mine")
     assert found["train"].paths == (folder / "0.tar", folder / "1.tar")
     assert found["train_val"].paths == (folder / "0.tar",)
+    assert found["val"].paths == (folder / "0.tar",)
 
 
 def test_shards_follow_the_pattern_of_the_config(make_settings, tmp_path: Path, write_tar, members, refusal) -> None:

@@ -36,9 +36,9 @@ def test_relative_paths_are_relative_to_the_file(
     for root in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir"):
         assert getattr(settings, root) == tmp_path / root
     assert settings.sae_dataset("cc3m") == {
-        "train": f"{tmp_path}/{{00..07}}.tar",
-        "train_val": f"{tmp_path}/08.tar",
-        "val": "/elsewhere/09.tar",
+        "train": (f"{tmp_path}/{{00..07}}.tar",),
+        "train_val": (f"{tmp_path}/08.tar",),
+        "val": ("/elsewhere/09.tar",),
     }
     found = {name: source.path for name, source in settings.probe_datasets.items()}
     assert found == {"imagenet": tmp_path / "images", "cifar10": Path("/far/cifar10")}
@@ -46,6 +46,18 @@ def test_relative_paths_are_relative_to_the_file(
     assert settings.encoder("b") == EncoderEntry("RN50", f"{tmp_path}/weights.pt")
     assert settings.encoder("c") == EncoderEntry("RN50", "openai")
     assert settings.encoder("d") == EncoderEntry("RN50", None)
+
+
+def test_only_local_shards_are_relative_to_the_file(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    remote = ("https://host//a?b=/../c", "HTTP://host/0.tar", "pipe:cat a//b.tar | cat", "s3://bucket/0.tar")
+    local = ("a//b/*.tar", "pipes:a.tar", "http:/a.tar", "{https,http}:x", "../0.tar", "/far/0.tar")
+    settings = make_settings(sae_datasets={"x": {"train": [*remote, *local], "train_val": remote, "val": local[:1]}})
+    joined = ("a/b/*.tar", "pipes:a.tar", "http:/a.tar", "{https,http}:x", "../0.tar")
+    assert settings.sae_dataset("x") == {
+        "train": (*remote, *(f"{tmp_path}/{path}" for path in joined), "/far/0.tar"),
+        "train_val": remote,
+        "val": (f"{tmp_path}/a/b/*.tar",),
+    }
 
 
 def test_a_config_named_by_a_relative_path_gives_absolute_paths(
@@ -127,7 +139,7 @@ def test_other_names_are_names(write_config: Callable[..., Path], name: str) -> 
     ("key", "value"),
     [
         *((root, path) for root in ("data_dir", "vocab_dir") for path in ("", "a\0b")),
-        *(("sae_datasets", {"x": path}) for path in ("", "a\0b", SHARDS | {"val": ""})),
+        *(("sae_datasets", {"x": path}) for path in ("", "a\0b", SHARDS | {"val": ""}, SHARDS | {"val": ["0.tar", ""]})),
         *(("probe_datasets", {"x": path}) for path in ("", "a\0b", {"path": ""})),
     ],
 )
@@ -195,7 +207,7 @@ def test_imports_and_private_names_are_not_keys(write_config: Callable[..., Path
         ("sae_datasets", {"cc3m": 5}),
         ("sae_datasets", {"cc3m": {"train": "{0..1}.tar"}}),
         ("sae_datasets", {"cc3m": SHARDS | {"test": "1.tar"}}),
-        ("sae_datasets", {"cc3m": SHARDS | {"val": 5}}),
+        *(("sae_datasets", {"cc3m": SHARDS | {"val": val}}) for val in (5, None, [], ["0.tar", 5], [["0.tar"]], {"0.tar"})),
         ("probe_datasets", "imagenet"),
         ("probe_datasets", {"imagenet": 5}),
         ("encoders", [("RN50", "openai")]),

@@ -4,19 +4,18 @@ import hashlib
 import json
 import logging
 import os
-import re
-import string
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from dncbm.features import datasets
 from dncbm.features.datasets import (
@@ -36,10 +35,12 @@ from dncbm.features.datasets import (
     suffix_of,
     suffixes,
 )
+from dncbm.features.datasets.patterns import expand_braces, matching_files
+from dncbm.features.datasets.remote import Pipe, Remote, asked, checked, fetched, shown
 from dncbm.runs.declarations import SPLITS
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import text_hash
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import PIPE, WEB, Settings, scheme_of
 from sparse_autoencoder import DEFAULT_SEED
 
 FOLDER_SEED = DEFAULT_SEED
@@ -52,17 +53,21 @@ MAX_HEADER = 1 << 20
 """Bytes that a tar may spend on the name and the attributes of a member."""
 SAMPLES, SAMPLE = 8, 4096
 """Blocks of a tar that its fingerprint looks at, and their bytes."""
-MAX_DEPTH = 20
-"""How deeply the braces of a pattern may be nested."""
 MANY_MISSING = 1000
-"""Missing shards after which the rest of a pattern is not looked for."""
+"""Missing shards after which the others are not looked for."""
+INSTEAD = {
+    "s3": "aws s3 cp {url} -",
+    "gs": "gcloud storage cat {url}",
+    "hf": "curl -s -f -L https://huggingface.co/datasets/OWNER/NAME/resolve/main/SHARD.tar",
+}
+"""Scheme that is not read -> the command that is."""
 
 
 @dataclass(frozen=True)
 class WebdatasetShards:
-    """The tars of one split, as img2dataset or webdataset write them."""
+    """The tars of one split, as img2dataset or webdataset write them: local files, or what is fetched to be read."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | Remote, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,8 +76,10 @@ class WebdatasetShards:
         return str(self.paths[shard])
 
     def count(self, shard: int) -> int | None:
-        """The number that img2dataset saved beside the tar in `<shard>_stats.json`; None without that file."""
+        """The number that img2dataset saved beside a local tar in `<shard>_stats.json`; None without that file."""
         path = self.paths[shard]
+        if not isinstance(path, Path):
+            return None
         try:
             n = int(json.loads(path.with_name(path.stem + "_stats.json").read_text())["successes"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -80,19 +87,27 @@ class WebdatasetShards:
         return n if 0 <= n < 10_000_000 else None
 
     def size(self, shard: int) -> int:
-        """Bytes of the tar."""
-        try:
-            return self.paths[shard].stat().st_size
-        except OSError:
-            return 0
+        """Bytes of the tar; where they are not known, the mean of the others, or 1 if none are."""
+        size = _size_of(self.paths[shard])
+        return self._mean_size if size is None else size
+
+    @cached_property
+    def _mean_size(self) -> int:
+        sizes = [size for path in self.paths if (size := _size_of(path)) is not None]
+        return max(1, sum(sizes) // len(sizes)) if sizes else 1
 
     def fingerprint(self) -> str:
         """From the tars' names, sizes and samples: hashing three million images would take as long as the stage."""
         return text_hash(self.state(shard, ()) for shard in range(len(self)))
 
     def state(self, shard: int, bad_keys: Sequence[Any]) -> str:
-        """Name, size and a sample; with bad images also the time, since what was fixed can be missing from the sample."""
+        """Name, size and a sample; with bad images also the time, since what was fixed can be missing from the sample.
+
+        Of what is not local, what the server said, or the command.
+        """
         path = self.paths[shard]
+        if not isinstance(path, Path):
+            return path.state()
         digest = hashlib.sha256()
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
@@ -108,7 +123,13 @@ class WebdatasetShards:
         images with one key, that without a further dot is taken (`1.jpg`, not `1.mask.png`), else the first.
 
         The number of images lost to damage is known from img2dataset's count; without a count, damage is one bad image.
+
+        Raises UserError if the tar cannot be read, or fetched.
         """
+        with _opened(self.paths[shard]) as file:
+            yield from self._images(file, shard, on_bad)
+
+    def _images(self, file: BinaryIO, shard: int, on_bad: Callable[[str], None]) -> Iterator[KeyedImage]:
         images: dict[str, str] = {}
         others: dict[str, None] = {}
         further: Counter[str] = Counter()
@@ -116,7 +137,7 @@ class WebdatasetShards:
         damage: list[str] = []
         refused = 0
         waiting: tuple[str, str, Callable[[], bytes]] | None = None
-        for key, suffix, load in _members(self.paths[shard], damage.append):
+        for key, suffix, load in _members(file, self.name(shard), damage.append):
             if waiting and waiting[0] != key:
                 yield waiting[0], waiting[2]
                 waiting = None
@@ -170,7 +191,38 @@ class _Headers:
         return self.file.read(n)
 
 
-def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str, str, Callable[[], bytes] | None]]:
+def _size_of(path: Path | Remote) -> int | None:
+    """Bytes of a tar; None if they are not known."""
+    if not isinstance(path, Path):
+        return path.size
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _opened(path: Path | Remote) -> Iterator[BinaryIO]:
+    """A tar to be read. Raises UserError if it cannot be opened, or fetched, or is something else."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb") if isinstance(path, Path) else fetched(path))
+        except OSError as error:
+            raise _unreadable(str(path), error) from error
+        if not isinstance(path, Path):
+            if what := _instead_of_tar(file.read(tarfile.BLOCKSIZE)):
+                raise UserError(f"cannot read {path}: it is {what}; correct sae_datasets in the config, or leave it out")
+            file.seek(0)
+        yield file
+
+
+def _unreadable(name: str, error: OSError) -> UserError:
+    return UserError(f"cannot read {name}: {error.strerror}; run the same command once it can be read")
+
+
+def _members(
+    file: BinaryIO, name: str, on_damage: Callable[[str], None]
+) -> Iterator[tuple[str, str, Callable[[], bytes] | None]]:
     """Key, suffix and, for images, content of the files in a tar, named as webdataset names them.
 
     Stops at the first damage, after calling `on_damage` once. (webdataset's own reader ignores a missing end and stops at
@@ -179,7 +231,7 @@ def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str
     from webdataset.tariterators import base_plus_ext
 
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
             size = os.fstat(file.fileno()).st_size
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it would keep every member in memory
@@ -195,7 +247,7 @@ def _members(path: Path, on_damage: Callable[[str], None]) -> Iterator[tuple[str
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the block of zeros that ends every tar
                 raise tarfile.ReadError("the end is missing")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; run the same command once it can be read") from error
+        raise _unreadable(name, error) from error
     except Exception:  # a damaged header can make tarfile raise anything
         on_damage(DAMAGED)
 
@@ -257,55 +309,111 @@ class FolderShards(SlicedShards):
 
 
 def sae_images(settings: Settings, dataset: str) -> Mapping[str, ImageShards]:
-    """The images of every split of an SAE data set.
+    """The images of every split of an SAE data set. Servers are asked for their shards; nothing is fetched yet.
 
-    Raises UserError if config has no such data set, shards are missing or no tars, or a folder has no images or cannot be
-    divided.
+    Raises UserError if config has no such data set, shards are missing or no tars, a server refuses them or does not answer,
+    or a folder has no images or cannot be divided.
     """
     source = settings.sae_dataset(dataset)
     name = f"sae_datasets[{dataset!r}]"
     if isinstance(source, Path):
         return _folder_splits(source, f"{name} in {settings.path} names it")
     base = f"{settings.path.parent}{os.sep}"
-    return {
-        split: _shards_of(source[split], base, f"{name}[{split!r}] in {settings.path} is {source[split]!r}")
-        for split in SPLITS
-    }
+    return {split: _shards_of(source[split], base, f"{name}[{split!r}]", settings.path) for split in SPLITS}
 
 
-def _shards_of(pattern: str, base: str, where: str) -> WebdatasetShards:
-    """The shards of a pattern. Braces in `base`, the config's own folder, are part of its name."""
-    written = pattern.removeprefix(base)
-    paths: list[Path] = []
-    missing: list[Path] = []
-    try:
-        for place in expand_braces(written):
-            path = Path(base, place)
-            (paths if os.path.isfile(path) else missing).append(path)
+@dataclass(frozen=True)
+class _Found:
+    """What there is where a pattern says that a shard is."""
+
+    key: str
+    """The same for the same shard."""
+    name: str
+    """For messages."""
+    shard: Path | Remote | None
+    """None if there is nothing."""
+    instead: str | None
+    """What it is, if not a tar, as far as that is known before it is fetched."""
+    where: str
+    """Which pattern of the config names it."""
+
+
+def _shards_of(patterns: Sequence[str], base: str, entry: str, config: Path) -> WebdatasetShards:
+    """The shards of a split, each once. Braces and globs in `base`, the config's own folder, are part of its name."""
+    shards: dict[str, Path | Remote] = {}
+    missing: list[_Found] = []
+    wrong: list[_Found] = []
+    again: list[_Found] = []
+    for found in _all_found(patterns, base, entry, config):
+        if found.shard is None:
+            missing.append(found)
             if len(missing) == MANY_MISSING:
                 break
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        elif found.key in shards:
+            again.append(found)
+        else:
+            shards[found.key] = found.shard
+            wrong += [found] if found.instead else []
     if missing:
-        of = f"{len(missing)} of {len(paths) + len(missing)}" if len(missing) < MANY_MISSING else f"{MANY_MISSING} or more"
-        raise UserError(f"{of} shards are missing, first {missing[0]}: {where}; list the shards you have")
-    wrong = [(path, what) for path in paths if (what := _instead_of_tar(path))]
+        of = f"{len(missing)} of {len(shards) + len(missing)}" if len(missing) < MANY_MISSING else f"{MANY_MISSING} or more"
+        raise UserError(f"{of} shards are missing, first {missing[0].name}: {missing[0].where}; list the shards you have")
     if wrong:
-        path, what = wrong[0]
         raise UserError(
-            f"{len(wrong)} of {len(paths)} shards cannot be read, first {path}: it is {what}; {where}; fetch it again, or "
-            "list only the others"
+            f"{len(wrong)} of {len(shards)} shards cannot be read, first {wrong[0].name}: it is {wrong[0].instead}; "
+            f"{wrong[0].where}; fetch it again, or list only the others"
         )
-    return WebdatasetShards(tuple(paths))
+    if again:
+        are = "shard is" if len(again) == 1 else "shards are"
+        logging.getLogger(__name__).warning(
+            f"{len(again)} {are} named again, and read once, first {again[0].name}: {again[0].where}"
+        )
+    return WebdatasetShards(tuple(shards.values()))
 
 
-def _instead_of_tar(path: Path) -> str | None:
+def _all_found(patterns: Sequence[str], base: str, entry: str, config: Path) -> Iterator[_Found]:
+    for number, pattern in enumerate(patterns):
+        written = shown(pattern) if scheme_of(pattern) in WEB else pattern
+        where = f"{entry}{f'[{number}]' if len(patterns) > 1 else ''} in {config} is {written!r}"
+        try:
+            yield from _found(pattern, base, where)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def _found(pattern: str, base: str, where: str) -> Iterator[_Found]:
+    """What a pattern stands for, in order. Raises ValueError if it is malformed, or nothing reads it."""
+    scheme = scheme_of(pattern)
+    if not scheme:
+        for path in matching_files(pattern.removeprefix(base), base):
+            shard = path if os.path.isfile(path) else None
+            yield _Found(os.path.normpath(path), str(path), shard, _read_instead(path) if shard else None, where)
+    elif scheme == PIPE:
+        for command in expand_braces(pattern.partition(":")[2], escapable="{},"):
+            if not command.strip():
+                raise ValueError(f"write a command behind {PIPE}:")
+            pipe = Pipe(command)
+            yield _Found(pipe.state(), str(pipe), pipe, None, where)
+    elif scheme in WEB:
+        answers = asked(map(checked, expand_braces(pattern)))
+        for answer in tqdm(answers, desc="asking for shards", unit="shard", leave=False, delay=2):
+            instead = _instead_of_tar(answer.header) if answer.shard else None
+            yield _Found(answer.url, shown(answer.url), answer.shard, instead, where)
+    else:
+        command = INSTEAD.get(scheme, "curl -s -f -L {url}").format(url=pattern)
+        raise ValueError(f"{scheme}:// is not read: write a command that prints the shard, {PIPE}:{command}")
+
+
+def _read_instead(path: Path) -> str | None:
     """What a file is that does not begin as a tar."""
     try:
         with path.open("rb") as file:
-            header = file.read(tarfile.BLOCKSIZE)
+            return _instead_of_tar(file.read(tarfile.BLOCKSIZE))
     except OSError as error:
         return f"not readable ({error.strerror})"
+
+
+def _instead_of_tar(header: bytes) -> str | None:
+    """What something is whose first block is not that of a tar."""
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -322,74 +430,6 @@ def _instead_of_tar(path: Path) -> str | None:
     if header.lstrip().startswith(b"<"):
         return "a web page"
     return "not a tar"
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """What a pattern with braces stands for, as in bash, one after another: `{00..12}.tar`, `{a,b}.tar`, `{0..9..3}.tar`.
-
-    A backslash takes the meaning from a brace or comma. (The package braceexpand holds all alternatives in memory at once.)
-
-    Raises ValueError if braces are not balanced, or nested more than MAX_DEPTH deep.
-    """
-    depth = 0
-    for match in _BRACES.finditer(pattern):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if not 0 <= depth <= MAX_DEPTH:
-            break
-    if depth:
-        raise ValueError(
-            f"its braces are not balanced, or more than {MAX_DEPTH} deep; write a backslash before those that belong to a name"
-        )
-    return (re.sub(r"\\(.)", r"\1", path) for path in _expanded(pattern))
-
-
-_BRACES = re.compile(r"\\.|[{},]", re.DOTALL)
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?", re.ASCII)
-_LETTERS = string.ascii_uppercase + string.ascii_lowercase
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    depth, opening = 0, 0
-    for match in _BRACES.finditer(pattern):
-        if match[0] == "{":
-            opening = match.start() if depth == 0 else opening
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                break
-    else:
-        yield pattern
-        return
-    head, inner, tail = pattern[:opening], pattern[opening + 1 : match.start()], pattern[match.end() :]
-    for middle in _alternatives(inner):
-        for end in _expanded(tail):
-            yield head + middle + end
-
-
-def _alternatives(inner: str) -> Iterator[str]:
-    """What stands for a pair of braces and what is between them."""
-    if found := _RANGE.fullmatch(inner):
-        first, last, by, first_letter, last_letter, letters_by = found.groups()
-        if first_letter:
-            return (_LETTERS[i] for i in _steps(_LETTERS.index(first_letter), _LETTERS.index(last_letter), letters_by))
-        padded = any(text.lstrip("-").startswith("0") and text.lstrip("-") != "0" for text in (first, last))
-        width = max(len(first), len(last)) if padded else 0
-        return (f"{number:0{width}d}" for number in _steps(int(first), int(last), by))
-    parts, depth, start = [], 0, 0
-    for match in _BRACES.finditer(inner):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if match[0] == "," and depth == 0:
-            parts.append(inner[start : match.start()])
-            start = match.end()
-    if parts:
-        return chain.from_iterable(map(_expanded, [*parts, inner[start:]]))
-    return (f"{{{text}}}" for text in _expanded(inner))
-
-
-def _steps(first: int, last: int, by: str | None) -> range:
-    step = int(by or 1) or 1
-    return range(first, last + 1, step) if first < last else range(first, last - 1, -step)
 
 
 def _folder_splits(root: Path, where: str) -> dict[str, ImageShards]:
