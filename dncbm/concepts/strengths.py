@@ -25,10 +25,11 @@ from dncbm.features.stage import PROBE_FEATURES, open_features
 from dncbm.features.store import FeatureStore
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts, shard_keys, strengths_part
-from dncbm.runs.declarations import ProbeDataset, SAERun, Splits
+from dncbm.runs.declarations import Partition, ProbeDataset, SAERun, Splits
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.manifests import Outcome, check_chain, fingerprint, how_made_again, making, manifest_path, read_manifest
+from dncbm.runs.partitions import UNDIVIDED, WHOLE, Part, Tally, part_of
 from dncbm.runs.ranks import ALONE, Ranks, device_name, joined
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder
@@ -52,18 +53,19 @@ class ConceptStrengths:
 
 
 def save_concept_strengths(
-    settings: Settings, run: SAERun, images: ProbeDataset, splits: Splits, *, device: str = "auto", overwrite: bool = False
-) -> Outcome:
+    settings: Settings, run: SAERun, images: ProbeDataset, splits: Splits, partition: Partition = UNDIVIDED,
+    *, device: str = "auto", overwrite: bool = False,
+) -> Outcome:  # fmt: skip
     """Stage 6: concept strengths (METHOD section 4) of some splits of a probe data set, one CSR part per feature shard.
 
     Parts are in scipy's .npz format, with the images' keys added. An interrupted run resumes at the next part. The processes
-    that torchrun starts divide the parts.
+    that torchrun starts divide the parts, and so do the workers of a partition: whichever finds all there writes the manifest,
+    for the others the outcome is PART.
 
-    Raises UserError if the SAE or the features are missing, or differ in width; StaleArtifact if strengths from another SAE
-    or other features exist.
+    Raises UserError if the SAE or the features are missing, or differ in width, or parts to merge are missing; StaleArtifact
+    if strengths from another SAE or other features exist.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
-    outcome = Outcome.ALREADY_DONE
     sae: SparseAutoencoder | None = None
 
     def open_inputs(split: str) -> tuple[FeatureStore, Path]:
@@ -72,23 +74,35 @@ def save_concept_strengths(
         return store, sae_file
 
     with joined() as ranks:
-        get_device = partial(resolve_device, device_name(device, ranks))
+        part = ranks.first_makes(partial(part_of, partition))
+        overwrite = overwrite and not part.merges  # which makes nothing, and so must not remove anything
+        tally = Tally(part)
+        get_device = partial(resolve_device, "cpu" if part.merges else device_name(device, ranks))
         for split in splits.names:
             store, sae_file = ranks.after_first(partial(open_inputs, split))
             folder = artifacts.strengths(run, dataset, split)
             inputs = {"SAE": sae_file, f"{split} features": store.folder}
             shown = values(run) | values(images) | values(Splits(split))
-            make = partial(making, folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown, before=get_device)
+            make = partial(
+                making, folder, STRENGTHS.name, {}, inputs, overwrite=overwrite, run=shown, before=get_device,
+                shared=part.is_shared,
+            )  # fmt: skip
             with ranks.first(make) as work:
                 if not work.needed:
                     continue
-                outcome = Outcome.RAN
+                tally.made()
                 sae = sae or ranks.after_first(lambda: load_sae(settings, run, get_device()))
                 ranks.first_makes(partial(_check_width, sae, store))
-                details = encode_store(sae, store, folder, f"{dataset} {split}", BATCH, ranks)
+                title = f"{dataset} {split}"
+                if not part.merges:
+                    encode_part(sae, store, folder, title, BATCH, ranks, part)
+                if part.is_shared and (missing := ranks.first_makes(partial(missing_parts, store, folder, sae.n_latents))):
+                    tally.missing(title, len(store.paths), [path.name for path in missing], says=ranks.rank == 0)
+                    continue
+                details = ranks.first_makes(partial(encoded, store, folder, sae.n_latents))
                 said = f"concept strengths of {counted(details['images'], 'image')}, L0 {details['l0']:.2f}"
                 work.done(folder.glob(PARTS), said, **details)
-    return outcome
+        return tally.end()
 
 
 def _check_width(sae: SparseAutoencoder, store: FeatureStore) -> None:
@@ -98,29 +112,58 @@ def _check_width(sae: SparseAutoencoder, store: FeatureStore) -> None:
         )
 
 
-@torch.inference_mode()
 def encode_store(
     sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """Encode a feature store into CSR parts in `folder`, with a dense batch and a sparse shard in memory.
 
-    `ranks` are the processes that divide the shards. Returns `images`, their number, `latents`, F, and `l0`, the mean number
-    of active latents.
+    `ranks` are the processes that divide the shards. Returns details for the manifest, as `encoded`.
     """
-    sizes = [len(np.load(path, mmap_mode="r")) for path in store.paths]
-    parts = [strengths_part(folder, path) for path in store.paths]
-    pending = ranks.first_makes(lambda: [i for i, part in enumerate(parts) if not _is_whole(part, sae.n_latents, sizes[i])])
+    encode_part(sae, store, folder, title, batch_size, ranks)
+    return ranks.first_makes(lambda: encoded(store, folder, sae.n_latents))
+
+
+@torch.inference_mode()
+def encode_part(
+    sae: SparseAutoencoder, store: FeatureStore, folder: Path, title: str, batch_size: int, ranks: Ranks = ALONE,
+    part: Part = WHOLE,
+) -> None:  # fmt: skip
+    """`encode_store` for the shards of a part, which `ranks` share. Others may encode other parts, or the same, meanwhile."""
+    share = part.share_of(range(len(store.paths)))
+    sizes = {shard: _n_rows(store.paths[shard]) for shard in share}
+    paths = {shard: strengths_part(folder, store.paths[shard]) for shard in share}
+    pending = ranks.first_makes(lambda: [i for i in share if not _is_whole(paths[i], sae.n_latents, sizes[i])])
     mine = ranks.share_of(pending)
-    n_done = len(store) - sum(sizes[shard] for shard in pending)
+    n_done = sum(sizes.values()) - sum(sizes[shard] for shard in pending)
     total = n_done + sum(sizes[shard] for shard in mine)
-    with tqdm(desc=ranks.titled(title), total=total, initial=n_done, unit="image", disable=ranks.rank > 0) as bar:
+    with tqdm(desc=ranks.titled(part.titled(title)), total=total, initial=n_done, unit="image", disable=ranks.rank > 0) as bar:
         for shard, codes in groupby(_codes(sae, store, mine, batch_size), key=itemgetter(0)):
             batches = [code for _, code in codes]
-            write_part(parts[shard], scipy.sparse.vstack(batches, format="csr"), np.load(shard_keys(store.paths[shard])))
+            # Another worker with the same part may have written it, perhaps on other hardware, and the manifest its hash.
+            if not _is_whole(paths[shard], sae.n_latents, sizes[shard]):
+                paths[shard].unlink(missing_ok=True)
+                keys = np.load(shard_keys(store.paths[shard]))
+                write_part(paths[shard], scipy.sparse.vstack(batches, format="csr"), keys, False)
             bar.update(sizes[shard])
     ranks.wait()
-    n_active = ranks.first_makes(lambda: sum(len(map_part(part)["indices"]) for part in parts))
-    return {"images": len(store), "latents": sae.n_latents, "l0": n_active / len(store)}
+
+
+def missing_parts(store: FeatureStore, folder: Path, n_latents: int) -> list[Path]:
+    """The shards of features that have no whole part yet. The parts are read only if all are there."""
+    parts = {path: strengths_part(folder, path) for path in store.paths}
+    if missing := [path for path, part in parts.items() if not part.is_file()]:
+        return missing
+    return [path for path, part in parts.items() if not _is_whole(part, n_latents, _n_rows(path))]
+
+
+def _n_rows(path: Path) -> int:
+    return len(np.load(path, mmap_mode="r"))
+
+
+def encoded(store: FeatureStore, folder: Path, n_latents: int) -> dict[str, Any]:
+    """Details of finished strengths: `images`, their number, `latents`, F, and `l0`, the mean number of active latents."""
+    n_active = sum(len(map_part(strengths_part(folder, path))["indices"]) for path in store.paths)
+    return {"images": len(store), "latents": n_latents, "l0": n_active / len(store)}
 
 
 def _codes(
@@ -166,10 +209,11 @@ def to_csr(latents: torch.Tensor) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((data, columns.int().cpu().numpy(), indptr), shape=tuple(latents.shape))
 
 
-def write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any]) -> None:
-    """Scipy's .npz format with the keys added; uncompressed, so that it can be memory-mapped."""
+def write_part(path: Path, matrix: scipy.sparse.csr_matrix, keys: NDArray[Any], replaces: bool = True) -> None:
+    """Scipy's .npz format with the keys added; uncompressed, so that it can be memory-mapped. Unless it `replaces` a part that
+    exists, that one stays."""
     arrays = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "keys": keys}
-    with whole_file(path) as temporary:
+    with whole_file(path, replaces=replaces) as temporary:
         np.savez(temporary, format=np.array(b"csr"), shape=np.array(matrix.shape), **arrays)
 
 
@@ -315,7 +359,9 @@ def merge_parts(parts: list[dict[str, NDArray[Any]]]) -> ConceptStrengths:
 STRENGTHS = commands.STRENGTHS.stage(
     function=save_concept_strengths,
     inputs=(SAE, PROBE_FEATURES),
-    outputs=lambda artifacts, run, images, splits: [artifacts.strengths(run, images.dataset, split) for split in splits.names],
+    outputs=lambda artifacts, run, images, splits, *_: [
+        artifacts.strengths(run, images.dataset, split) for split in splits.names
+    ],
     makes="the concept strengths",
 )
 _AGAIN = STRENGTHS.command("--overwrite --verify", "with the SAE's flags")

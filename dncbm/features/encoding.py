@@ -25,6 +25,7 @@ from dncbm.runs.declarations import Extraction
 from dncbm.runs.devices import default_cores, default_workers
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import write_json
+from dncbm.runs.partitions import WHOLE, Part
 from dncbm.runs.ranks import ALONE, Ranks
 from sparse_autoencoder.files import whole_file
 
@@ -42,7 +43,7 @@ class _Piece:
     """One boolean in shared memory; while it is set, the worker must not overwrite the buffer that holds `images`."""
     keys: list[Any]
     record: dict[str, Any] | None
-    """With the last piece of a shard: the contents of its JSON file."""
+    """With the last piece of a shard: the contents of its JSON file, except how the images were encoded."""
     n_bytes: int = 0
     """Bytes of the images in the tar or folder, with what a tar adds to each."""
     came_in: torch.Tensor | None = None
@@ -119,7 +120,7 @@ class _Reader(IterableDataset[_Piece]):
         self, shards: ImageShards, pending: list[int], encoder: Encoder, batch_size: int, background: str, n_workers: int
     ) -> None:
         self.shards, self.pending, self.batch_size, self.background = shards, pending, batch_size, background
-        self.preprocess, self.precision, self.n_workers = encoder.preprocess, encoder.precision, n_workers
+        self.preprocess, self.n_workers = encoder.preprocess, n_workers
 
     def __iter__(self) -> Iterator[_Piece]:
         worker = get_worker_info()
@@ -156,7 +157,7 @@ class _Reader(IterableDataset[_Piece]):
         record = {
             "source": self.shards.name(shard), "shards": len(self.shards), "state": self.shards.state(shard, bad_keys),
             "content": content.hash(), "images": n_images, "transparent": n_transparent, "bad": dict(bad),
-            "bad_keys": bad_keys, "warnings": dict(warned), "precision": self.precision,
+            "bad_keys": bad_keys, "warnings": dict(warned),
         }  # fmt: skip
         yield _Piece(shard, *buffers.take(), keys, record, n_bytes)
 
@@ -266,21 +267,30 @@ def encode_shards(
     """Encode every image into `folder`, one .npy file per shard. Finished shards are not read again.
 
     A batch never crosses a shard, so the bits do not depend on interruptions or on the number of processes. `title` labels
-    the progress bar; `ranks` are the processes that share the shards. Returns details for the manifest: `images` (the number
-    encoded), `transparent` (how many of them have transparent pixels), `bad` (reason -> number), `warnings` (kind -> number of
-    images that PIL warned of), device, precision, batch size.
+    the progress bar; `ranks` are the processes that share the shards. Returns details for the manifest, as `extracted`.
 
     Raises UserError if the encoder gives NaN or infinity, too many images are bad, or a shard cannot be read.
     """
+    encode_part(shards, encoder, folder, extraction, title, ranks)
+    return ranks.first_makes(lambda: extracted(shards, folder, extraction.max_bad_fraction))
+
+
+def encode_part(
+    shards: ImageShards, encoder: Encoder, folder: Path, extraction: Extraction, title: str, ranks: Ranks = ALONE,
+    part: Part = WHOLE,
+) -> None:  # fmt: skip
+    """`encode_shards` for the shards of a part, which `ranks` share. Others may encode other parts, or the same, meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = encoder.device.type == "cuda"
     batch_size = extraction.batch_size or default_batch_size(encoder.device)
-    pending = ranks.first_makes(lambda: _unfinished(shards, folder, encoder.precision))
+    unfinished = set(ranks.first_makes(lambda: _unfinished(shards, folder, encoder.precision)))
+    pending = [shard for shard in part.share_of(range(len(shards))) if shard in unfinished]
     mine = ranks.share_of(pending)
+    made_by: dict[str, Any] = {"precision": encoder.precision, "device": str(encoder.device), "batch_size": batch_size}
     n_workers = default_workers(on_gpu) if extraction.num_workers is None else extraction.num_workers
     reader = _Reader(shards, mine, encoder, batch_size, extraction.background, n_workers)
     loader = DataLoader(reader, batch_size=None, num_workers=min(n_workers, len(mine)), pin_memory=on_gpu)
-    progress = _Progress(shards, folder, pending, title, ranks)
+    progress = _Progress(shards, folder, pending, title, ranks, part)
     with closing(progress), ThreadPoolExecutor(1) as writer, _one_line_errors():
         features: dict[int, list[Callable[[], torch.Tensor]]] = defaultdict(list)
         keys: dict[int, list[Any]] = defaultdict(list)
@@ -301,14 +311,13 @@ def encode_shards(
             if piece.record:
                 if written:
                     written.result()
-                shard = piece.shard, features.pop(piece.shard, []), keys.pop(piece.shard, []), piece.record
-                written = writer.submit(_write_shard, folder, *shard)
+                record = piece.record | made_by
+                shard = piece.shard, features.pop(piece.shard, []), keys.pop(piece.shard, []), record
+                written = writer.submit(_write_shard, shards, folder, *shard)
                 progress.finished(piece.shard, piece.record)
         if written:
             written.result()
     ranks.wait()
-    counts = ranks.first_makes(lambda: _count(shards, folder, extraction.max_bad_fraction))
-    return {**counts, "device": str(encoder.device), "precision": encoder.precision, "batch_size": batch_size}
 
 
 def default_batch_size(device: torch.device) -> int:
@@ -348,9 +357,10 @@ def _to_host(features: torch.Tensor) -> Callable[[], torch.Tensor]:
 class _Progress:
     """The progress bar of rank 0. Where shards do not know their sizes, the total is estimated from the bytes read so far."""
 
-    def __init__(self, shards: ImageShards, folder: Path, pending: list[int], title: str, ranks: Ranks) -> None:
+    def __init__(self, shards: ImageShards, folder: Path, pending: list[int], title: str, ranks: Ranks, part: Part) -> None:
         self.shards, waiting = shards, set(pending)
-        done = {shard: _size(_record(folder, shard)) for shard in range(len(shards)) if shard not in waiting}
+        share = part.share_of(range(len(shards)))
+        done = {shard: _size(_record(folder, shard)) for shard in share if shard not in waiting}
         mine = ranks.share_of(pending)
         counts = [shards.count(shard) for shard in mine]
         self.is_known = None not in counts
@@ -359,7 +369,7 @@ class _Progress:
         self.size = 0 if self.is_known else self.size_done + sum(map(shards.size, mine))
         self.n_read = self.n_bytes = 0
         self.bar = tqdm(
-            desc=ranks.titled(title),
+            desc=ranks.titled(part.titled(title)),
             total=self.n_done + sum(count or 0 for count in counts) if self.is_known else None,
             initial=self.n_done,
             unit="image",
@@ -407,8 +417,18 @@ def _one_line_errors() -> Iterator[None]:
         ) from error
 
 
-def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[str, Any]:
-    """Count the images of all shards. Raises UserError if too many are bad, all of them, or all of a shard of unknown size."""
+def missing_shards(shards: ImageShards, folder: Path, part: Part = WHOLE) -> list[int]:
+    """The shards of a part that have no features yet, or whose images have changed since."""
+    return [shard for shard in part.share_of(range(len(shards))) if _done(shards, folder, shard) is None]
+
+
+def extracted(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[str, Any]:
+    """Details of finished features for their manifest: `images`, the number encoded, `transparent`, how many of them have
+    transparent pixels, `bad` (reason -> number), `warnings` (kind -> number of images that PIL warned of), device, precision,
+    batch size.
+
+    Raises UserError if too many images are bad, all of them, or all of a shard of unknown size, or precisions differ.
+    """
     records = [_record(folder, shard) for shard in range(len(shards))]
     is_damaged = [DAMAGED in record["bad"] and shards.count(shard) is None for shard, record in enumerate(records)]
     lost = _estimated_losses(records, is_damaged)
@@ -439,7 +459,21 @@ def _count(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dict[s
         print(f"skipped {counted(n_bad, 'unreadable image')}: {reasons}")
     warned = sum((Counter(record["warnings"]) for record in records), Counter[str]())
     transparent = sum(record["transparent"] for record in records)
-    return {"images": images, "transparent": transparent, "bad": dict(bad), "warnings": dict(warned)}
+    made_by = {key: _all_in(records, key) for key in ("device", "precision", "batch_size")}
+    if len(precisions := made_by["precision"]) > 1:
+        raise UserError(
+            f"{folder} holds features of {' and '.join(precisions)}, since its workers had devices of different kinds: pass "
+            "--precision to all of them, and --overwrite to begin again"
+        )
+    return {
+        "images": images, "transparent": transparent, "bad": dict(bad), "warnings": dict(warned),
+        **{key: found[0] if len(found) == 1 else found for key, found in made_by.items() if found},
+    }  # fmt: skip
+
+
+def _all_in(records: list[dict[str, Any]], key: str) -> list[Any]:
+    """The different values of a key; records of earlier versions may lack it."""
+    return sorted({record[key] for record in records if key in record})
 
 
 def _estimated_losses(records: list[dict[str, Any]], is_damaged: list[bool]) -> list[int]:
@@ -489,31 +523,36 @@ def _size(record: Mapping[str, Any]) -> int:
 
 def _unfinished(shards: ImageShards, folder: Path, precision: str) -> list[int]:
     """The shards that have no features yet. Raises UserError if the features of others have another precision."""
-    done = [shard for shard in range(len(shards)) if _is_done(shards, folder, shard)]
-    for shard in done:
-        if (other := _record(folder, shard).get("precision", precision)) != precision:
+    records = [_done(shards, folder, shard) for shard in range(len(shards))]
+    for record in records:
+        if record is not None and (other := record.get("precision", precision)) != precision:
             raise UserError(
                 f"{folder} holds {other} features of an interrupted run, to which this one would add {precision}: resume on "
                 "the same kind of device, or remove the folder"
             )
-    return [shard for shard in range(len(shards)) if shard not in set(done)]
+    return [shard for shard, record in enumerate(records) if record is None]
 
 
-def _is_done(shards: ImageShards, folder: Path, shard: int) -> bool:
-    """Whether the features of a shard exist, and its images are still those they were made from."""
-    _, keys_file, features_file = files = shard_files(folder, shard)
+def _done(shards: ImageShards, folder: Path, shard: int) -> dict[str, Any] | None:
+    """The record of a shard whose features exist, if its images are still those they were made from."""
+    record_file, keys_file, features_file = files = shard_files(folder, shard)
     if not all(path.is_file() for path in files):
-        return False
-    record = _record(folder, shard)
+        return None
+    try:
+        record = _record(folder, shard)
+    except UserError:
+        if not record_file.is_file():  # removed meanwhile
+            return None
+        raise
     try:
         if any(len(np.load(path, mmap_mode="r")) != record["images"] for path in (keys_file, features_file)):
-            return False
+            return None
     except Exception:  # cut off, or another file, whose header can make numpy raise anything
-        return False
+        return None
     try:
-        return bool(record["state"] == shards.state(shard, record["bad_keys"]))
+        return record if record["state"] == shards.state(shard, record["bad_keys"]) else None
     except (OSError, LookupError, TypeError):
-        return True  # images that no longer exist have not been fixed
+        return record  # images that no longer exist have not been fixed
 
 
 def are_from(shards: ImageShards, folder: Path) -> bool:
@@ -546,8 +585,9 @@ def changed_shards(shards: ImageShards, folder: Path) -> list[int]:
 
 
 def _write_shard(
-    folder: Path, shard: int, parts: list[Callable[[], torch.Tensor]], keys: list[Any], record: dict[str, Any]
-) -> None:
+    shards: ImageShards, folder: Path, shard: int, parts: list[Callable[[], torch.Tensor]], keys: list[Any],
+    record: dict[str, Any],
+) -> None:  # fmt: skip
     features = torch.cat([part() for part in parts]).numpy() if parts else np.empty((0, 0), dtype=np.float32)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
@@ -555,9 +595,12 @@ def _write_shard(
             f"the encoder gave NaN or infinity for {keys[int(np.argmin(finite))]} in {record['source']}: the shard was not "
             "written; try --precision fp32, or another encoder"
         )
+    if _done(shards, folder, shard) is not None:
+        return  # by another worker with the same part, perhaps on other hardware, and the manifest may have its hash
     record_file, keys_file, features_file = shard_files(folder, shard)
     features_file.unlink(missing_ok=True)  # of a shard that is made again: the old features have other keys
     write_json(record_file, record)
-    for path, array in ((keys_file, np.asarray(keys)), (features_file, features)):
-        with whole_file(path) as temporary:
-            np.save(temporary, array)
+    with whole_file(keys_file) as temporary:
+        np.save(temporary, np.asarray(keys))
+    with whole_file(features_file, replaces=False) as temporary:
+        np.save(temporary, features)

@@ -15,14 +15,15 @@ from dncbm.features.datasets import ImageShards, counted, least_to_divide, rando
 from dncbm.features.datasets.probe import HELD_OUT, ProbeImages, ProbeShards, probe_images
 from dncbm.features.datasets.sae import sae_images
 from dncbm.features.encoders import Encoder, describe_encoder, load_encoder
-from dncbm.features.encoding import are_from, changed_shards, drop_damaged_records, encode_shards
+from dncbm.features.encoding import are_from, changed_shards, drop_damaged_records, encode_part, extracted, missing_shards
 from dncbm.features.store import ARRAYS, FeatureStore
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts, shard_files
-from dncbm.runs.declarations import SPLITS, Extraction, ProbeFeatures, SAEFeatures, Splits
+from dncbm.runs.declarations import SPLITS, Extraction, Partition, ProbeFeatures, SAEFeatures, Splits
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest, text_hash, verifying, write_json
+from dncbm.runs.partitions import UNDIVIDED, Part, Tally, part_of
 from dncbm.runs.ranks import Ranks, device_name, joined
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
@@ -34,36 +35,44 @@ Features = SAEFeatures | ProbeFeatures
 
 
 def save_sae_features(
-    settings: Settings, features: SAEFeatures, extraction: Extraction, *, device: str = "auto", overwrite: bool = False
-) -> Outcome:
+    settings: Settings, features: SAEFeatures, extraction: Extraction, partition: Partition = UNDIVIDED,
+    *, device: str = "auto", overwrite: bool = False,
+) -> Outcome:  # fmt: skip
     """Stage 1: features of the images that the SAE is trained on, every split (METHOD section 1).
 
-    Raises UserError if there is no such data set, shards or encoder, too many images are bad, or features are NaN;
-    StaleArtifact if there are features from other images or another encoder.
+    A worker of a partition encodes its part; whichever finds all parts there writes the manifest, for the others the outcome
+    is PART.
+
+    Raises UserError if there is no such data set, shards or encoder, too many images are bad, features are NaN, or shards to
+    merge are missing; StaleArtifact if there are features from other images or another encoder.
     """
     with joined() as ranks:
+        part = ranks.first_makes(partial(part_of, partition))
         sources = ranks.first_makes(partial(sae_images, settings, features.dataset))
-        return _save(SAE_FEATURES, settings, features, sources, {}, extraction, ranks, device, overwrite)
+        overwrite = overwrite and not part.merges  # which makes nothing, and so must not remove anything
+        return _save(SAE_FEATURES, settings, features, sources, {}, extraction, part, ranks, device, overwrite)
 
 
 def save_probe_features(
-    settings: Settings, features: ProbeFeatures, splits: Splits, extraction: Extraction,
+    settings: Settings, features: ProbeFeatures, splits: Splits, extraction: Extraction, partition: Partition = UNDIVIDED,
     *, device: str = "auto", overwrite: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Stage 5: labels, split and features of a probe data set.
+    """Stage 5: labels, split and features of a probe data set. Workers of a partition divide the features, as in stage 1.
 
-    Raises UserError if there is no such data set or encoder, too many images are bad, or features are NaN; StaleArtifact if
-    there are labels or features from other images or another encoder.
+    Raises UserError if there is no such data set or encoder, too many images are bad, features are NaN, or shards to merge
+    are missing; StaleArtifact if there are labels or features from other images or another encoder.
     """
     dataset = features.dataset
     with joined() as ranks:
+        part = ranks.first_makes(partial(part_of, partition))
+        overwrite = overwrite and not part.merges  # which makes nothing, and so must not remove anything
         images, indices = ranks.first_makes(partial(_probe_split, settings, dataset, overwrite))
         sources: dict[str, ImageShards] = {
             split: ProbeShards(images[settings.own_split(dataset, split)], indices[split]) for split in splits.names
         }
         # Labels are read by the features' keys: other labels or another split make features stale, of whatever encoder.
         labels = {"split": Artifacts(settings).probe_split(dataset)}
-        return _save(PROBE_FEATURES, settings, features, sources, labels, extraction, ranks, device, overwrite)
+        return _save(PROBE_FEATURES, settings, features, sources, labels, extraction, part, ranks, device, overwrite)
 
 
 def _probe_split(
@@ -84,7 +93,7 @@ def _probe_split(
         )
     split_file = artifacts.probe_split(dataset)
     hashes = {f"{split} images of {dataset}": labels_hash(found) for split, found in images.items()}
-    with making(split_file, PROBE_FEATURES.name, {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite) as work:
+    with making(split_file, PROBE_FEATURES.name, {"seed": DEFAULT_SEED}, hashes, overwrite=overwrite, waits=True) as work:
         if work.needed:
             for note in dict.fromkeys(note for found in images.values() for note in found.notes):
                 logging.getLogger(__name__).warning(note)
@@ -156,16 +165,20 @@ def labels_hash(images: ProbeImages) -> str:
 
 def _save(
     stage: Stage, settings: Settings, features: Features, sources: Mapping[str, ImageShards], labels: Mapping[str, Path],
-    extraction: Extraction, ranks: Ranks, device: str, overwrite: bool,
+    extraction: Extraction, part: Part, ranks: Ranks, device: str, overwrite: bool,
 ) -> Outcome:  # fmt: skip
     folders = _folders(Artifacts(settings), features, sources)
     described = ranks.first_makes(partial(describe_encoder, settings, features.encoder, folders))
     described |= {"hook": features.hook, "precision": extraction.precision or "the device's"}
     if extraction.background != "none":
         described["background"] = extraction.background
-    outcome = Outcome.ALREADY_DONE
+    tally = Tally(part)
     encoder: Encoder | None = None
     said: Counter[str] = Counter()
+
+    def check_device() -> None:
+        if not part.merges:
+            resolve_device(device_name(device, ranks))
 
     def load() -> Encoder:
         where = resolve_device(device_name(device, ranks))
@@ -177,19 +190,24 @@ def _save(
         make = partial(
             making, folder, stage.name, described, {f"{split} images of {features.dataset}": shards.fingerprint(), **labels},
             overwrite=overwrite, run=values(features) | values(extraction), parts_hold=partial(are_from, shards, folder),
-            before=partial(resolve_device, device_name(device, ranks)),
+            before=check_device, shared=part.is_shared,
         )  # fmt: skip
         with ranks.first(make) as work:
             if not work.needed:
                 continue
-            outcome = Outcome.RAN
-            encoder = encoder or ranks.after_first(load)  # which may download the weights
-            details = encode_shards(shards, encoder, folder, extraction, title, ranks)
+            tally.made()
+            if ranks.first_makes(partial(missing_shards, shards, folder, part)):
+                encoder = encoder or ranks.after_first(load)  # which may download the weights
+                encode_part(shards, encoder, folder, extraction, title, ranks, part)
+            if part.is_shared and (missing := ranks.first_makes(partial(missing_shards, shards, folder))):
+                tally.missing(title, len(shards), [shards.name(shard) for shard in missing], says=ranks.rank == 0)
+                continue
+            details = ranks.first_makes(partial(extracted, shards, folder, extraction.max_bad_fraction))
             work.done(folder.glob(ARRAYS), f"{counted(details['images'], 'image')} of {title}", **details)
             said.update(details["warnings"] | {TRANSPARENT: details["transparent"], "": details["images"]})
     if ranks.rank == 0:
         _warn_of(said, extraction.background, features.dataset)
-    return outcome
+    return tally.end()
 
 
 TRANSPARENT = "transparent"
@@ -232,12 +250,12 @@ def _folders(artifacts: Artifacts, features: Features, splits: Iterable[str]) ->
 
 SAE_FEATURES = commands.SAE_FEATURES.stage(
     function=save_sae_features,
-    outputs=lambda artifacts, features, _: _folders(artifacts, features, SPLITS),
+    outputs=lambda artifacts, features, *_: _folders(artifacts, features, SPLITS),
     makes="the features",
 )
 PROBE_FEATURES = commands.PROBE_FEATURES.stage(
     function=save_probe_features,
-    outputs=lambda artifacts, features, splits, _: _folders(artifacts, features, splits.names),
+    outputs=lambda artifacts, features, splits, *_: _folders(artifacts, features, splits.names),
     makes="the features",
 )
 

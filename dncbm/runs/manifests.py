@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
-from dncbm.runs.locks import lock_path, locked
+from dncbm.runs.locks import PATIENCE_S, lock_path, locked, remove_left_locks, turn
 from sparse_autoencoder.files import remove_leftovers, whole_file
 from sparse_autoencoder.settings import in_todays_words
 
@@ -40,6 +40,8 @@ class Outcome(Enum):
     """The user supplied the artifact (one of the paper's published files): it is used as it is."""
     STOPPED = "stopped"
     """The stage was asked to stop (SIGTERM) and saved its state; the same command resumes."""
+    PART = "part done"
+    """A worker has done its part of an artifact, and other parts are still missing."""
 
 
 # ----------------------------------------------------------------------------------------------------------- making
@@ -80,12 +82,14 @@ def making(
     scratch: Iterable[Path] = (),
     parts_hold: Callable[[], bool] = lambda: False,
     before: Callable[[], object] = lambda: None,
+    shared: bool = False,
+    waits: bool = False,
 ) -> Iterator[Work]:
     """Make an artifact unless it exists already, made from the same settings and inputs.
 
     Nothing has to be loaded to find out. The block does the work if `work.needed` and ends with `work.done(...)`, after which
     the manifest is written. The parts of a block that raises or does not finish stay for the next run. Meanwhile no other
-    process can make the same artifact.
+    process can make the same artifact, unless both share it.
 
     Args:
         artifact: file or folder.
@@ -100,12 +104,15 @@ def making(
         parts_hold: whether the parts of an interrupted run stay valid although the inputs have changed, because each part
             records what it was made from.
         before: called if there is work, before anything is removed; it may raise what would end the work.
+        shared: let other processes that pass this, too, make other parts of the artifact meanwhile, from the same settings and
+            inputs. They begin and finish one after another. Whichever finds all parts there ends with `work.done(...)`.
+        waits: wait for another process that makes the artifact, instead of refusing. It takes seconds to make.
 
     Raises:
         StaleArtifact: the artifact exists, finished or not, but was made from other settings or inputs, or was edited, and
             `overwrite` is off; or an input was made from something that has changed since.
-        UserError: an input is missing or damaged; a manifest cannot be read, and `overwrite` is off; or another process makes
-            the artifact.
+        UserError: an input is missing or damaged; a manifest cannot be read, and `overwrite` is off; another process makes
+            the artifact; or, if shared, others make it from other settings or inputs.
     """
     sources = {name: source for name, source in inputs.items() if isinstance(source, Path)}
     for source in sources.values():
@@ -119,34 +126,68 @@ def making(
         with suppress(OSError, UserError):  # what a process left that was killed after it had finished
             for path in (unfinished, *scratch):
                 path.unlink(missing_ok=True)
-            if lock_path(artifact).is_file():
-                with locked(artifact):  # which removes the file
-                    pass
+            remove_left_locks(artifact)
         yield Work(Outcome.ALREADY_DONE)
         return
     before()
-    with locked(artifact):
-        work = Work(_begin(artifact, recipe, overwrite, files, parts_hold))
+    with ExitStack() as held:
+        with turn(artifact) if shared else nullcontext():
+            lock = held.enter_context(locked(artifact, shared=shared, patience=PATIENCE_S if waits else 0))
+            work = Work(_begin(artifact, recipe, overwrite, files, parts_hold, lock.take_alone))
+            lock.share_again()
         yield work
         if not (work.needed and work.outputs):
             return
-        manifest = manifest_path(artifact)
-        made = recipe | {
-            "run": dict(run or {}),
-            "sources": {name: os.path.relpath(path, manifest.parent) for name, path in sources.items()},
-            "outputs": {
-                os.path.relpath(path, manifest.parent): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-                for path in work.outputs
-            },
-            "details": work.details | {"seconds": round(time.time() - unfinished.stat().st_mtime, 1)},
-            "versions": package_versions(),
-            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        write_json(manifest, made)
-        for path in (unfinished, *scratch):
-            path.unlink(missing_ok=True)
+        with turn(artifact) if shared else nullcontext():
+            if shared and not _is_begun(artifact, recipe):
+                if not _is_done(artifact, recipe):
+                    raise UserError(
+                        f"{artifact} was removed, or begun again from other inputs or settings, while this worker made its "
+                        "part: run the command again that you mean"
+                    )
+                print(f"another worker has finished it: {artifact}")
+                return
+            _finish(artifact, recipe, sources, run or {}, work)
+            for path in (unfinished, *scratch):
+                path.unlink(missing_ok=True)
     if work.message:
         print(f"{work.message}: {artifact}")
+
+
+def _finish(
+    artifact: Path, recipe: Mapping[str, Any], sources: Mapping[str, Path], run: Mapping[str, Any], work: Work
+) -> None:
+    """Write the manifest. Raises UserError if an output vanishes meanwhile."""
+    manifest, begun = manifest_path(artifact), time.time()
+    with suppress(FileNotFoundError):  # without locks, another worker may finish at the same time
+        begun = unfinished_path(artifact).stat().st_mtime
+    try:
+        outputs = {
+            os.path.relpath(path, manifest.parent): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            for path in work.outputs
+        }
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename} was removed while {artifact} was finished: run the same command again, which makes it"
+        ) from error
+    made = {
+        **recipe,
+        "run": dict(run),
+        "sources": {name: os.path.relpath(path, manifest.parent) for name, path in sources.items()},
+        "outputs": outputs,
+        "details": work.details | {"seconds": round(time.time() - begun, 1)},
+        "versions": package_versions(),
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(manifest, made)
+
+
+def _is_begun(artifact: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether an artifact is unfinished and was last begun from this recipe."""
+    try:
+        return not _differences(_read(unfinished_path(artifact)), recipe)
+    except UserError:
+        return False
 
 
 def _is_done(artifact: Path, recipe: dict[str, Any]) -> bool:
@@ -166,8 +207,12 @@ def _begin(
     overwrite: bool,
     files: Callable[[], Iterable[Path]] | None,
     parts_hold: Callable[[], bool],
+    take_alone: Callable[[], None],
 ) -> Outcome:
-    """Prepare to make an artifact and save its recipe, which the manifest replaces at the end."""
+    """Prepare to make an artifact and save its recipe, which the manifest replaces at the end.
+
+    `take_alone` is called before something is replaced that other workers may be making.
+    """
     finished, unfinished = manifest_path(artifact), unfinished_path(artifact)
     found = finished if finished.is_file() else unfinished if unfinished.is_file() else None
     made: dict[str, Any] | None = None
@@ -187,6 +232,7 @@ def _begin(
     elif made is None or _differences(made, recipe):
         differences = [] if made is None else _differences(made, recipe)
         if made and found == unfinished and made["settings"] == recipe["settings"] and parts_hold():
+            take_alone()
             write_json(unfinished, recipe)
             return Outcome.RAN
         # An unfinished run that failed at once has nothing to lose.
@@ -197,6 +243,7 @@ def _begin(
                 "pass --overwrite to replace it, or move it away",
                 differences,
             )
+        take_alone()
         # The old recipe stays until all is removed: if that is interrupted, the rest does not pass for parts of the new one.
         os.replace(found, unfinished)
         for path in _parts(artifact, files):
@@ -207,6 +254,7 @@ def _begin(
             raise _changed(artifact, changed[0], "pass --overwrite to make it again")
         if not missing and not changed:  # another process has just finished it
             return Outcome.ALREADY_DONE
+        take_alone()
         for path in changed:  # or a stage would take it for a finished part
             path.unlink()
     _remove_leftovers(artifact)

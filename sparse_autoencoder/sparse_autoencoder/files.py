@@ -25,8 +25,9 @@ _TEMPORARY = re.compile(rf"\..*-{_HOST}-(\d+)-\w{{8}}(\..*)?")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`. When the block ends without an error, that file replaces `path`.
+def whole_file(path: Path, *, replaces: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path`. When the block ends without an error, that file replaces `path`; or, unless it
+    `replaces`, it becomes `path` only if no other process was faster.
 
     The content reaches the disk before the rename, so a killed process or a power cut leaves the old file or the new one,
     never a part. If the block raises (full disk, interrupt), the temporary file is removed and `path` is untouched.
@@ -50,7 +51,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        if replaces or not _linked(temporary, path):
+            os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if (failure := _failure(error, path, temporary)) is not None:
@@ -62,6 +64,18 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Renames a file, or removes it if `path` exists. False if the file system has no hard links, which do so in one go."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    temporary.unlink()
+    return True
 
 
 def _failure(error: BaseException, path: Path, temporary: Path) -> OSError | None:

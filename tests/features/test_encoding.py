@@ -279,10 +279,10 @@ def test_old_features_never_lie_beside_new_keys(tmp_path: Path, shards, make_enc
     encode_shards(shards, make_encoder(), folder, extraction, "images")
     corrupt(shards, 1)
 
-    def dies(path: Path) -> AbstractContextManager[Path]:
+    def dies(path: Path, **options: bool) -> AbstractContextManager[Path]:
         if path.name == "00001.npy":
             raise KeyboardInterrupt
-        return whole_file(path)
+        return whole_file(path, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr("dncbm.features.encoding.whole_file", dies)

@@ -163,7 +163,7 @@ class TestStageOfTheSAE:
 
         monkeypatch.setattr("dncbm.features.stage.load_encoder", load)
         monkeypatch.setattr("dncbm.features.stage.joined", lambda: nullcontext(Alone(rank, 2)))
-        monkeypatch.setattr("dncbm.features.encoding._count", lambda *_: {"images": 7, "transparent": 0, "warnings": {}})
+        monkeypatch.setattr("dncbm.features.stage.extracted", lambda *_: {"images": 7, "transparent": 0, "warnings": {}})
         save_sae(settings)
         assert events[:2] == expected
         assert events.count("load") == 1
