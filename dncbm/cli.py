@@ -52,16 +52,17 @@ def _run(command: str | Command, argv: Sequence[str] | None) -> None:
     stage = STAGES[command.name] if command.name in STAGES else command.load()
     execution = build(Execution, values)
     with verifying_hashes() if execution.verify else nullcontext(), joined() as ranks:
+        passed_on = {"passed_on": passed_on_by(stage, values)} if stage.passes_on else {}
         values = ranks.first_makes(partial(complete, settings, stage, values, given))
         declared: list[Any] = [build(cls, values) for cls in stage.takes]
-        stage.function(settings, *declared, device=execution.device, overwrite=execution.overwrite)
+        stage.function(settings, *declared, device=execution.device, overwrite=execution.overwrite, **passed_on)
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
 def parse(stage: Command, argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any], set[str]]:
-    """Read the config and a command line. Flags of other stages are accepted and ignored.
+    """Read the config and a command line. Flags of other stages are accepted, and ignored unless they are passed on.
 
     Returns:
         The config; flag -> value, where a flag of the command line wins over the preset, the preset over the defaults of
@@ -84,12 +85,20 @@ def parse(stage: Command, argv: Sequence[str] | None = None) -> tuple[Settings, 
         *first, last = [str(int(one.script[:2])) for one in COMMANDS.values() if one.several_processes]
         raise UserError(f"only stages {', '.join(first)} and {last} run in several processes: start this one without torchrun")
     declared = flags_of(stage)
-    ignored = [name for name in given if name not in declared]
+    others = {name: value for name, value in given.items() if name not in declared}
+    ignored = [] if stage.passes_on else list(others)
     if ignored:
         print("flags of other stages, not used here: " + ", ".join(f"--{name}" for name in ignored))
     _warn_of_unused(settings, given)
     given = {name: value for name, value in given.items() if name in declared}
-    return settings, resolved(stage, given, configured), set(given)
+    values = resolved(stage, given, configured)
+    return settings, others | values if stage.passes_on else values, set(given)
+
+
+def passed_on_by(stage: Command, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values of a command line, flag -> value of the flags of other stages."""
+    own = flags_of(stage)
+    return {name: value for name, value in values.items() if name not in own}
 
 
 def _warn_of_unused(settings: Settings, given: Mapping[str, Any]) -> None:
@@ -146,7 +155,7 @@ def _parser(stage: Command, defaults: Mapping[str, Any]) -> argparse.ArgumentPar
             else:
                 metavar = f"{{{','.join(flag.setting.choices)}}}" if flag.setting.choices else name.upper()
                 options |= {"type": str if flag.setting.separate else _converter(flag), "metavar": metavar}
-                options |= {"nargs": "+"} if flag.setting.separate else {}
+                options |= {"nargs": "+", "action": "extend"} if flag.setting.separate else {}
             group.add_argument(*names, **options)
     return parser
 
@@ -158,7 +167,7 @@ def _accept_flags_of_others(parser: argparse.ArgumentParser) -> None:
         if f"--{name}" in taken or flag.setting.positional:
             continue
         options: dict[str, Any] = {"action": "store_true"} if flag.type is bool else {"type": str}
-        options |= {"nargs": "+"} if flag.setting.separate else {}
+        options |= {"nargs": "+", "action": "extend"} if flag.setting.separate else {}
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, ProbeRun, SAERun, Unused, paper_preset
 from dncbm.runs.errors import UserError
 from dncbm.runs.find import RUNS, find, require_inputs
+from dncbm.runs.manifests import Outcome
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Command, Stage
 from dncbm.stages import COMMANDS, PIPELINE, PIPELINE_COMMANDS, Pipeline, stages_of
@@ -111,6 +112,16 @@ def complete(settings: Settings, stage: Stage, values: Mapping[str, Any], given:
         found = find(settings, stage.reads_run, found, given)
     require_inputs(settings, stage, found)
     return found
+
+
+def run_stage(settings: Settings, stage: Stage, given: Mapping[str, Any], *, device: str, overwrite: bool) -> Outcome:
+    """Run a stage as a command line with the flags that are given does: flag -> value.
+
+    Raises as `complete` and as the stage does.
+    """
+    found = resolved(stage, given, config_defaults(settings))
+    found = complete(settings, stage, found, given)
+    return stage.function(settings, *(build(cls, found) for cls in stage.takes), device=device, overwrite=overwrite)
 
 
 def _complete_pipeline(settings: Settings, values: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import (
+    COMPARE_RUNS,
     DOWNLOAD,
     EXPORT,
     GLOBAL_EXPLANATIONS,
@@ -17,6 +18,7 @@ from dncbm.runs.commands import (
     NEC,
     PROBE,
     PROBE_FEATURES,
+    REPRODUCE,
     RESULTS_TABLE,
     SAE,
     SAE_FEATURES,
@@ -45,6 +47,7 @@ _IN_ORDER: tuple[Command, ...] = (
     ZERO_SHOT,
     NEC,
     RESULTS_TABLE,
+    COMPARE_RUNS,
     EXPORT,
     IMPORT_PUBLISHED,
     INTERVENE,
@@ -52,11 +55,13 @@ _IN_ORDER: tuple[Command, ...] = (
     *META_CLUSTERS.commands,
     *LOCAL_EXPLANATIONS.commands,
     *GLOBAL_EXPLANATIONS.commands,
+    REPRODUCE,
 )
 COMMANDS = {command.name: command for command in _IN_ORDER}
 """The command line of each stage. Reading it imports nothing that computes."""
-PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command not in (DOWNLOAD, EXPORT, IMPORT_PUBLISHED, INTERVENE))
-"""Downloads, exports, imports and interventions take files that config.py does not name."""
+_APART = (DOWNLOAD, COMPARE_RUNS, EXPORT, IMPORT_PUBLISHED, INTERVENE, REPRODUCE)
+PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command not in _APART)
+"""Downloads, exports, imports and interventions take files that config.py does not name; the others call the pipeline's."""
 
 
 class _Stages(MutableMapping[str, Stage]):
@@ -118,7 +123,7 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
         overwrite: replace outputs that were made from other inputs or settings.
 
     Returns:
-        What the last stage did. The pipeline ends early if a stage was asked to stop.
+        What the last stage did. The pipeline ends early if a stage was asked to stop, or other parts of its work are missing.
 
     Raises:
         UserError: `last` comes before `first`, the encoder lacks something that a stage needs, or a stage failed.
@@ -133,7 +138,7 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
             print(f"== {stage.name}")
             outcome = stage.function(settings, *(given[cls] for cls in stage.takes), device=device, overwrite=overwrite)
             outcomes[stage.name] = outcome.value
-            if outcome is Outcome.STOPPED:
+            if outcome in (Outcome.STOPPED, Outcome.PART):
                 break
     except StaleArtifact:
         outcomes[stage.name] = "stale"

@@ -29,8 +29,10 @@ from dncbm.runs.declarations import (
     BestRuns,
     Execution,
     Extraction,
+    Grid,
     NamedEncoder,
     NamedSAE,
+    Partition,
     ProbeDataset,
     ProbeFeatures,
     ProbeRun,
@@ -95,8 +97,8 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         monkeypatch.setenv("DNCBM_CONFIG", str(write_config(**config)))
         calls: list[tuple] = []
 
-        def record(settings: Any, *declared: Any, device: str, overwrite: bool) -> None:
-            calls.append((*declared, Execution(device, overwrite)))
+        def record(settings: Any, *declared: Any, device: str, overwrite: bool, **passed_on: Any) -> None:
+            calls.append((*declared, *passed_on.values(), Execution(device, overwrite)))
 
         for name, found in list(STAGES.items()):
             # without inputs, so that no run is looked for
@@ -114,14 +116,17 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("save_cc3m_features.py --img_enc_name clip_RN50", (SAEFeatures(), Extraction())),
+        ("save_cc3m_features.py --img_enc_name clip_RN50", (SAEFeatures(), Extraction(), Partition())),
         (f"train_sae_img.py {SAE_FLAGS} --ckpt_freq 0 --val_freq 1", (PAPER, Tracking(False, None))),
         ("save_vocab_embeddings.py --img_enc_name clip_RN50", (NamedEncoder("clip_RN50"),)),
         (f"assign_names.py {SAE_FLAGS}", (PAPER,)),
-        ("save_probe_features.py --img_enc_name clip_RN50 --probe_dataset places365", (PLACES, Splits(None), Extraction())),
+        (
+            "save_probe_features.py --img_enc_name clip_RN50 --probe_dataset places365",
+            (PLACES, Splits(None), Extraction(), Partition()),
+        ),
         (
             f"save_concept_strengths.py {SAE_FLAGS} --probe_dataset places365 --probe_split train",
-            (PAPER, ProbeDataset("places365"), Splits("train")),
+            (PAPER, ProbeDataset("places365"), Splits("train"), Partition()),
         ),
         (TRAIN_PROBE, (PAPER, PAPER_PROBE, ProbeSchedule(val_freq=1, coverage_freq=50, ckpt_freq=0), Tracking())),
         ("zero_shot.py --img_enc_name clip_RN50 --probe_dataset places365", (PLACES, Prompts())),
@@ -158,6 +163,14 @@ def test_the_pipeline_takes_the_same_flags(stage) -> None:
     assert given[Pipeline] == Pipeline("sae", "names")
 
 
+def test_a_reproduction_passes_flags_on(stage) -> None:
+    """A flag that may be repeated adds up; those of the stages arrive as they were written."""
+    text = "--seed 49,50 --sweep lr=1,2 k=3 --sweep l1_coeff=1 --with nec --lr 1e-3 --use_wandb --templates 'a {}' 'b {}'"
+    grid, passed_on, _ = stage(f"reproduce.py {text}")
+    assert grid == Grid(seeds=(49, 50), sweep=("lr=1,2", "k=3", "l1_coeff=1"), only=("nec",))
+    assert passed_on == {"lr": "1e-3", "use_wandb": True, "templates": ("a {}", "b {}")}
+
+
 def test_checkpoint_frequencies_have_their_own_units(stage) -> None:
     """In the pipeline, --ckpt_freq is the SAE's, in items; the probe's script takes either name, in epochs."""
 
@@ -177,6 +190,8 @@ def other_value(flag: Flag) -> str | None:
     """A text for a flag that does not mean its default; None for a choice of one."""
     if flag.name == "device":
         return "cuda:7"
+    if flag.name == "partition":
+        return "2/3"
     if flag.setting.choices:
         return next((choice for choice in flag.setting.choices if choice != flag.default), None)
     if flag.type is bool:
@@ -358,6 +373,7 @@ BAD_VALUES = {
         ("0", "-1", str(10**9)): ("batch_size",),
         ("-1", str(10**6)): ("num_workers", "max_bad_fraction"),
         ("layer4",): ("hook_points",),
+        ("0/3", "1/0", "1/", "/3", "2", "-1/3", "1/3/3", "1.0/3", "all", ""): ("partition",),
     },
     "assign_names.py": {("../elsewhere", "a,b"): ("save_suffix",)},
     "save_concept_strengths.py": {

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,12 @@ def edit_name(edit: Intervention, factors: torch.Tensor) -> str:
     digest = hashlib.sha256(factors.double().numpy().tobytes()).hexdigest()[:8]
     parts = [f"{what}{n}" for what, n in counts.items() if n]
     return "_".join([*parts, digest, *(["reweighted"] if edit.reweight else [])])
+
+
+def edit_result(settings: Settings, run: SAERun, probe: ProbeRun, edit: Intervention) -> Path:
+    """Where the accuracies of an edit lie once they are measured. Raises UserError as `factors_asked`, and without names."""
+    factors = factors_asked(edit, read_names(settings, run))
+    return Artifacts(settings).intervention(run, probe, edit_name(edit, factors))
 
 
 # -------------------------------------------------------------------------------------------------- files and tables

@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,6 +82,8 @@ class Cell:
     """Settings in which ours differs from the other rows of its method."""
     chosen: str = ""
     """How ours was chosen, if there were several."""
+    written: str = ""
+    """A published figure with the digits that were published."""
 
     @property
     def title(self) -> str:
@@ -93,15 +96,16 @@ class Cell:
 
 
 def published_figures() -> dict[str, Any]:
-    """The file of published figures, each with its provenance."""
-    found: dict[str, Any] = json.loads((files("dncbm") / "data" / "paper_numbers.json").read_text(encoding="utf-8"))
+    """The file of published figures, each with its provenance, and as a Decimal or an int, which keep all digits."""
+    text = (files("dncbm") / "data" / "paper_numbers.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text, parse_float=Decimal)
     return found
 
 
 def published_cells(figures: Mapping[str, Any], encoder: str) -> list[Cell]:
     """The published accuracies for an encoder, without those that are unknown (null)."""
     return [
-        Cell(encoder, name, dataset, False, value[0], source=value[1])
+        Cell(encoder, name, dataset, False, float(value[0]), source=value[1], written=str(value[0]))
         for method, name in PUBLISHED_ROWS.items()
         for dataset, value in figures["accuracy"].get(encoder, {}).get(method, {}).items()
         if value is not None
@@ -109,6 +113,11 @@ def published_cells(figures: Mapping[str, Any], encoder: str) -> list[Cell]:
 
 
 # ---------------------------------------------------------------------------------------------------------- our runs
+
+
+def method_of(kind: str) -> str:
+    """The name of the method that probes the concepts of a kind of SAE."""
+    return OF_SAE.get(kind, f"{kind} SAE")
 
 
 class _SAE(NamedTuple):
@@ -120,7 +129,7 @@ class _SAE(NamedTuple):
 
     @property
     def method(self) -> str:
-        return OF_SAE.get(self.kind, f"{self.kind} SAE")
+        return method_of(self.kind)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -169,9 +178,14 @@ class _Runs:
         if not found:
             return []
         deviation = statistics.stdev(found) if len(found) > 1 else None
-        source = ", ".join(filter(None, (self.rows[0]["hook"], self.sae.dataset, self.sae.name, self.probe)))
+        source = source_of(self.rows[0]["hook"], self.sae.dataset, self.sae.name, self.probe)
         about = (len(found), source, settings, self.chosen)
         return [Cell(self.rows[0]["encoder"], method, self.dataset, True, statistics.fmean(found), deviation, *about)]
+
+
+def source_of(hook: str, sae_dataset: str, sae: str, probe: str) -> str:
+    """The source of one of our cells: its settings, where the names of the SAE and the probe have no seed."""
+    return ", ".join(filter(None, (hook, sae_dataset, sae, probe)))
 
 
 def our_cells(rows: Sequence[Row], encoder: str, best_by: str = "train_val") -> list[Cell]:
@@ -193,10 +207,10 @@ def our_cells(rows: Sequence[Row], encoder: str, best_by: str = "train_val") -> 
         at_nec += same if saes else _choose(several, "none" if best_by == "none" else "last")
 
     kinds = _grouped(dict.fromkeys(runs.sae for runs in [*shown, *at_nec] if runs.sae.kind), lambda sae: sae.kind)
-    of_sae = {sae: text for of_kind in kinds for sae, text in _differences({sae: sae.parts for sae in of_kind}).items()}
+    of_sae = {sae: text for of_kind in kinds for sae, text in differences({sae: sae.parts for sae in of_kind}).items()}
     cells = []
     for of_method in _grouped(shown, lambda runs: runs.method):
-        of_probe = _differences({runs.probe_parts: runs.probe_parts for runs in of_method})
+        of_probe = differences({runs.probe_parts: runs.probe_parts for runs in of_method})
         for runs in of_method:
             settings = _settings(of_sae.get(runs.sae, ""), of_probe[runs.probe_parts])
             cells += runs.cells(runs.method, "val_top1", settings)
@@ -239,14 +253,14 @@ def _choose(several: Sequence[_Runs], best_by: str) -> Sequence[_Runs]:
         return several
     one = max(several, key=_Runs.rank if best_by == "train_val" else lambda runs: runs.last)
     equal = sum(runs.rank()[0] == one.rank()[0] for runs in several) if best_by == "train_val" else 1
-    saes = _differences({runs.sae: runs.sae.parts for runs in several})
-    probes = _differences({runs.probe: runs.probe_parts for runs in several})
+    saes = differences({runs.sae: runs.sae.parts for runs in several})
+    probes = differences({runs.probe: runs.probe_parts for runs in several})
     chosen = f"{'best' if best_by == 'train_val' else 'last'} of {len(several)}" + (f", {equal} equal" if equal > 1 else "")
     settings = _settings(saes[one.sae], probes[one.probe])
     return [replace(one, chosen=chosen + (f": {settings}" if settings else ""))]
 
 
-def _differences(parts: Mapping[K, Sequence[str]]) -> dict[K, str]:
+def differences(parts: Mapping[K, Sequence[str]]) -> dict[K, str]:
     """The parts of each that not all have, as one text."""
     common = set.intersection(*map(set, parts.values())) if parts else set[str]()
     return {key: " ".join(part for part in of_key if part not in common) for key, of_key in parts.items()}
@@ -308,43 +322,57 @@ def write_results_table(
     return Outcome.RAN
 
 
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells in the order of the table's rows."""
+    methods = list(dict.fromkeys((*PUBLISHED_ROWS.values(), *(cell.method for cell in cells))))
+    return sorted(cells, key=lambda cell: (cell.method.split(",")[0] in ANEC, methods.index(cell.method), cell.ours))
+
+
 def _grid(cells: Sequence[Cell]) -> tuple[list[str], list[tuple[str, bool]], dict[tuple[str, bool, str], Cell]]:
     """Columns, rows (a method's published one before ours) and the cells."""
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
-    methods = list(dict.fromkeys((*PUBLISHED_ROWS.values(), *(cell.method for cell in cells))))
-    in_order = sorted(cells, key=lambda cell: (cell.method.split(",")[0] in ANEC, methods.index(cell.method), cell.ours))
-    rows = list(dict.fromkeys((cell.title, cell.ours) for cell in in_order))
+    rows = list(dict.fromkeys((cell.title, cell.ours) for cell in in_order(cells)))
     return datasets, rows, {(cell.title, cell.ours, cell.dataset): cell for cell in cells}
 
 
-def _marker(cell: Cell) -> str:
+def marker(source: str) -> str:
     """`S4: trained on 10 %` -> `S4`."""
-    return cell.source.split(":")[0]
+    return source.split(":")[0]
 
 
 def markdown(encoder: str, cells: Sequence[Cell], sources: Mapping[str, str], best_by: str = "train_val") -> str:
     """A table; below it the sources of the published figures, and how ours were chosen."""
     datasets, rows, at = _grid(cells)
-    lines = [f"### {encoder}: top-1, %", "", f"| method | | {' | '.join(map(_in_markdown, datasets))} |"]
+    lines = [f"### {encoder}: top-1, %", "", f"| method | | {' | '.join(map(in_markdown, datasets))} |"]
     lines.append("| --- " * (len(datasets) + 2) + "|")
     for title, ours in rows:
         found = [at.get((title, ours, dataset)) for dataset in datasets]
-        texts = [cell.text("±") + ("" if ours else f" [{_marker(cell)}]") if cell else "" for cell in found]
-        lines.append(f"| {_in_markdown(title)} | {'ours' if ours else 'published'} | {' | '.join(texts)} |")
+        texts = [cell.text("±") + ("" if ours else f" [{marker(cell.source)}]") if cell else "" for cell in found]
+        lines.append(f"| {in_markdown(title)} | {'ours' if ours else 'published'} | {' | '.join(texts)} |")
     lines.append("")
-    notes: dict[str, list[str]] = {}
-    for cell in cells:
-        if not cell.ours:
-            about = notes.setdefault(_marker(cell), [sources[_marker(cell)]])
-            if ":" in cell.source:
-                about.append(f"{cell.method} on {cell.dataset} {cell.source.split(':', 1)[1].strip()}")
-    lines += [f"[{marker}] {'; '.join(about)}.  " for marker, about in notes.items()]
-    if several := dict.fromkeys(f"{cell.title} on {cell.dataset} ({cell.chosen})" for cell in cells if cell.chosen):
-        lines.append(f"[ours] Of several settings, those {RULES[best_by]}: {'; '.join(several)}.")
+    cited = ((f"{cell.method} on {cell.dataset}", cell.source) for cell in cells if not cell.ours)
+    lines += [*source_notes(cited, sources), *choice_note(cells, best_by)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _in_markdown(text: str) -> str:
+def source_notes(cited: Iterable[tuple[str, str]], sources: Mapping[str, str]) -> list[str]:
+    """A line for each source of published figures, given as (what the figure is of, its source)."""
+    notes: dict[str, list[str]] = {}
+    for what, source in cited:
+        about = notes.setdefault(marker(source), [sources[marker(source)]])
+        if ":" in source:
+            about.append(f"{what} {source.split(':', 1)[1].strip()}")
+    return [f"[{key}] {'; '.join(about)}.  " for key, about in notes.items()]
+
+
+def choice_note(cells: Iterable[Cell], best_by: str = "train_val") -> list[str]:
+    """A line that says how cells of ours were chosen, if any were."""
+    several = dict.fromkeys(f"{cell.title} on {cell.dataset} ({cell.chosen})" for cell in cells if cell.chosen)
+    return [f"[ours] Of several settings, those {RULES[best_by]}: {'; '.join(several)}."] if several else []
+
+
+def in_markdown(text: str) -> str:
+    """A text as a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
@@ -369,19 +397,21 @@ def latex(encoder: str, cells: Sequence[Cell]) -> str:
         f"% {encoder}, top-1 in percent; needs \\usepackage{{booktabs}}",
         f"\\begin{{tabular}}{{ll{'r' * len(datasets)}}}",
         "\\toprule",
-        " & ".join(["method", "", *map(_escaped, datasets)]) + " \\\\",
+        " & ".join(["method", "", *map(escaped, datasets)]) + " \\\\",
         "\\midrule",
     ]
     for title, ours in rows:
         found = [at.get((title, ours, dataset)) for dataset in datasets]
         texts = ["" if cell is None else cell.text("$\\pm$") for cell in found]
-        lines.append(" & ".join([_escaped(title), "ours" if ours else "published", *texts]) + " \\\\")
+        lines.append(" & ".join([escaped(title), "ours" if ours else "published", *texts]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text as LaTeX prints it."""
     named = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    return re.sub(r"[\\~^_%&#${}]", lambda found: named.get(found[0], "\\" + found[0]), text)
+    named |= {"|": "\\textbar{}", "<": "\\textless{}", ">": "\\textgreater{}"}
+    return re.sub(r"[\\~^|<>_%&#${}]", lambda found: named.get(found[0], "\\" + found[0]), text)
 
 
 RESULTS_TABLE = commands.RESULTS_TABLE.stage(

@@ -437,6 +437,22 @@ class Artifacts:
         """The paper's table in a format: md, csv or tex."""
         return self.settings.analysis_dir / f"results.{suffix}"
 
+    def reproduction_record(self) -> Path:
+        """What the steps of plans were said to take, and what they took."""
+        return self.settings.analysis_dir / "reproduce" / "steps.json"
+
+    def reproduction_table(self, suffix: str) -> Path:
+        """The tables that a plan ends with, in a format: md, csv or tex."""
+        return self.settings.analysis_dir / "reproduce" / f"tables.{suffix}"
+
+    def reproduction_jobs(self) -> Path:
+        """Folder of a plan's jobs for SLURM."""
+        return self.settings.analysis_dir / "reproduce" / "slurm"
+
+    def comparison(self, suffix: str) -> Path:
+        """All SAEs beside one another: csv, or png, a figure."""
+        return self.settings.analysis_dir / f"compare_runs.{suffix}"
+
     def summary(self) -> Path:
         return self.settings.analysis_dir / "summary.json"
 

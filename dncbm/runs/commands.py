@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from dncbm.runs.declarations import (
     BestRuns,
     Clusters,
+    Comparison,
     Download,
     Drawing,
     Explained,
     Export,
     Extraction,
+    Grid,
     Intervention,
     LatentSelection,
     NamedEncoder,
     NamedProbe,
     NamedSAE,
+    Partition,
     ProbeDataset,
     ProbeFeatures,
     ProbeRun,
@@ -46,7 +49,7 @@ SAE_FEATURES = Command(
     name="sae_features",
     script="01_save_cc3m_features.py",
     summary="Extract the features of the images that the SAE is trained on.",
-    takes=(SAEFeatures, Extraction),
+    takes=(SAEFeatures, Extraction, Partition),
     several_processes=True,
     place="dncbm.features.stage:SAE_FEATURES",
 )
@@ -77,7 +80,7 @@ PROBE_FEATURES = Command(
     name="probe_features",
     script="05_save_probe_features.py",
     summary="Extract the labels, the split and the features of the images that the probe classifies.",
-    takes=(ProbeFeatures, Splits, Extraction),
+    takes=(ProbeFeatures, Splits, Extraction, Partition),
     several_processes=True,
     place="dncbm.features.stage:PROBE_FEATURES",
 )
@@ -85,7 +88,7 @@ STRENGTHS = Command(
     name="strengths",
     script="06_save_concept_strengths.py",
     summary="Compute the concept strengths of the images that the probe classifies.",
-    takes=(SAERun, ProbeDataset, Splits),
+    takes=(SAERun, ProbeDataset, Splits, Partition),
     several_processes=True,
     place="dncbm.concepts.strengths:STRENGTHS",
 )
@@ -110,6 +113,13 @@ RESULTS_TABLE = Command(
     summary="Print the paper's table, with our figures beside the published ones, and write it as Markdown, CSV and LaTeX.",
     takes=(NamedSAE, BestRuns),
     place="dncbm.probe.results_table:RESULTS_TABLE",
+)
+COMPARE_RUNS = Command(
+    name="compare_runs",
+    script="compare_runs.py",
+    summary="Compare all SAEs: settings, L0, explained variance, names and accuracies as a table, a CSV file and a figure.",
+    takes=(Comparison,),
+    place="dncbm.explain.plotting.trade_offs:COMPARE_RUNS",
 )
 NEC = Command(
     name="nec",
@@ -138,6 +148,14 @@ INTERVENE = Command(
     summary="Remove, keep or scale concepts, and measure the probe's accuracy before, after, and after a refit.",
     takes=(SAERun, ProbeRun, Intervention),
     place="dncbm.probe.intervention_stage:INTERVENE",
+)
+REPRODUCE = Command(
+    name="reproduce",
+    script="reproduce.py",
+    summary="Plan and run the paper's experiment, or a sweep: every stage, for encoders, data sets, settings and seeds.",
+    takes=(Grid,),
+    passes_on=True,
+    place="dncbm.reproduce.run:REPRODUCE",
 )
 
 

@@ -72,8 +72,11 @@ class Download:
     output: Path = setting(Path("datasets/cc3m"), "folder of the shards", flag="output_folder")
     image_size: int = setting(256, "pixels per side of the square that images are fitted into", least=1)
     processes: int = setting(16, "processes that download", flag="processes_count", least=1)
-    threads: int = setting(64, "connections at a time, over all processes", flag="thread_count", least=1)
+    threads: int = setting(64, "connections at a time of each process", flag="thread_count", least=1)
     shard_size: int = setting(10_000, "image addresses per shard", flag="number_sample_per_shard", least=1)
+    retry_failed: bool = setting(
+        False, "after a download: try again what failed for passing reasons, such as timeouts", configurable=False
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,24 @@ class Extraction(_Checked):
         "none", "colour put behind transparent images; none: their hidden colours show, as in the paper's code",
         choices=BACKGROUNDS, identifies="changed",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Partition(_Checked):
+    """Which share of the shards this process does, as one of several that need not know of each other."""
+
+    part: str | None = setting(
+        None, "i/n: only shards i, i + n, i + 2n, ...; the last of the n workers finishes; slurm: i/n as a job array's "
+        "variables say; merge: only finish what the workers made", flag="partition",
+        pattern=r"[1-9]\d{0,5}/[1-9]\d{0,5}|slurm|merge", called="be i/n with i from 1 to n, slurm or merge",
+        identifies="never", configurable=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number, _, of = (self.part or "").partition("/")
+        if of and int(number) > int(of):
+            raise UserError(f"--partition {self.part}: there are only the parts 1/{of} to {of}/{of}")
 
 
 # ------------------------------------------------------------------------------------------------------------- SAE
@@ -336,6 +357,31 @@ class BestRuns(_Checked):
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Comparison(_Checked):
+    """Which SAEs are compared, and how; what is left empty restricts nothing."""
+
+    sort_by: str = setting(
+        "l0", "column that rows are sorted by: of accuracies and the like the best first, of settings and L0 the smallest"
+    )
+    where: tuple[str, ...] = setting(
+        (), "conditions that rows have to meet, such as 'l0<50' 'sae_type=topk', with = != < <= > >=", separate=True,
+        configurable=False,
+    )  # fmt: skip
+    best_by: str | None = setting(
+        None, "name the best SAE by a column, such as train_val_top1, and print its flags", configurable=False
+    )
+    encoders: tuple[str, ...] = setting(
+        (), "only SAEs of these encoders, separated by commas", flag="img_enc_name", configurable=False
+    )
+    sae_datasets: tuple[str, ...] = setting(
+        (), "only SAEs of these data sets, separated by commas", flag="sae_dataset", configurable=False
+    )
+    probe_datasets: tuple[str, ...] = setting(
+        (), "only accuracies on these data sets, separated by commas", flag="probe_dataset", configurable=False
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- explanations
 
 
@@ -408,6 +454,46 @@ class Ranking(_Checked):
         "contribution", "mean contribution; or mean-centred strength, the authors' ranking, which ignores the probe's weights",
         choices=("contribution", "strength"),
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- reproduction
+
+PARTS = ("linear_probe", "zero_shot", "nec", "interventions", "explanations")
+"""What a plan may leave out; the stages up to the probe on concepts are always in it."""
+
+
+@dataclass(frozen=True)
+class Grid(_Checked):
+    """What is reproduced, and how. Flags of the stages are passed on to them."""
+
+    encoders: tuple[str, ...] = setting((), "encoders, separated by commas; by default all of config.py", flag="img_enc_name")
+    datasets: tuple[str, ...] = setting(
+        (), "probe data sets, separated by commas; by default all of config.py", flag="probe_dataset", pattern=NAME,
+        called=NAMED,
+    )  # fmt: skip
+    seeds: tuple[int, ...] = setting(
+        (DEFAULT_SEED,), "seeds of the SAE and the probe, separated by commas", flag="seed", least=_SEED.least, most=_SEED.most
+    )
+    sweep: tuple[str, ...] = setting(
+        (), "a flag of the SAE or the probe and its values, FLAG=VALUE,VALUE; several are combined", separate=True,
+        configurable=False,
+    )  # fmt: skip
+    only: tuple[str, ...] = setting(
+        PARTS, "of the optional parts, make only these, separated by commas", flag="with", choices=PARTS, configurable=False
+    )
+    without: tuple[str, ...] = setting((), "parts to leave out, separated by commas", choices=PARTS, configurable=False)
+    dry_run: bool = setting(
+        False, "only print the plan: each step, whether it is done, its estimated time and disk space, its command",
+        flag="dry-run", alias="dry_run", configurable=False,
+    )  # fmt: skip
+    slurm: bool = setting(
+        False, "only write a SLURM job for each step that is not done, and submit.sh, which submits them", configurable=False
+    )
+    keep_going: bool = setting(False, "after a failure, do what does not depend on it; list all failures at the end")
+
+    def makes(self, part: str) -> bool:
+        """Whether one of PARTS is made."""
+        return part in self.only and part not in self.without
 
 
 # --------------------------------------------------------------------------------------------------- interventions

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -175,9 +176,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]])
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(text_width, column)) for column in zip(header, *rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        "  ".join(padded(cell, width, to_left=place == 0) for place, (cell, width) in enumerate(cells))
         for cells in (zip(row, widths, strict=True) for row in (header, *rows))
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def text_width(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
+
+
+def padded(text: str, width: int, *, to_left: bool) -> str:
+    """A text with the spaces that fill so many columns of a terminal, after it or before it."""
+    spaces = " " * (width - text_width(text))
+    return text + spaces if to_left else spaces + text

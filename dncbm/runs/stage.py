@@ -25,6 +25,8 @@ class Command:
     """The declarations whose settings the stage reads, in the order in which the function takes them."""
     trains: tuple[type, ...] = ()
     """The declarations of the runs that this stage trains."""
+    passes_on: bool = False
+    """Whether it passes the flags of other stages on to them. Its function takes them, flag -> value, as `passed_on`."""
     several_processes: bool = False
     """Whether torchrun may divide its work."""
     place: str = ""

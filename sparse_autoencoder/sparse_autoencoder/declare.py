@@ -233,7 +233,8 @@ def check(declared: Any) -> None:
             if complaint:
                 raise ValueError(f"{type(declared).__name__}: {one.name} {complaint}")
             continue
-        number, what = _NUMBERS.get(_plain_type(type(declared), one.name), (object, ""))
+        cls: Any = type(declared)
+        number, what = _NUMBERS.get(_plain_type(cls, one.name), (object, ""))
         complaint = _complaint(about, value) if isinstance(value, number) else f"must be {what}, not {_shown(value)}"
         if complaint:
             raise ValueError(f"{type(declared).__name__}: {one.name} {complaint}")
@@ -258,6 +259,7 @@ def _applies(declared: Any, about: Setting) -> bool:
     return not name or getattr(declared, name) == value
 
 
+@cache
 def _plain_type(cls: Any, name: str) -> Any:
     """The type of a field without `| None`, and of a number with units without `| str`."""
     hint = typing.get_type_hints(cls)[name]

@@ -1,0 +1,216 @@
+"""Planning and running: what `scripts/reproduce.py` calls."""
+
+import io
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+from dncbm.explain.plotting.trade_offs import COMPARE_RUNS
+from dncbm.features.datasets import counted
+from dncbm.flags import run_stage
+from dncbm.reproduce.estimates import Estimate, estimate
+from dncbm.reproduce.plan import Plan, Step, plan_of, words_of
+from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took
+from dncbm.reproduce.report import write_report
+from dncbm.reproduce.slurm import ROOT, write_jobs
+from dncbm.reproduce.state import EXPLAINS, State, blocked, state_of, what_is_missing
+from dncbm.runs import commands
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import Comparison, Grid
+from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.manifests import Outcome
+from dncbm.runs.settings import Settings
+from dncbm.stages import STAGES
+from sparse_autoencoder import CheckpointError, NonFiniteError
+from sparse_autoencoder.declare import values
+
+FAILURES = (UserError, CheckpointError, NonFiniteError, OSError, MemoryError, RuntimeError)
+"""What may go wrong with one step and not with others. Anything else is a fault of this program."""
+
+NOT_ASKED = (commands.SAE_FEATURES.name, commands.PROBE_FEATURES.name, commands.INTERVENE.name)
+"""Stages that would look at all images, or load an encoder, to find that there is nothing to do."""
+
+
+def reproduce(
+    settings: Settings,
+    grid: Grid | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    passed_on: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Plan every stage for encoders x settings x seeds x probe data sets, and run what is not done; write the tables.
+
+    What is missing is known before anything starts. Each step is a stage's own function, so a plan that was interrupted
+    resumes, and plans share what they have in common. A step is skipped if its outputs are whole, have the step's settings,
+    and nothing that they were made from has changed; images are not looked at again.
+
+    Args:
+        settings: the config.
+        grid: what is combined, and which parts are made; by default the paper's experiment.
+        device: where the steps run.
+        overwrite: replace outputs that were made from other inputs or settings.
+        passed_on: flag -> value of flags of the stages.
+
+    Returns:
+        STOPPED if a stage was asked to stop, else RAN.
+
+    Raises UserError if a flag is wrong; if steps cannot run and `keep_going` is off; and at the end if steps have failed.
+    """
+    grid = grid or Grid()
+    plan = plan_of(settings, grid, passed_on)
+    states = {step.name: state_of(settings, step) for step in plan.steps}
+    to_run = [step for step in plan.steps if states[step.name][0] is not State.DONE]
+    lacking = what_is_missing(settings, to_run)
+    if not overwrite:
+        stale = {
+            name: f"{why}; pass --overwrite to make it again" for name, (state, why) in states.items() if state is State.STALE
+        }
+        lacking |= stale
+    cannot = blocked(to_run, lacking)
+    if grid.dry_run:
+        _print_plan(settings, plan, states, lacking, cannot, device, overwrite)
+        return Outcome.RAN
+    _say_what_is_missing(to_run, lacking, len(plan.steps))
+    if cannot and not grid.keep_going:
+        raise UserError(
+            f"{len(cannot)} of {len(plan.steps)} steps cannot run, as listed above; name fewer encoders or data sets, or pass "
+            "--keep_going to run the others"
+        )
+    if grid.slurm:
+        _write_jobs(settings, [step for step in to_run if step.name not in cannot], grid, device, overwrite, passed_on)
+        return Outcome.RAN
+    failed = dict(cannot)
+    if _run(settings, plan, failed, device, overwrite, grid.keep_going) is Outcome.STOPPED:
+        print("stopped: run the same command again to resume")
+        return Outcome.STOPPED
+    _report(settings, grid, plan)
+    if failed:
+        print(*(f"failed: {name}: {why}" for name, why in failed.items()), sep="\n")
+        raise UserError(f"{len(failed)} of {len(plan.steps)} steps have failed, as listed above; run the same command again")
+    return Outcome.RAN
+
+
+def _say_what_is_missing(steps: Sequence[Step], lacking: Mapping[str, str], n_steps: int) -> None:
+    for reason in dict.fromkeys(lacking.values()):
+        names = [step.name for step in steps if lacking.get(step.name) == reason]
+        print(f"missing for `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def _print_plan(
+    settings: Settings, plan: Plan, states: Mapping[str, tuple[State, str]], lacking: Mapping[str, str],
+    cannot: Mapping[str, str], device: str, overwrite: bool,
+) -> None:  # fmt: skip
+    """Print a plan as lines that a shell can run: commands of what is to do, comments for the rest."""
+    path = Artifacts(settings).reproduction_record()
+    to_run = [step for step in plan.steps if states[step.name][0] is not State.DONE and step.name not in cannot]
+    estimates = estimate(settings, to_run, device) if to_run else {}
+    record_estimates(path, to_run, estimates)
+    more = _more(device, overwrite)
+    print(f"cd {shlex.quote(str(ROOT))}\nexport DNCBM_CONFIG={shlex.quote(str(settings.path))}")
+    for number, step in enumerate(plan.steps, start=1):
+        state, _ = states[step.name]
+        if step.name in cannot:
+            state = State.STALE if state is State.STALE else State.MISSING
+        about = [state.value, *_estimated(estimates.get(step.name)), cannot.get(step.name, "")]
+        print(f"# {number}. {step.name}: {', '.join(filter(None, about))}")
+        print(("" if step in to_run else "# ") + step.command(*more))
+    n_done = sum(state is State.DONE for state, _ in states.values())
+    print(f"# {counted(len(plan.steps), 'step')}: {n_done} done, {len(to_run)} to run, {len(cannot)} that cannot run")
+    if known := [found for found in estimates.values() if found.seconds is not None]:
+        seconds, size = (sum(filter(None, column)) for column in zip(*((e.seconds, e.bytes) for e in known), strict=True))
+        unknown = len(to_run) - len(known)
+        free = shutil.disk_usage(next(one for one in (settings.data_dir, settings.data_dir.parent) if one.is_dir())).free
+        print(
+            f"# to run: about {duration(seconds)}{f' and {unknown} steps without an estimate' if unknown else ''}, "
+            f"{size / 1e9:.2f} GB of disk space ({free / 1e9:.0f} GB are free at {settings.data_dir})"
+        )
+    for reason in dict.fromkeys(lacking.values()):
+        print(f"# missing: {reason}")
+
+
+def _estimated(found: Estimate | None) -> list[str]:
+    if found is None:
+        return []
+    time = ["no estimate of the time"] if found.seconds is None else [f"about {duration(found.seconds)}"]
+    return time + ([] if found.bytes is None else [f"{found.bytes / 1e6:.1f} MB"])
+
+
+def _more(device: str, overwrite: bool) -> list[str]:
+    return [*([] if device == "auto" else ["--device", device]), *(["--overwrite"] if overwrite else [])]
+
+
+def _write_jobs(
+    settings: Settings, steps: Sequence[Step], grid: Grid, device: str, overwrite: bool, passed_on: Mapping[str, Any] | None
+) -> None:
+    unchanged = values(Grid())
+    own = {name: value for name, value in values(grid).items() if name != "slurm" and value != unchanged[name]}
+    tables = ["scripts/reproduce.py", *words_of(commands.REPRODUCE.name, own | dict(passed_on or {})), *_more(device, False)]
+    submit = write_jobs(settings, Artifacts(settings).reproduction_jobs(), steps, tables, *_more(device, overwrite))
+    print(f"{counted(len(steps), 'job')}, and one that writes the tables; submit them with: bash {shlex.quote(str(submit))}")
+
+
+# ------------------------------------------------------------------------------------------------------ running it
+
+
+def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, overwrite: bool, keep_going: bool) -> Outcome:
+    """Run what is not done. Adds the steps that fail, and those that need them, to `failed`.
+
+    A state is asked for when its step's turn comes: an input may have been made again since. Stages are also asked for what
+    seems to be done, silently: they compare more settings.
+    """
+    path = Artifacts(settings).reproduction_record()
+    estimates = estimated_seconds(path, plan.steps)
+    for number, step in enumerate(plan.steps, start=1):
+        title = f"== {number}/{len(plan.steps)} {step.name}"
+        if step.name not in failed and (needed := next((name for name in step.after if name in failed), None)):
+            failed[step.name] = f"it needs `{needed}`"
+        if step.name in failed:
+            print(f"{title}: {failed[step.name]}")
+            continue
+        is_done = state_of(settings, step)[0] is State.DONE and step.stage not in EXPLAINS
+        if is_done and step.stage in NOT_ASKED:
+            print(f"{title}: done")
+            continue
+        if not is_done:
+            left = sum(estimates.get(one.name, 0.0) for one in plan.steps[number - 1 :])
+            said = f" (estimated: {duration(estimates[step.name])} of {duration(left)})" if step.name in estimates else ""
+            print(title + said, flush=True)  # before the progress bar
+        begun, quiet = time.monotonic(), io.StringIO()
+        try:
+            with redirect_stdout(quiet) if is_done else nullcontext():
+                outcome = run_stage(settings, STAGES[step.stage], step.given, device=device, overwrite=overwrite)
+        except FAILURES as error:
+            if not keep_going:
+                raise
+            failed[step.name] = str(error) if isinstance(error, UserError) else first_line(error)
+            print(f"{title} failed: {failed[step.name]}")
+            continue
+        finally:
+            if not is_done:
+                record_seconds(path, step, time.monotonic() - begun)
+        if is_done:
+            print(f"{title}: done" if outcome is not Outcome.RAN else f"{title}\n{quiet.getvalue().rstrip()}")
+        if outcome is Outcome.STOPPED:
+            return outcome
+    return Outcome.RAN
+
+
+def _report(settings: Settings, grid: Grid, plan: Plan) -> None:
+    """Print and write the tables; of a sweep, all SAEs beside one another; and what was estimated beside what it took."""
+    print("== tables")
+    write_report(settings, plan.saes, plan.probes, plan.edited_by)
+    if grid.sweep:
+        print("== the SAEs")
+        STAGES[COMPARE_RUNS.name].function(settings, Comparison())
+    if table := said_and_took(Artifacts(settings).reproduction_record(), plan.steps):
+        print("== time and disk space", table, sep="\n")
+
+
+REPRODUCE = commands.REPRODUCE.stage(function=reproduce)
