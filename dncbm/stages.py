@@ -118,7 +118,7 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
     Args:
         settings: the config.
         pipeline: which stages.
-        declared: what the stages take, in any order.
+        declared: what the stages take, in any order; what is not given is the default.
         device: where they run.
         overwrite: replace outputs that were made from other inputs or settings.
 
@@ -129,7 +129,7 @@ def run_pipeline(settings: Settings, pipeline: Pipeline, *declared: Any, device:
         UserError: `last` comes before `first`, the encoder lacks something that a stage needs, or a stage failed.
         StaleArtifact: an artifact was made from other inputs or settings, and `overwrite` is off.
     """
-    given = {type(one): one for one in declared}
+    given = {cls: cls() for cls in PIPELINE.takes} | {type(one): one for one in declared}
     _check_encoder(settings, stages_of(pipeline), given, overwrite)
     outcomes: dict[str, str] = {}
     outcome = Outcome.ALREADY_DONE

@@ -65,18 +65,28 @@ def said_and_took(path: Path, steps: Sequence[Step]) -> str:
         return ""
     stages = dict.fromkeys(about["stage"] for about in known)
     rows = [_row(stage, [about for about in known if about["stage"] == stage]) for stage in stages]
-    return text_table(("stage", "steps", "estimated", "took", "estimated MB", "wrote MB"), [*rows, _row("all", known)])
+    return text_table(("stage", "steps", "estimated", "took", "estimated", "wrote"), [*rows, _row("all", known)])
 
 
 def _row(title: str, several: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     said, took = (sum(about.get(key) or 0 for about in several) for key in ("estimated_seconds", "seconds"))
-    sizes = (sum(about.get(key) or 0 for about in several) / 1e6 for key in ("estimated_bytes", "bytes"))
-    return (title, str(len(several)), duration(said), duration(took), *(f"{size:.1f}" for size in sizes))
+    sizes = (sum(about.get(key) or 0 for about in several) for key in ("estimated_bytes", "bytes"))
+    return (title, str(len(several)), duration(said), duration(took), *map(size, sizes))
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `3 min`, `2.5 h`, `4.1 days`."""
+    """`under 1 s`, `45 s`, `3 min`, `2.5 h`, `4.1 days`."""
+    if seconds < 0.95:
+        return "under 1 s"
     for most, one, unit in ((99.5, 1, "s"), (5970, 60, "min"), (2 * 86400, 3600, "h")):
         if seconds < most:
             return f"{seconds / one:.{1 if unit == 'h' or seconds / one < 9.95 else 0}f} {unit}"
     return f"{seconds / 86400:.1f} days"
+
+
+def size(n_bytes: float) -> str:
+    """`12 kB`, `3.4 MB`, `1.25 GB`."""
+    for most, one, unit, digits in ((1e6, 1e3, "kB", 0), (1e9, 1e6, "MB", 1)):
+        if n_bytes < most:
+            return f"{n_bytes / one:.{digits}f} {unit}"
+    return f"{n_bytes / 1e9:.2f} GB"

@@ -13,7 +13,7 @@ from dncbm.features.datasets import counted
 from dncbm.flags import run_stage
 from dncbm.reproduce.estimates import Estimate, estimate
 from dncbm.reproduce.plan import Plan, Step, plan_of, words_of
-from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took
+from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took, size
 from dncbm.reproduce.report import write_report
 from dncbm.reproduce.slurm import ROOT, write_jobs
 from dncbm.reproduce.state import EXPLAINS, State, blocked, state_of, what_is_missing
@@ -124,12 +124,12 @@ def _print_plan(
     n_done = sum(state is State.DONE for state, _ in states.values())
     print(f"# {counted(len(plan.steps), 'step')}: {n_done} done, {len(to_run)} to run, {len(cannot)} that cannot run")
     if known := [found for found in estimates.values() if found.seconds is not None]:
-        seconds, size = (sum(filter(None, column)) for column in zip(*((e.seconds, e.bytes) for e in known), strict=True))
+        seconds, n_bytes = (sum(filter(None, column)) for column in zip(*((e.seconds, e.bytes) for e in known), strict=True))
         unknown = len(to_run) - len(known)
         free = shutil.disk_usage(next(one for one in (settings.data_dir, settings.data_dir.parent) if one.is_dir())).free
         print(
             f"# to run: about {duration(seconds)}{f' and {unknown} steps without an estimate' if unknown else ''}, "
-            f"{size / 1e9:.2f} GB of disk space ({free / 1e9:.0f} GB are free at {settings.data_dir})"
+            f"{size(n_bytes)} of disk space ({size(free)} are free at {settings.data_dir})"
         )
     for reason in dict.fromkeys(lacking.values()):
         print(f"# missing: {reason}")
@@ -139,7 +139,7 @@ def _estimated(found: Estimate | None) -> list[str]:
     if found is None:
         return []
     time = ["no estimate of the time"] if found.seconds is None else [f"about {duration(found.seconds)}"]
-    return time + ([] if found.bytes is None else [f"{found.bytes / 1e6:.1f} MB"])
+    return time + ([] if found.bytes is None else [size(found.bytes)])
 
 
 def _more(device: str, overwrite: bool) -> list[str]:
@@ -180,7 +180,8 @@ def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, ov
             continue
         if not is_done:
             left = sum(estimates.get(one.name, 0.0) for one in plan.steps[number - 1 :])
-            said = f" (estimated: {duration(estimates[step.name])} of {duration(left)})" if step.name in estimates else ""
+            said = f" (estimated: {duration(estimates[step.name])}; all that is left: {duration(left)})"
+            said = said if step.name in estimates else ""
             print(title + said, flush=True)  # before the progress bar
         begun, quiet = time.monotonic(), io.StringIO()
         try:

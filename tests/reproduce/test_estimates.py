@@ -133,7 +133,7 @@ def test_nothing_is_made_up(make_settings: Callable[..., Settings], capsys: pyte
     found = estimate(settings, steps, "cpu")
     assert set(found) == {step.name for step in steps}
     assert all(said.seconds is None for said in found.values())
-    assert "measured on this machine (cpu" in capsys.readouterr().out
+    assert "measured on this machine (cpu" in capsys.readouterr().err
 
 
 def test_images_of_features_that_exist_count(make_settings: Callable[..., Settings], make_store: Callable[..., Any]) -> None:
