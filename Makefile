@@ -31,7 +31,7 @@ test-fast: $(VENV)/.installed
 install: $(VENV)/.installed
 
 # Made again when the requirements change.
-$(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt tests/requirements.txt setup.py sparse_autoencoder/pyproject.toml
+$(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt examples/distributed/requirements.txt tests/requirements.txt setup.py sparse_autoencoder/pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
 	$(RUN) -m pip install -r requirements.txt -r examples/openmoji/requirements.txt -r tests/requirements.txt

@@ -11,7 +11,12 @@ from dncbm.cli import PIPELINE, parse
 from dncbm.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/openmoji/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/openmoji/README.md",
+    ROOT / "examples/distributed/README.md",
+]
 BY_SCRIPT = {(ROOT / "scripts" / stage.script).resolve(): stage for stage in (PIPELINE, *STAGES.values())}
 
 

@@ -93,8 +93,10 @@ PASSES = {"probe": 400, "intervention": 600, "concepts": 700, "features": 2100, 
 """Passes of the solver on the demo, the middle of its three data sets: of a probe, an intervention, and NEC on its inputs."""
 SAMPLE = 256
 """Images of a tar whose mean size is taken, where nothing says how many it holds."""
-SHARD_HEADERS, SAE_ROW, PROBE_ROW, ACCURACY_ROW, SAE_FIGURE, NEC_FILES = 1024, 160, 110, 45, 200_000, 52_000
-"""Bytes, as on the demo: what a shard of features has besides its numbers, rows of logs and of accuracies, figures."""
+SHARD_HEADERS, PART_HEADERS = 1024, 1500
+"""Bytes that a shard of features, and a part of strengths, have besides their numbers."""
+SAE_ROW, PROBE_ROW, ACCURACY_ROW, SAE_FIGURE, NEC_FILES = 160, 110, 45, 200_000, 52_000
+"""Bytes on the demo: rows of logs and of accuracies, and figures."""
 UNKNOWN = (UserError, OSError, RuntimeError, MemoryError)
 """What a measurement raises where something is missing or does not work, or memory is too small."""
 
@@ -594,7 +596,7 @@ class _Estimator:
         run, dataset = _sae_of(step), str(step.values["probe_dataset"])
         sizes = self._sizes(run, dataset)
         n_parts = sum(-(-n // SHARD_SIZE) for n in sizes.values())
-        return sum(sizes.values()) * (8 * self._strengths(run, dataset).l0 + 12) + n_parts * 2 * SHARD_HEADERS
+        return sum(sizes.values()) * (8 * self._strengths(run, dataset).l0 + 12) + n_parts * PART_HEADERS
 
     # ------------------------------------------------------------------------------------------------------------ probe
 
