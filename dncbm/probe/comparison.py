@@ -427,7 +427,7 @@ def write_comparison(settings: Settings, comparison: Comparison) -> list[Compare
     Raises UserError as `compare` and `best`.
     """
     rows = compare(settings, comparison)
-    said = _said_of_best(settings, rows, comparison.best_by) if comparison.best_by else ""
+    said = _said_of_best(settings, rows, comparison.best_by, comparison.where) if comparison.best_by else ""
     print(as_text(rows, comparison.sort_by))
     if said:
         print(said)
@@ -439,10 +439,12 @@ def write_comparison(settings: Settings, comparison: Comparison) -> list[Compare
     return rows
 
 
-def _said_of_best(settings: Settings, rows: Sequence[ComparedSAE], by: str) -> str:
+def _said_of_best(settings: Settings, rows: Sequence[ComparedSAE], by: str, where: Sequence[str]) -> str:
     column, place, equal = best(rows, by)
-    if column.startswith("val_"):
-        messages.warning("--best_by %s: an SAE that is chosen by val is not tested by it any more: report another split", by)
+    if column.startswith("val_") or any(condition.strip().startswith("val_") for condition in where):
+        messages.warning(
+            "an SAE that is chosen by val (--best_by, --where) is not tested by it any more: report another split"
+        )
     row, measure = rows[place], measure_of(column)
     assert measure is not None
     shown = f"#{place + 1} with {row.number(column):.{measure.digits}f}"

@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from dncbm.runs.declarations import (
     Execution,
     Grid,
     ImageEncoder,
-    Intervention,
     LatentSelection,
     ProbeRun,
     ProbeSchedule,
@@ -28,7 +28,7 @@ from dncbm.runs.declarations import (
     paper_preset,
 )
 from dncbm.runs.errors import UserError
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import LOCAL_DIR, Settings
 from dncbm.runs.stage import Command, Stage
 from dncbm.stages import COMMANDS, STAGES
 from sparse_autoencoder.declare import Flag, build, flags, identity, values
@@ -79,6 +79,8 @@ class Plan:
     """Names of the probe data sets."""
     probes: tuple[ProbeRun, ...]
     """Every probe on concepts of the plan: data sets x settings x seeds."""
+    baselines: tuple[tuple[SAERun, ProbeRun], ...]
+    """Every probe on raw features of the plan, with the encoder in an SAE that it does not read."""
     edited_by: str
     """The text whose nearest concepts the interventions keep and remove."""
 
@@ -92,7 +94,8 @@ def words_of(stage: str, given: Values) -> Iterator[str]:
         elif isinstance(value, tuple) and known[name].setting.separate:
             yield from (f"--{name}", *map(str, value))
         else:
-            yield from (f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            yield from ([f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text])
 
 
 def plan_of(settings: Settings, grid: Grid, passed_on: Values | None = None) -> Plan:
@@ -117,11 +120,16 @@ class _Planner:
     grid: Grid
     passed_on: dict[str, Any]
     steps: dict[str, Step] = field(default_factory=dict)
+    suggested: dict[Path, str] = field(default_factory=dict)
+    """List of concepts -> the step that writes it."""
 
     def __post_init__(self) -> None:
         self.configured = config_defaults(self.settings)
         self.artifacts = Artifacts(self.settings)
         self.swept = dict(_swept(text) for text in self.grid.sweep)
+        for name in (*sorted(PLANNED), "probe_split"):
+            if self.configured.get(name) not in (None, False, ""):
+                raise UserError(f"{self.settings.path}: `defaults[{name!r}]`: the plan itself says this; leave it out there")
         for name in self.passed_on:
             if name in PLANNED:
                 raise UserError(f"--{name}: the plan itself says this; leave the flag out")
@@ -131,7 +139,7 @@ class _Planner:
         self.hidden = [name for name, values in self.swept.items() if name in flags(SAERun) and self._is_hidden(name, values)]
 
     def plan(self) -> Plan:
-        encoders = self.grid.encoders or tuple(self.settings.encoders)
+        encoders = tuple(map(self._absolute, self.grid.encoders)) or tuple(self.settings.encoders)
         datasets = self.grid.datasets or tuple(self.settings.probe_datasets)
         for dataset in datasets:
             self.settings.own_split(dataset, "train")  # refuses what config does not name
@@ -141,12 +149,21 @@ class _Planner:
         self._refuse_shared_outputs()
         steps = tuple(self.steps.values())
         saes = [build(SAERun, step.values) for step in steps if step.stage == commands.SAE.name]
-        probes = [
-            build(ProbeRun, step.values)
-            for step in steps
-            if step.stage == commands.PROBE.name and not step.values["probe_on_features"]
-        ]
-        return Plan(steps, tuple(saes), datasets, tuple(dict.fromkeys(probes)), self.text)
+        trained = [(build(SAERun, step.values), build(ProbeRun, step.values)) for step in steps if step.stage == PROBE.name]
+        probes = dict.fromkeys(probe for _, probe in trained if not probe.on_features)
+        baselines = [(run, probe) for run, probe in trained if probe.on_features]
+        self._warn_of_unread()
+        return Plan(steps, tuple(saes), datasets, tuple(probes), tuple(baselines), self.text)
+
+    def _absolute(self, encoder: str) -> str:
+        """An encoder whose folder means the same wherever a command is run."""
+        is_folder = encoder.startswith(LOCAL_DIR) and encoder not in self.settings.encoders
+        return LOCAL_DIR + str(Path(encoder.removeprefix(LOCAL_DIR)).absolute()) if is_folder else encoder
+
+    def _warn_of_unread(self) -> None:
+        read = {name for step in self.steps.values() for name in flags_of(COMMANDS[step.stage])}
+        if unread := [f"--{name}" for name in self.passed_on if name not in read | {"suggest", "suggest_n"}]:
+            print(f"flags that no step of this plan reads: {', '.join(unread)}", file=sys.stderr)
 
     def _encoder(self, cell: dict[str, Any], datasets: Sequence[str]) -> None:
         """Everything of one encoder, in the order in which it is of use: the first results come early."""
@@ -179,8 +196,12 @@ class _Planner:
         if self.grid.makes("nec"):
             self._step(commands.NEC.name, cell)
         if self.grid.makes("interventions") and self.settings.probe_datasets[cell["probe_dataset"]].reader == WITH_GROUPS:
-            suggested = self._step(commands.INTERVENE.name, cell | {"suggest": self.text}, kind="suggest")
-            path = self.artifacts.suggested_concepts(build(SAERun, self.steps[suggested].values), self.text)
+            names = STAGES[commands.NAMES.name]
+            run = build(SAERun, self._values(names, self._given(names, self._everything(cell), "")))
+            path = self.artifacts.suggested_concepts(run, self.text)
+            if path not in self.suggested:  # probes and data sets share the list
+                self.suggested[path] = self._step(commands.INTERVENE.name, cell | {"suggest": self.text}, kind="suggest")
+            suggested = self.suggested[path]
             for edit in ("keep", "remove"):
                 self._step(commands.INTERVENE.name, cell | {edit: str(path)}, kind=edit, after=(suggested,))
         return strengths
@@ -195,6 +216,8 @@ class _Planner:
         stage = STAGES[name]
         given = self._given(stage, self._everything(cell), kind)
         called = self._name(stage, given, kind)
+        while called in self.steps and self.steps[called].given != given:
+            called += " (another)"  # names of encoders and data sets may hold spaces
         if called not in self.steps:
             read = [one for one in stage.inputs if inputs and not (given.get("probe_on_features") and SAERun in one.takes)]
             before = [self._step(one.name, {k: v for k, v in cell.items() if k not in EDITS}) for one in read]
@@ -228,8 +251,6 @@ class _Planner:
             left_out |= set(flags(Splits))
         if kind:
             left_out |= set(flags(LatentSelection))
-        elif Intervention in stage.takes:
-            left_out |= set(flags(Intervention))
         found = {name: self._parsed(known[name], cell[name]) for name in cell if name in known and name not in left_out}
         return {name: value for name, value in found.items() if value is not False}
 
@@ -255,7 +276,7 @@ class _Planner:
         hidden = [name for name in swept if name in self.hidden and swept[name] != usual[name]]
         if not hidden:
             return swept
-        suffix = str(self.passed_on.get("save_suffix", ""))
+        suffix = str(self.passed_on.get("save_suffix", usual["save_suffix"]))
         return swept | {"save_suffix": suffix + "".join(f"_{name}{swept[name]}" for name in hidden)}
 
     def _is_hidden(self, name: str, swept: Sequence[Any]) -> bool:
@@ -299,8 +320,10 @@ def _swept(text: str) -> tuple[str, tuple[Any, ...]]:
         raise UserError(f"--sweep {text}: write FLAG=VALUE,VALUE, for example l1_coeff=1e-5,1e-4")
     if name in apart[:3]:
         raise UserError(f"--sweep {text}: pass --{name} with the values separated by commas instead")
+    if name == "sae_dataset":
+        raise UserError(f"--sweep {text}: pass --sae_dataset NAME, once per call; the calls share what they have in common")
     if name not in sweepable or name in apart:
-        near = did_you_mean(name, sweepable)
+        near = did_you_mean(name, [flag for flag in sweepable if flag not in apart])
         raise UserError(f"--sweep {text}: {name!r} is no setting of the SAE or of the probe that changes a result{near}")
     try:
         found = tuple(dict.fromkeys(known[name].parse(value.strip()) for value in values.split(",") if value.strip()))

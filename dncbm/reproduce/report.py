@@ -142,7 +142,13 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def write_report(settings: Settings, saes: Sequence[SAERun], probes: Sequence[ProbeRun], edited_by: str) -> list[Path]:
+def write_report(
+    settings: Settings,
+    saes: Sequence[SAERun],
+    probes: Sequence[ProbeRun],
+    baselines: Sequence[tuple[SAERun, ProbeRun]],
+    edited_by: str,
+) -> list[Path]:
     """Print the tables of a plan, and write them as Markdown, CSV and LaTeX.
 
     A table holds what there is. What cannot be read, or is stale, is left out, with a line that says why.
@@ -151,6 +157,7 @@ def write_report(settings: Settings, saes: Sequence[SAERun], probes: Sequence[Pr
         settings: the config.
         saes: every SAE of the plan, of whatever seed.
         probes: every probe on concepts of the plan; it is of the SAEs that have its seed.
+        baselines: every probe on raw features, with an SAE of its encoder.
         edited_by: the text whose nearest concepts (`13_intervene.py --suggest`) were kept and removed.
 
     Returns:
@@ -159,7 +166,7 @@ def write_report(settings: Settings, saes: Sequence[SAERun], probes: Sequence[Pr
     Raises UserError if there is nothing to show.
     """
     published, left_out = published_figures(), list[str]()
-    cells = _cells(settings, saes, probes, left_out)
+    cells = _cells(settings, saes, probes, baselines, left_out)
     tables = [
         *_accuracy_tables(cells, published, tuple(dict.fromkeys(probe.dataset for probe in probes))),
         *_edit_tables(settings, saes, probes, edited_by, cells, published, left_out),
@@ -189,22 +196,36 @@ def write_report(settings: Settings, saes: Sequence[SAERun], probes: Sequence[Pr
 
 
 def _cells(
-    settings: Settings, saes: Sequence[SAERun], probes: Sequence[ProbeRun], left_out: list[str]
+    settings: Settings,
+    saes: Sequence[SAERun],
+    probes: Sequence[ProbeRun],
+    baselines: Sequence[tuple[SAERun, ProbeRun]],
+    left_out: list[str],
 ) -> dict[str, list[Cell]]:
     """Our accuracies for every encoder of the plan, from its rows of the results alone."""
-    path = Artifacts(settings).probe_results()
+    artifacts = Artifacts(settings)
+    path = artifacts.probe_results()
     try:
         rows = read_results(path) if path.is_file() else []
     except UserError as error:
         left_out.append(str(error))
         rows = []
-    of_plan = [
-        probe_row(run, replace(probe, on_features=on_features), {})
-        for run, probe in _pairs(saes, probes)
-        for on_features in (False, True)
-    ]
+    pairs = list(_pairs(saes, probes))
+    # Accuracies at NEC on raw features are of no probe, but of an encoder, a data set and a seed.
+    on_features = [(run, replace(probe, on_features=True)) for run, probe in pairs]
+    of_plan = [probe_row(run, probe, {}) for run, probe in (*pairs, *on_features, *baselines)]
     wanted = {kind: {_values(row, columns) for row in of_plan} for kind, columns in IDENTITY.items()}
     rows = [row for row in rows if (kind := row["method"]) in IDENTITY and _values(row, IDENTITY[kind]) in wanted[kind]]
+    known = {_values(row, IDENTITY["probe"]) for row in rows if row["method"] == "probe"}
+    lost = [
+        artifacts.probe(run, probe)
+        for run, probe in (*pairs, *baselines)
+        if artifacts.probe(run, probe).is_file() and _values(probe_row(run, probe, {}), IDENTITY["probe"]) not in known
+    ]
+    if lost:
+        left_out.append(
+            f"{path} has no row of {len(lost)} trained probes (first: {lost[0]}): move them away and train them again"
+        )
     return {name: our_cells(rows, name) for name in dict.fromkeys(_as_written(run.encoder) for run in saes)}
 
 

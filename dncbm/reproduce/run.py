@@ -4,7 +4,7 @@ import io
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
@@ -16,12 +16,12 @@ from dncbm.reproduce.plan import Plan, Step, plan_of, words_of
 from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took, size
 from dncbm.reproduce.report import write_report
 from dncbm.reproduce.slurm import ROOT, write_jobs
-from dncbm.reproduce.state import EXPLAINS, State, blocked, state_of, what_is_missing
+from dncbm.reproduce.state import EXPLAINS, State, blocked, not_needed, state_of, what_is_missing
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Comparison, Grid
 from dncbm.runs.errors import UserError, first_line
-from dncbm.runs.manifests import Outcome
+from dncbm.runs.manifests import Outcome, verifying
 from dncbm.runs.settings import Settings
 from dncbm.stages import STAGES
 from sparse_autoencoder import CheckpointError, NonFiniteError
@@ -62,19 +62,21 @@ def reproduce(
     """
     grid = grid or Grid()
     plan = plan_of(settings, grid, passed_on)
-    states = {step.name: state_of(settings, step) for step in plan.steps}
-    to_run = [step for step in plan.steps if states[step.name][0] is not State.DONE]
+    found = {step.name: state_of(settings, step) for step in plan.steps}
+    states = {name: state for name, (state, _) in found.items()}
+    unneeded = not_needed(plan.steps, states)
+    to_run = [step for step in plan.steps if states[step.name] is not State.DONE and step.name not in unneeded]
     lacking = what_is_missing(settings, to_run)
     if not overwrite:
-        stale = {
-            name: f"{why}; pass --overwrite to make it again" for name, (state, why) in states.items() if state is State.STALE
-        }
-        lacking |= stale
+        stale = {step.name: found[step.name][1] for step in to_run if states[step.name] is State.STALE}
+        lacking |= {name: f"{why}; pass --overwrite to make it again" for name, why in stale.items()}
     cannot = blocked(to_run, lacking)
     if grid.dry_run:
-        _print_plan(settings, plan, states, lacking, cannot, device, overwrite)
+        _print_plan(settings, plan, states, to_run, lacking, cannot, device, overwrite)
         return Outcome.RAN
-    _say_what_is_missing(to_run, lacking, len(plan.steps))
+    for reason in dict.fromkeys(lacking.values()):
+        names = [step.name for step in to_run if lacking.get(step.name) == reason]
+        print(f"missing for `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
     if cannot and not grid.keep_going:
         raise UserError(
             f"{len(cannot)} of {len(plan.steps)} steps cannot run, as listed above; name fewer encoders or data sets, or pass "
@@ -84,44 +86,46 @@ def reproduce(
         _write_jobs(settings, [step for step in to_run if step.name not in cannot], grid, device, overwrite, passed_on)
         return Outcome.RAN
     failed = dict(cannot)
-    if _run(settings, plan, failed, device, overwrite, grid.keep_going) is Outcome.STOPPED:
+    outcome = _run(settings, plan, unneeded, failed, device, overwrite, grid.keep_going)
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}")
+    if outcome is Outcome.STOPPED:
         print("stopped: run the same command again to resume")
-        return Outcome.STOPPED
-    _report(settings, grid, plan)
+        return outcome
+    try:
+        _report(settings, grid, plan)
+    except UserError as error:  # after failures, there may be nothing to show
+        if not failed:
+            raise
+        print(f"no tables: {error}")
     if failed:
-        print(*(f"failed: {name}: {why}" for name, why in failed.items()), sep="\n")
         raise UserError(f"{len(failed)} of {len(plan.steps)} steps have failed, as listed above; run the same command again")
     return Outcome.RAN
-
-
-def _say_what_is_missing(steps: Sequence[Step], lacking: Mapping[str, str], n_steps: int) -> None:
-    for reason in dict.fromkeys(lacking.values()):
-        names = [step.name for step in steps if lacking.get(step.name) == reason]
-        print(f"missing for `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
 def _print_plan(
-    settings: Settings, plan: Plan, states: Mapping[str, tuple[State, str]], lacking: Mapping[str, str],
+    settings: Settings, plan: Plan, states: Mapping[str, State], needed: Sequence[Step], lacking: Mapping[str, str],
     cannot: Mapping[str, str], device: str, overwrite: bool,
 ) -> None:  # fmt: skip
     """Print a plan as lines that a shell can run: commands of what is to do, comments for the rest."""
     path = Artifacts(settings).reproduction_record()
-    to_run = [step for step in plan.steps if states[step.name][0] is not State.DONE and step.name not in cannot]
+    to_run = [step for step in needed if step.name not in cannot]
     estimates = estimate(settings, to_run, device) if to_run else {}
     record_estimates(path, to_run, estimates)
     more = _more(device, overwrite)
     print(f"cd {shlex.quote(str(ROOT))}\nexport DNCBM_CONFIG={shlex.quote(str(settings.path))}")
     for number, step in enumerate(plan.steps, start=1):
-        state, _ = states[step.name]
+        state = states[step.name]
         if step.name in cannot:
             state = State.STALE if state is State.STALE else State.MISSING
-        about = [state.value, *_estimated(estimates.get(step.name)), cannot.get(step.name, "")]
+        word = state.value if state is State.DONE or step in needed else "not needed"
+        about = [word, *_estimated(estimates.get(step.name)), cannot.get(step.name, "")]
         print(f"# {number}. {step.name}: {', '.join(filter(None, about))}")
         print(("" if step in to_run else "# ") + step.command(*more))
-    n_done = sum(state is State.DONE for state, _ in states.values())
+    n_done = len(plan.steps) - len(needed)
     print(f"# {counted(len(plan.steps), 'step')}: {n_done} done, {len(to_run)} to run, {len(cannot)} that cannot run")
     if known := [found for found in estimates.values() if found.seconds is not None]:
         seconds, n_bytes = (sum(filter(None, column)) for column in zip(*((e.seconds, e.bytes) for e in known), strict=True))
@@ -143,24 +147,29 @@ def _estimated(found: Estimate | None) -> list[str]:
 
 
 def _more(device: str, overwrite: bool) -> list[str]:
-    return [*([] if device == "auto" else ["--device", device]), *(["--overwrite"] if overwrite else [])]
+    flags = {"--overwrite": overwrite, "--verify": verifying()}
+    return [*([] if device == "auto" else ["--device", device]), *(flag for flag, is_given in flags.items() if is_given)]
 
 
 def _write_jobs(
     settings: Settings, steps: Sequence[Step], grid: Grid, device: str, overwrite: bool, passed_on: Mapping[str, Any] | None
 ) -> None:
-    unchanged = values(Grid())
-    own = {name: value for name, value in values(grid).items() if name != "slurm" and value != unchanged[name]}
+    own = {name: value for name, value in values(grid).items() if name != "slurm" and value not in ((), False)}
     tables = ["scripts/reproduce.py", *words_of(commands.REPRODUCE.name, own | dict(passed_on or {})), *_more(device, False)]
-    submit = write_jobs(settings, Artifacts(settings).reproduction_jobs(), steps, tables, *_more(device, overwrite))
+    more = _more(device, overwrite)
+    folder = Artifacts(settings).reproduction_jobs()
+    submit = write_jobs(settings, folder, steps, tables, more, after_failures=grid.keep_going)
     print(f"{counted(len(steps), 'job')}, and one that writes the tables; submit them with: bash {shlex.quote(str(submit))}")
 
 
 # ------------------------------------------------------------------------------------------------------ running it
 
 
-def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, overwrite: bool, keep_going: bool) -> Outcome:
-    """Run what is not done. Adds the steps that fail, and those that need them, to `failed`.
+def _run(
+    settings: Settings, plan: Plan, unneeded: Collection[str], failed: dict[str, str], device: str, overwrite: bool,
+    keep_going: bool,
+) -> Outcome:  # fmt: skip
+    """Run what is not done and is needed. Adds the steps that fail, and those that need them, to `failed`.
 
     A state is asked for when its step's turn comes: an input may have been made again since. Stages are also asked for what
     seems to be done, silently: they compare more settings.
@@ -169,19 +178,23 @@ def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, ov
     estimates = estimated_seconds(path, plan.steps)
     for number, step in enumerate(plan.steps, start=1):
         title = f"== {number}/{len(plan.steps)} {step.name}"
+        if step.name in unneeded:
+            print(f"{title}: not needed")
+            continue
+        was_done = step.name not in failed and state_of(settings, step)[0] is State.DONE
+        is_done = was_done and step.stage not in EXPLAINS
+        if was_done and (step.stage in NOT_ASKED or any(name in failed or name in unneeded for name in step.after)):
+            print(f"{title}: done")
+            continue
         if step.name not in failed and (needed := next((name for name in step.after if name in failed), None)):
             failed[step.name] = f"it needs `{needed}`"
         if step.name in failed:
             print(f"{title}: {failed[step.name]}")
             continue
-        is_done = state_of(settings, step)[0] is State.DONE and step.stage not in EXPLAINS
-        if is_done and step.stage in NOT_ASKED:
-            print(f"{title}: done")
-            continue
         if not is_done:
             left = sum(estimates.get(one.name, 0.0) for one in plan.steps[number - 1 :])
-            said = f" (estimated: {duration(estimates[step.name])}; all that is left: {duration(left)})"
-            said = said if step.name in estimates else ""
+            own = estimates.get(step.name)
+            said = "" if own is None else f" (estimated: {duration(own)}; all that is left: {duration(left)})"
             print(title + said, flush=True)  # before the progress bar
         begun, quiet = time.monotonic(), io.StringIO()
         try:
@@ -194,7 +207,7 @@ def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, ov
             print(f"{title} failed: {failed[step.name]}")
             continue
         finally:
-            if not is_done:
+            if not was_done:
                 record_seconds(path, step, time.monotonic() - begun)
         if is_done:
             print(f"{title}: done" if outcome is not Outcome.RAN else f"{title}\n{quiet.getvalue().rstrip()}")
@@ -206,7 +219,7 @@ def _run(settings: Settings, plan: Plan, failed: dict[str, str], device: str, ov
 def _report(settings: Settings, grid: Grid, plan: Plan) -> None:
     """Print and write the tables; of a sweep, all SAEs beside one another; and what was estimated beside what it took."""
     print("== tables")
-    write_report(settings, plan.saes, plan.probes, plan.edited_by)
+    write_report(settings, plan.saes, plan.probes, plan.baselines, plan.edited_by)
     if grid.sweep:
         print("== the SAEs")
         STAGES[COMPARE_RUNS.name].function(settings, Comparison())

@@ -19,24 +19,28 @@ JOB = """\
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=64G{gpus}
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={log}
 
-# Two minutes before the time limit, SLURM sends SIGTERM. Training saves its state; then the job returns to the queue, and
-# the same command resumes.
-stop() {{ stopped=1; kill -TERM "$child" 2>/dev/null; }}
-trap stop TERM
+# Two minutes before the time limit, SLURM sends SIGUSR1. The stage gets SIGTERM, on which training saves its state; then
+# the job returns to the queue, and the same command resumes.
+stopped="" child=""
+stop() {{ stopped=1; [ -z "$child" ] || kill -TERM "$child"; }}
+trap stop USR1
 cd {root} || exit 1
 export DNCBM_CONFIG={config}
 {command} &
 child=$!
+[ -z "$stopped" ] || kill -TERM "$child"
 wait "$child"; code=$?
-if [ -n "${{stopped:-}}" ]; then
-    wait "$child"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit
+if [ -n "$stopped" ]; then
+    wait "$child"; code=$?
+    if [ "$code" = 0 ] || [ "$code" = 143 ]; then  # its state is saved, or it has ended between two shards
+        scontrol requeue "$SLURM_JOB_ID"
+        exit
+    fi
 fi
 exit "$code"
 """
@@ -49,7 +53,15 @@ cd "$(dirname "$0")"
 """
 
 
-def write_jobs(settings: Settings, folder: Path, steps: Sequence[Step], tables: Sequence[str], *more: str) -> Path:
+def write_jobs(
+    settings: Settings,
+    folder: Path,
+    steps: Sequence[Step],
+    tables: Sequence[str],
+    more: Sequence[str],
+    *,
+    after_failures: bool,
+) -> Path:
     """Write a job for each step, one that writes the tables at the end, and the script that submits them.
 
     Args:
@@ -58,6 +70,7 @@ def write_jobs(settings: Settings, folder: Path, steps: Sequence[Step], tables: 
         steps: those that are not done, in order.
         tables: words of the command that writes the tables.
         more: flags added to each command.
+        after_failures: write the tables even if jobs have failed.
 
     Returns:
         The path of the script that submits.
@@ -74,7 +87,9 @@ def write_jobs(settings: Settings, folder: Path, steps: Sequence[Step], tables: 
         submit += _submitted(ids[step.name], job, "afterok", waits)
     command = " ".join(map(shlex.quote, (sys.executable, *tables)))
     _write_job(settings, folder, last := f"{len(steps) + 1:03d}_tables", "the tables", command, needs_gpu=False)
-    submit += _submitted("tables", last, "afterok", list(ids.values()))
+    read = {name for step in steps for name in step.after}
+    leaves = [ids[step.name] for step in steps if step.name not in read]
+    submit += _submitted("tables", last, "afterany" if after_failures else "afterok", leaves)
     path = folder / "submit.sh"
     with whole_file(path) as temporary:
         temporary.write_text(submit, encoding="utf-8")
@@ -92,4 +107,6 @@ def _write_job(settings: Settings, folder: Path, job: str, name: str, command: s
 
 def _submitted(variable: str, job: str, kind: str, after: Sequence[str]) -> str:
     dependency = f" --dependency={kind}:" + ":".join(f"${{{one}}}" for one in after) if after else ""
-    return f'{variable}=$(sbatch --parsable{dependency} "$@" {job}.sbatch)\n'
+    submit = f'{variable}=$(sbatch --parsable --kill-on-invalid-dep=yes{dependency} "$@" {job}.sbatch)'
+    # Where clusters are joined, `--parsable` adds the cluster's name after a semicolon.
+    return f"{submit}; {variable}=${{{variable}%%;*}}\n"

@@ -1,6 +1,6 @@
 """Which steps of a plan are done, and what is missing before the others can start."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -10,9 +10,10 @@ from dncbm.features.datasets.probe import probe_images
 from dncbm.features.datasets.sae import sae_images
 from dncbm.features.encoders import check_encoder
 from dncbm.probe.intervention_stage import edit_result
+from dncbm.probe.zero_shot import default_templates
 from dncbm.reproduce.plan import Step
 from dncbm.runs import commands
-from dncbm.runs.artifacts import ExplanationFolder
+from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import Intervention, ProbeRun, SAERun
 from dncbm.runs.errors import StaleArtifact, UserError, first_line
 from dncbm.runs.manifests import check_chain, manifest_path, read_manifest, unfinished_path
@@ -40,6 +41,10 @@ EXPLAINS = tuple(
     for command in kind.commands
 )
 """Stages that find out by themselves which figures lack: they are called even if there are some."""
+INTERMEDIATE = tuple(
+    command.name for command in (commands.SAE_FEATURES, commands.PROBE_FEATURES, commands.VOCABULARY, commands.STRENGTHS)
+)
+"""Stages whose outputs are only there for others to read."""
 HOW_TO_GET = {
     "cc3m": "fetch it with scripts/00_download_cc3m.py, or name the shards of pixparse/cc3m-wds in config.py (docs/DATA.md)",
     "places365": "torchvision.datasets.Places365(FOLDER, SPLIT, small=True, download=True) for train-standard and val",
@@ -60,6 +65,11 @@ def state_of(settings: Settings, step: Step) -> tuple[State, str]:
         made = [ExplanationFolder.at(path.parent).contact_sheet.is_file() if is_plot else _is_made(path) for path in outputs]
     else:
         made = [_is_made(path) for path in outputs]
+    if step.given.get("suggest") and all(made):  # a list has no manifest, since people edit it
+        run = build(SAERun, step.values)
+        names = Artifacts(settings).concept_names_in_use(run)
+        if names.is_file() and names.stat().st_mtime_ns > outputs[0].stat().st_mtime_ns:
+            return State.STALE, f"{outputs[0]} is older than the names of the latents"
     if not outputs or not all(made):
         begun = any(made) or any(unfinished_path(path).is_file() for path in outputs)
         return (State.BEGUN if begun else State.TO_DO), ""
@@ -92,7 +102,12 @@ def _differing(path: Path, step: Step) -> str:
     """The first setting in which an artifact is another than the step makes; what it does not record is not compared."""
     if not manifest_path(path).is_file():
         return ""
-    run = read_manifest(path).get("run", {})
+    made = read_manifest(path)
+    run = made.get("run", {})
+    if step.stage == commands.ZERO_SHOT.name:
+        templates = step.values["templates"] or default_templates(str(step.values["probe_dataset"]))
+        if list(templates) != made["settings"].get("templates", list(templates)):
+            return "other --templates"
     for name, flag in COMMANDS[step.stage].flags().items():
         counts = flag.setting.identifies != "never"
         if counts and name in run and name in step.values and step.values[name] not in (None, run[name]):
@@ -163,6 +178,22 @@ def _lacks(settings: Settings, need: str, name: str) -> str:
     except Exception as error:  # whatever a reader of foreign files raises
         return f"{name} cannot be read: {first_line(error)}" + (f"; to get it: {how}" if how else "")
     return ""
+
+
+def not_needed(steps: Sequence[Step], states: Mapping[str, State]) -> set[str]:
+    """Names of steps that are not done, make no result, and are read by finished steps alone: features, for example, that
+    were removed after their SAE was trained. Steps stand in order."""
+    readers: dict[str, list[str]] = {}
+    for step in steps:
+        for name in step.after:
+            readers.setdefault(name, []).append(step.name)
+    found: set[str] = set()
+    for step in reversed(steps):
+        reading = readers.get(step.name, [])
+        is_open = step.stage in INTERMEDIATE and states[step.name] is not State.DONE
+        if is_open and reading and all(states[name] is State.DONE or name in found for name in reading):
+            found.add(step.name)
+    return found
 
 
 def blocked(steps: Iterable[Step], lacking: Mapping[str, str]) -> dict[str, str]:

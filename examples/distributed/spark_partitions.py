@@ -28,6 +28,6 @@ def make(part: int) -> None:
 
 
 with SparkContext(appName="dncbm") as spark, suppress(Py4JJavaError):
-    spark.setLogLevel("OFF")  # Java's stack traces; what the script says is in the log of its worker
+    spark.setLogLevel("OFF")  # instead of Java's stack traces, the script's own messages show
     spark.parallelize(range(n), n).foreach(make)
 sys.exit(subprocess.call([*command, "--partition", "merge"]))  # which says what is missing

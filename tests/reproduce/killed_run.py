@@ -13,6 +13,5 @@ def run_in_file(config: str, flags: list[str], output: str) -> None:
     """Run scripts/reproduce.py; what it prints goes to a file."""
     nec.MAX_PASSES = 8
     os.environ["DNCBM_CONFIG"] = config
-    with Path(output).open("w", buffering=1) as file:
-        sys.stdout = sys.stderr = file
-        main("reproduce", flags)
+    sys.stdout = sys.stderr = Path(output).open("w", buffering=1)  # noqa: SIM115 - the message of an exit comes later
+    main("reproduce", flags)

@@ -67,6 +67,11 @@ GRIDS = {
         {"save_suffix": "_mine", "suggest": "a 'dog'"},
     ),
     "prox": (Grid(("clip_RN50",), ("cifar10",), (49, 50), only=("linear_probe",)), {"probe_solver": "prox"}),
+    "a probe's setting, of two data sets": (
+        Grid(("clip_RN50",), ("waterbirds100", "cifar10"), sweep=("probe_lr=0.1,0.2",), without=("explanations",)),
+        {},
+    ),
+    "odd values": (Grid(("local-dir:here",), ("cifar10",), only=("nec",)), {"save_suffix": "-b"}),
     "another kind": (Grid(("clip_RN50",), ("imagenet",), sweep=("k=8,16",), only=("nec",)), {"sae_type": "topk"}),
 }
 
@@ -129,6 +134,7 @@ def test_settings_that_names_do_not_show_get_a_suffix(paper: Settings) -> None:
         ({"sweep": ("val_freq=1,2",)}, {}, ("changes a result",)),
         ({"sweep": ("k=1,2",)}, {}, ("--sweep k", "changes nothing", "relu")),
         ({"sweep": ("lr=1e-3,2e-3",)}, {"lr": "1e-3"}, ("--lr is given and swept",)),
+        ({"sweep": ("sae_dataset=a,b",)}, {}, ("pass --sae_dataset NAME, once per call",)),
         ({}, {"sae": "some_name"}, ("--sae", "the plan itself")),
         ({}, {"probe_lr": "fast"}, ("--probe_lr", "must be a number, not 'fast'")),
         ({"datasets": ("cifar11",)}, {}, ("cifar11", "which has: places365")),

@@ -143,7 +143,7 @@ def test_accuracies_of_the_plan_stand_beside_the_published(make_settings: Callab
     save_results(Artifacts(settings).probe_results(), *rows, *strangers)
     saes = [*(sae(seed) for seed in SEEDS), of_vit]
     paths = write_report(
-        settings, saes, [probe(dataset, seed) for seed in SEEDS for dataset in ("cifar100", "cifar10")], BIRDS
+        settings, saes, [probe(dataset, seed) for seed in SEEDS for dataset in ("cifar100", "cifar10")], [], BIRDS
     )
     assert [path.name for path in paths] == ["tables.md", "tables.csv", "tables.tex"]
     text, printed = paths[0].read_text(encoding="utf-8"), capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_of_a_sweep_the_best_on_train_val_is_shown(make_settings: Callable[..., 
         rows.append(probe_row(sae(seed, **lucky), probe("cifar10", seed), {"val_top1": 0.9, "train_val_top1": 0.8}))
     save_results(Artifacts(settings).probe_results(), *rows)
     saes = [sae(seed, **one) for one in (good, lucky) for seed in (49, 50)]
-    (path, *_) = write_report(settings, saes, [probe("cifar10", seed) for seed in (49, 50)], BIRDS)
+    (path, *_) = write_report(settings, saes, [probe("cifar10", seed) for seed in (49, 50)], [], BIRDS)
     assert {(line["ours"], line["seeds"]) for line in lines_of(settings)} == {("50.0", "2")}
     assert "DN-CBM on cifar10 (best of 2: l1coeff1e-05)" in path.read_text(encoding="utf-8")
 
@@ -231,7 +231,7 @@ def test_edits_stand_beside_the_published(make_settings: Callable[..., Settings]
         write_edits(settings, sae(seed), probe("waterbirds100", seed), GROUPS, overall[seed], BIRDS)
         write_edits(settings, sae(seed), probe("fields", seed), ("a|b", "50%_wide"), overall[seed], BIRDS)
     probes = [probe(dataset, seed) for dataset in ("waterbirds100", "fields", "without_edits") for seed in SEEDS]
-    (path, *_) = write_report(settings, [sae(seed) for seed in SEEDS], probes, BIRDS)
+    (path, *_) = write_report(settings, [sae(seed) for seed in SEEDS], probes, [], BIRDS)
     found = cells(lines_of(settings), "edits on waterbirds100")
     mean = statistics.fmean(overall.values())
     for edit, gain in (("unedited", 0.0), ("keep", 0.1), ("remove", -0.3)):
@@ -262,7 +262,7 @@ def test_edits_stand_beside_the_published(make_settings: Callable[..., Settings]
 def test_edits_of_another_kind(make_settings: Callable[..., Settings], groups, text: str, columns: list[str] | None) -> None:
     settings = make_settings()
     write_edits(settings, sae(), probe("waterbirds100"), groups, 0.5, text)
-    write_report(settings, [sae()], [probe("waterbirds100")], text)
+    write_report(settings, [sae()], [probe("waterbirds100")], [], text)
     found = cells(lines_of(settings), "edits on waterbirds100")
     assert columns is None or [key[2] for key in found if key[1] == "keep"] == columns
     assert {key[1] for key, line in found.items() if line["by"]} == ({"unedited"} if text != BIRDS else set(EDITS))
@@ -276,7 +276,7 @@ def test_figures_of_names(make_settings: Callable[..., Settings]) -> None:
         similarity = similarities[run.training.seed]
         names = [ConceptName(index, word, similarity + 0.01 * index) for index, word in enumerate(words)]
         write_names(Artifacts(settings).concept_names(run), names[: 4 if run == topk else 6])
-    write_report(settings, [sae(49), sae(50), sae(51), topk], [probe("mine")], BIRDS)
+    write_report(settings, [sae(49), sae(50), sae(51), topk], [probe("mine")], [], BIRDS)
     found = cells(lines_of(settings), "names")
     rows = {
         row: {key[2]: line for key, line in found.items() if key[1] == row} for row in dict.fromkeys(key[1] for key in found)
@@ -300,17 +300,17 @@ def test_what_is_missing_or_stale_is_left_out(
     settings, run, of = make_settings(), sae(), probe("waterbirds100")
     artifacts = Artifacts(settings)
     with refusal("nothing to show", "--dry-run"):
-        write_report(settings, [run], [of], BIRDS)
+        write_report(settings, [run], [of], [], BIRDS)
     artifacts.probe_results().parent.mkdir(parents=True)
     artifacts.probe_results().write_text("clip_RN50,out,cc3m\n")
     with refusal("nothing to show", artifacts.probe_results()):
-        write_report(settings, [run], [of], BIRDS)
+        write_report(settings, [run], [of], [], BIRDS)
     assert not artifacts.reproduction_table("md").exists()
 
     removed = write_edits(settings, run, of, GROUPS, 0.5, BIRDS)
     artifacts.probe_results().write_bytes(b"")
     removed.write_text("row,kind\nunedited,over")
-    (path, *_) = write_report(settings, [run], [of], BIRDS)
+    (path, *_) = write_report(settings, [run], [of], [], BIRDS)
     assert {(line["table"], line["row"]) for line in lines_of(settings)} == {
         ("edits on waterbirds100", "unedited"), ("edits on waterbirds100", "keep"), ("names", "clip_RN50, DN-CBM"),
     }  # fmt: skip
@@ -322,7 +322,7 @@ def test_what_is_missing_or_stale_is_left_out(
     Path(f"{removed}.manifest.json").unlink()
     save_results(artifacts.probe_results(), probe_row(run, of, {"val_top1": 0.75}))
     artifacts.concept_names(run).write_text("index,name,similarity\n0,dog,x\n")
-    (path, *_) = write_report(settings, [run], [of], BIRDS)
+    (path, *_) = write_report(settings, [run], [of], [], BIRDS)
     assert {line["table"] for line in lines_of(settings)} == {"accuracy"}
     assert "left out: cannot read the names" in path.read_text(encoding="utf-8")
 
@@ -351,3 +351,18 @@ def test_strange_names_keep_the_tables_whole() -> None:
     assert bare.count("{") == bare.count("}")
     assert bare.count("$") % 2 == 0
     assert not set("%#_~|") & set(bare)
+
+
+def test_a_baseline_without_a_seed_of_the_plan_is_shown(make_settings: Callable[..., Settings]) -> None:
+    """The optimum on raw features has no seed. A probe whose row was lost is named."""
+    settings = make_settings(encoders={"clip_RN50": ("RN50", "random")})
+    run, of = sae(50), probe("cifar10", 50)
+    baseline = replace(probe("cifar10"), on_features=True, solver="prox")
+    save_results(Artifacts(settings).probe_results(), probe_row(run, baseline, {"val_top1": 0.5}))
+    lost = Artifacts(settings).probe(run, of)
+    lost.parent.mkdir(parents=True)
+    lost.write_bytes(b"")
+    (path, *_) = write_report(settings, [run], [of], [(run, baseline)], BIRDS)
+    text = path.read_text(encoding="utf-8")
+    assert "Linear probe, exact zeros" in text
+    assert f"no row of 1 trained probes (first: {lost})" in text
