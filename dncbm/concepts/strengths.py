@@ -102,7 +102,7 @@ def save_concept_strengths(
                 details = ranks.first_makes(partial(encoded, store, folder, sae.n_latents))
                 said = f"concept strengths of {counted(details['images'], 'image')}, L0 {details['l0']:.2f}"
                 work.done(folder.glob(PARTS), said, **details)
-        return tally.end()
+        return ranks.first_makes(tally.end)
 
 
 def _check_width(sae: SparseAutoencoder, store: FeatureStore) -> None:

@@ -441,8 +441,9 @@ def extracted(shards: ImageShards, folder: Path, max_bad_fraction: float) -> dic
     if images == 0:
         others = " and the other shards" if len(shards) > 1 else ""
         raise UserError(f"no image could be read from {shards.name(0)}{others}: {reasons or 'the split is empty'}")
-    for record, damaged in zip(records, is_damaged, strict=True):
+    for shard, (record, damaged) in enumerate(zip(records, is_damaged, strict=True)):
         if damaged and not record["images"]:
+            shard_files(folder, shard)[-1].unlink(missing_ok=True)  # it is read again even if its state looks the same
             raise UserError(
                 f"no image could be read from {record['source']}: it is a {DAMAGED}; fetch it again and run the same command, "
                 "which keeps the other shards, or leave it out of the list of shards"
@@ -595,9 +596,9 @@ def _write_shard(
             f"the encoder gave NaN or infinity for {keys[int(np.argmin(finite))]} in {record['source']}: the shard was not "
             "written; try --precision fp32, or another encoder"
         )
+    record_file, keys_file, features_file = shard_files(folder, shard)
     if _done(shards, folder, shard) is not None:
         return  # by another worker with the same part, perhaps on other hardware, and the manifest may have its hash
-    record_file, keys_file, features_file = shard_files(folder, shard)
     features_file.unlink(missing_ok=True)  # of a shard that is made again: the old features have other keys
     write_json(record_file, record)
     with whole_file(keys_file) as temporary:

@@ -207,7 +207,7 @@ def _save(
             said.update(details["warnings"] | {TRANSPARENT: details["transparent"], "": details["images"]})
     if ranks.rank == 0:
         _warn_of(said, extraction.background, features.dataset)
-    return tally.end()
+    return ranks.first_makes(tally.end)
 
 
 TRANSPARENT = "transparent"

@@ -131,8 +131,10 @@ class _Planner:
             if self.configured.get(name) not in (None, False, ""):
                 raise UserError(f"{self.settings.path}: `defaults[{name!r}]`: the plan itself says this; leave it out there")
         for name in self.passed_on:
+            if name == "partition":
+                raise UserError("--partition: run stages 1, 5 and 6 with it first, then this command without it")
             if name in PLANNED:
-                raise UserError(f"--{name}: the plan itself says this; leave the flag out")
+                raise UserError(f"--{name}: the plan chooses this for each step; leave the flag out")
             if name in self.swept:
                 raise UserError(f"--{name} is given and swept: leave one of them out")
         self.text = str(self.passed_on.get("suggest", BIRDS))
@@ -277,7 +279,7 @@ class _Planner:
         if not hidden:
             return swept
         suffix = str(self.passed_on.get("save_suffix", usual["save_suffix"]))
-        return swept | {"save_suffix": suffix + "".join(f"_{name}{swept[name]}" for name in hidden)}
+        return swept | {"save_suffix": suffix + "".join(f"_{name.replace('_', '')}-{swept[name]}" for name in hidden)}
 
     def _is_hidden(self, name: str, swept: Sequence[Any]) -> bool:
         """Whether a swept setting changes an SAE and not its name. Raises UserError if it does not change the SAE at all."""

@@ -1,7 +1,7 @@
 """What steps were said to take, and what they took: a JSON file that grows over the runs of a plan."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,27 @@ def bytes_of(artifact: Path) -> int:
 
 
 def said_and_took(path: Path, steps: Sequence[Step]) -> str:
-    """A table of the steps that have an estimate and a measurement: by stage, and in all; empty if there are none."""
+    """A table of what steps took beside what a dry run said, by stage and in all; empty if no step was timed."""
     record = read_record(path)
     known = [record[step.command()] for step in steps if step.command() in record]
-    known = [about for about in known if about.get("estimated_seconds") is not None and "seconds" in about]
+    known = [about for about in known if "seconds" in about]
     if not known:
         return ""
     stages = dict.fromkeys(about["stage"] for about in known)
     rows = [_row(stage, [about for about in known if about["stage"] == stage]) for stage in stages]
-    return text_table(("stage", "steps", "estimated", "took", "estimated", "wrote"), [*rows, _row("all", known)])
+    said = [about for about in known if about.get("estimated_seconds") is not None]
+    ends = [_row("all", known), *([_row("all that was estimated", said)] if 0 < len(said) < len(known) else [])]
+    return text_table(("stage", "steps", "estimated", "took", "estimated", "wrote"), [*rows, *ends])
 
 
 def _row(title: str, several: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    said, took = (sum(about.get(key) or 0 for about in several) for key in ("estimated_seconds", "seconds"))
-    sizes = (sum(about.get(key) or 0 for about in several) for key in ("estimated_bytes", "bytes"))
-    return (title, str(len(several)), duration(said), duration(took), *map(size, sizes))
+    def total(key: str, shown: Callable[[float], str]) -> str:
+        """A sum; `-` if a part is not known."""
+        found = [about.get(key) for about in several]
+        return "-" if None in found else shown(sum(filter(None, found)))
+
+    times = (total(key, duration) for key in ("estimated_seconds", "seconds"))
+    return (title, str(len(several)), *times, *(total(key, size) for key in ("estimated_bytes", "bytes")))
 
 
 def duration(seconds: float) -> str:

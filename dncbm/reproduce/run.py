@@ -5,13 +5,13 @@ import shlex
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
 from dncbm.explain.plotting.trade_offs import COMPARE_RUNS
 from dncbm.features.datasets import counted
 from dncbm.flags import run_stage
-from dncbm.reproduce.estimates import Estimate, estimate
+from dncbm.reproduce.estimates import Estimate, estimate, how_measured
 from dncbm.reproduce.plan import Plan, Step, plan_of, words_of
 from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took, size
 from dncbm.reproduce.report import write_report
@@ -76,11 +76,11 @@ def reproduce(
         return Outcome.RAN
     for reason in dict.fromkeys(lacking.values()):
         names = [step.name for step in to_run if lacking.get(step.name) == reason]
-        print(f"missing for `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "") + f": {reason}")
+        print(f"missing for `{names[0]}`" + (f" and {len(names) - 1} more steps" if names[1:] else "") + f": {reason}")
     if cannot and not grid.keep_going:
+        others = ", or pass --keep_going to run the others" if len(cannot) < len(to_run) else ""
         raise UserError(
-            f"{len(cannot)} of {len(plan.steps)} steps cannot run, as listed above; name fewer encoders or data sets, or pass "
-            "--keep_going to run the others"
+            f"{len(cannot)} of {len(plan.steps)} steps cannot run, as listed above; name fewer encoders or data sets{others}"
         )
     if grid.slurm:
         _write_jobs(settings, [step for step in to_run if step.name not in cannot], grid, device, overwrite, passed_on)
@@ -99,7 +99,9 @@ def reproduce(
             raise
         print(f"no tables: {error}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(plan.steps)} steps have failed, as listed above; run the same command again")
+        raise UserError(
+            f"{len(failed)} of {len(plan.steps)} steps have failed, as listed above; fix that and run the same command again"
+        )
     return Outcome.RAN
 
 
@@ -114,9 +116,12 @@ def _print_plan(
     path = Artifacts(settings).reproduction_record()
     to_run = [step for step in needed if step.name not in cannot]
     estimates = estimate(settings, to_run, device) if to_run else {}
-    record_estimates(path, to_run, estimates)
+    with suppress(OSError):  # where nothing can be written, the plan is still printed
+        record_estimates(path, to_run, estimates)
     more = _more(device, overwrite)
     print(f"cd {shlex.quote(str(ROOT))}\nexport DNCBM_CONFIG={shlex.quote(str(settings.path))}")
+    if estimates:
+        print(f"# estimates: {how_measured(device)}")
     for number, step in enumerate(plan.steps, start=1):
         state = states[step.name]
         if step.name in cannot:
@@ -132,17 +137,21 @@ def _print_plan(
         unknown = len(to_run) - len(known)
         free = shutil.disk_usage(next(one for one in (settings.data_dir, settings.data_dir.parent) if one.is_dir())).free
         print(
-            f"# to run: about {duration(seconds)}{f' and {unknown} steps without an estimate' if unknown else ''}, "
+            f"# to run: {_about(seconds)}{f' and {unknown} steps without an estimate' if unknown else ''}, "
             f"{size(n_bytes)} of disk space ({size(free)} are free at {settings.data_dir})"
         )
     for reason in dict.fromkeys(lacking.values()):
         print(f"# missing: {reason}")
 
 
+def _about(seconds: float) -> str:
+    return text if (text := duration(seconds)).startswith("under") else f"about {text}"
+
+
 def _estimated(found: Estimate | None) -> list[str]:
     if found is None:
         return []
-    time = ["no estimate of the time"] if found.seconds is None else [f"about {duration(found.seconds)}"]
+    time = ["no estimate of the time"] if found.seconds is None else [_about(found.seconds)]
     return time + ([] if found.bytes is None else [size(found.bytes)])
 
 

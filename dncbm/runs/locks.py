@@ -15,11 +15,11 @@ from pathlib import Path
 from dncbm.runs.errors import UserError
 
 ORPHANS_S = 30.0
-"""Worker processes of a killed process hold its lock until they notice; this long a lock without its owner is waited for."""
+"""Seconds to wait for a lock whose owner has died: its worker processes hold it until they notice."""
 PATIENCE_S = 3600.0
-"""So long a process waits for its turn. Who has it hashes what was made, which takes minutes."""
+"""Seconds to wait for a turn. Its holder may be hashing what was made, which takes minutes."""
 SAID_AFTER_S = 5.0
-"""So long a process waits before it says so."""
+"""Seconds after which a process says that it waits."""
 SHARING = " (a worker of --partition)"
 """What follows the name of a process that shares its lock."""
 
@@ -116,6 +116,7 @@ def _release(path: Path, handle: int, is_last: bool) -> None:
 def _acquired(path: Path, artifact: Path, shared: bool, patience: float) -> int | None:
     begun, has_said = time.monotonic(), False
     while True:
+        is_new = not path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -126,7 +127,8 @@ def _acquired(path: Path, artifact: Path, shared: bool, patience: float) -> int 
         is_held = _flock(handle, exclusive=not shared)
         if is_held is None:
             os.close(handle)
-            path.unlink(missing_ok=True)
+            if is_new:
+                path.unlink(missing_ok=True)
             return None
         if is_held and _is_at(handle, path):
             os.truncate(handle, 0)
@@ -176,8 +178,13 @@ def _owner(handle: int) -> str:
 
 
 def _refusal(owner: str, artifact: Path) -> UserError:
-    share = ", or join it with --partition" if owner.endswith(SHARING) else ""
-    return UserError(f"{owner or 'another process'} is making {artifact}: wait until it ends, or stop it{share}")
+    if owner.endswith(SHARING):
+        who, what = "workers of --partition are", "wait until they end, stop them, or join them with --partition"
+    elif owner and _is_dead(owner):
+        who, what = f"processes that {owner} left behind are", "wait until they end, or stop them"
+    else:
+        who, what = f"{owner or 'another process'} is", "wait until it ends, or stop it"
+    return UserError(f"{who} making {artifact}: {what}")
 
 
 def _is_dead(owner: str) -> bool:

@@ -143,7 +143,7 @@ def making(
                 if not _is_done(artifact, recipe):
                     raise UserError(
                         f"{artifact} was removed, or begun again from other inputs or settings, while this worker made its "
-                        "part: run the command again that you mean"
+                        "part: rerun the command that you want"
                     )
                 print(f"another worker has finished it: {artifact}")
                 return
@@ -222,6 +222,7 @@ def _begin(
         if not overwrite:
             raise UserError(f"{error}; pass --overwrite to make {artifact} again, or delete the file") from error
     if found is None:
+        take_alone()  # somebody may have removed the folder of workers that are still at work
         if artifact.is_file() and not overwrite:
             print(f"using the file supplied: {artifact}")
             return Outcome.PROVIDED

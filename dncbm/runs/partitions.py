@@ -38,7 +38,7 @@ WHOLE = Part()
 
 
 def part_of(partition: Partition) -> Part:
-    """The part that a flag stands for. Raises UserError if SLURM's variables are missing or number no equal parts."""
+    """The part that a flag stands for. Raises UserError if SLURM's variables are missing or do not describe equal parts."""
     if partition.part is None:
         return WHOLE
     if partition.part == "merge":

@@ -190,6 +190,6 @@ def text_width(text: str) -> int:
 
 
 def padded(text: str, width: int, *, to_left: bool) -> str:
-    """A text with the spaces that fill so many columns of a terminal, after it or before it."""
+    """A text with the spaces that fill this many columns of a terminal, after it or before it."""
     spaces = " " * (width - text_width(text))
     return text + spaces if to_left else spaces + text

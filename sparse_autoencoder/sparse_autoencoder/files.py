@@ -8,7 +8,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,16 @@ if TYPE_CHECKING:  # whoever has tensors to write has imported torch
 
 _UMASK = os.umask(0)  # the only way to read the umask is to set it
 os.umask(_UMASK)
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _process_numbers() -> str:
+    """What gives processes their numbers: the machine, or a container on it."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+_HOST = f"{zlib.crc32(_process_numbers().encode()):08x}"
 _TEMPORARY = re.compile(rf"\..*-{_HOST}-(\d+)-\w{{8}}(\..*)?")
 """A temporary file of this machine, with the process that writes it."""
 

@@ -3,8 +3,13 @@
 import email.utils
 import gzip
 import logging
+import multiprocessing
+import os
+import re
 import resource
+import select
 import shlex
+import signal
 import socket
 import struct
 import tarfile
@@ -16,14 +21,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from dncbm.features.datasets import remote
 from dncbm.features.datasets.remote import Pipe, Url, asked, checked, fetched
@@ -186,7 +193,7 @@ DATES = [email.utils.formatdate(1e9 + day, usegmt=True) for day in (0, 86_400)]
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 30_000),
-    drops=st.lists(st.tuples(st.integers(0, 30_000), st.booleans()), max_size=4),
+    drops=st.lists(st.tuples(st.integers(0, 32_000), st.booleans()), max_size=4),
     knows_ranges=st.booleans(),
     framing=st.sampled_from(["length", "chunks", "nothing"]),
     etag=st.sampled_from(["", '"1"', 'W/"1"']),
@@ -195,10 +202,11 @@ DATES = [email.utils.formatdate(1e9 + day, usegmt=True) for day in (0, 86_400)]
 def test_a_shard_arrives_whole_whatever_drops(
     server: Server, size: int, drops: list[tuple[int, bool]], knows_ranges: bool, framing: str, etag: str, modified: str
 ) -> None:
-    assume(knows_ranges or framing != "nothing")  # else nothing tells that it dropped
     faults = [Fault(drops_after=place, resets=resets) for place, resets in drops]
-    served = Served(CONTENT[:size], etag, modified, knows_ranges, framing=framing, faults=faults)
-    assert content_of(server.shard("/0.tar", served)) == CONTENT[:size]
+    end_of_tar = bytes(1024 if framing == "nothing" else 0)  # else nothing tells that it dropped
+    content = CONTENT[:size] + b"." + end_of_tar
+    served = Served(content, etag, modified, knows_ranges, framing=framing, faults=faults)
+    assert content_of(server.shard("/0.tar", served)) == content
 
 
 @pytest.mark.parametrize(
@@ -304,6 +312,7 @@ def test_a_server_may_say_less_of_the_same_version(server: Server, now: dict[str
         (Served(CONTENT, claims=9), None, ["30000 of 30009 bytes", "times"]),
         (Served(CONTENT, knows_ranges=False, always=Fault(drops_after=10)), 5, ["after 10 of 30000 bytes"]),
         (Served(CONTENT, always=Fault(seconds=1)), 5, ["timed out", "5 times"]),
+        (Served(CONTENT, framing="nothing", knows_ranges=False), 5, ["after 30000 bytes, before the tar did", "5 times"]),
     ],
 )  # fmt: skip
 def test_the_last_failure_is_one_line_without_the_token(
@@ -340,6 +349,9 @@ def test_a_redirect_is_followed_and_a_loop_is_refused(server: Server, refusal) -
     assert content_of(answer.shard) == CONTENT
     with refusal(server.url("/loop"), "answers 302"):
         list(asked([server.url("/loop")]))
+    server.files["/wrong"] = Served(b"", always=Fault(302, {"Location": "http://a..b/0.tar?secret"}))
+    with refusal(f"cannot read {server.url('/wrong')}: the connection failed (UnicodeError)"):
+        list(asked([server.url("/wrong")]))
 
 
 def test_an_address_may_hold_any_character(server: Server) -> None:
@@ -399,6 +411,17 @@ def test_servers_are_asked_in_order_and_for_little(server: Server) -> None:
     assert {part for _, part, _ in server.seen} == {"bytes=0-511"}
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_refusal_does_not_wait_for_other_shards(server: Server, refusal, place: int) -> None:
+    """Whichever comes first."""
+    for n in range(3):
+        always = Fault(403, seconds=0.2) if n == place else Fault(503, {"Retry-After": "30"})
+        server.files[f"/{n}.tar"] = Served(CONTENT, always=always)
+    with refusal(server.url(f"/{place}.tar"), "answers 403"):
+        list(asked(server.url(f"/{n}.tar") for n in range(3)))
+    assert sorted(path for path, *_ in server.seen) == ["/0.tar", "/1.tar", "/2.tar"]  # none was asked again
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
@@ -434,6 +457,22 @@ def test_a_command_that_fails_is_run_again(
 def test_a_command_prints_the_shard(server: Server, tmp_path: Path, monkeypatch, command: str, output: bytes) -> None:
     monkeypatch.chdir(tmp_path)
     assert content_of(Pipe(command)) == output
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_and_its_children_end_with_the_process_that_reads(tmp_path: Path, how: signal.Signals) -> None:
+    held = tmp_path / "held"  # by all of the command's processes: it ends when they have
+    os.mkfifo(held)
+    shard = Pipe(f"exec 9> {held}; echo >&9; sleep 77 & head -c 2000000 /dev/zero; sleep 77 | cat; wait")
+    reader = multiprocessing.get_context("fork").Process(target=content_of, args=(shard,))
+    reader.start()
+    with held.open("rb", buffering=0) as file:
+        assert file.read(1)
+        assert reader.pid
+        os.kill(reader.pid, how)
+        assert select.select([file], [], [], 30)[0]
+        assert not file.read(1)
+    reader.join()
 
 
 # ------------------------------------------------------------------------------------------------------- in the config
@@ -505,7 +544,7 @@ def test_every_form_mixes_and_keeps_its_order(
     ]  # fmt: skip
     size = tars[0].stat().st_size
     assert [shards.size(shard) for shard in range(len(shards))] == [size] * 8  # a command's is taken to be the mean
-    (said,) = caplog.messages
+    said, *_ = [message for message in caplog.messages if "share" not in message]
     assert said.startswith("2 shards are named again, and read once, first ")
     assert "tars/8.tar: sae_datasets['mine']['train'][3] in" in said
 
@@ -539,12 +578,14 @@ def test_shards_that_are_missing_are_counted(server: Server, make_settings, tars
         ("gs://bucket/0.tar", ["gs:// is not read", "pipe:gcloud storage cat gs://bucket/0.tar"]),
         ("hf://datasets/a/b/0.tar", ["hf:// is not read", "pipe:curl", "https://huggingface.co/datasets/"]),
         ("FTP://host/0.tar", ["ftp:// is not read", "pipe:curl -s -f -L FTP://host/0.tar"]),
+        ("ftp://me:secret@host/0.tar?secret", ["is 'ftp://host/0.tar'", "pipe:curl -s -f -L ftp://host/0.tar"]),
         ("file:///data/0.tar", ["file:// is not read", "pipe:curl"]),
         ("pipe: ", ["write a command behind pipe:"]),
         ("pipe:cat {0..1.tar", ["braces are not balanced"]),
         ("https:///0.tar", ["is no address"]),
         ("https://host:x/0.tar?secret", ["is no address"]),
         ("https://a b/0.tar", ["is no address"]),
+        ("https://a..b/0.tar", ["https://a..b/0.tar is no address"]),
         ("https://[::1/0.tar", ["is no address"]),
         ("https://me:secret@host/0.tar", ["must not hold a user or a password", "pipe:curl"]),
         ("https://host/*.tar", ["globs match local files only"]),
@@ -591,6 +632,8 @@ def test_a_fingerprint_follows_what_the_server_says(server: Server, make_setting
     before = prints(pattern)
     assert prints(pattern) == prints(f"{pattern}?token=another") == before
     served = server.files["/wds/1.tar"]
+    server.files["/wds/1.tar"] = Served(**vars(served) | {"etag": f"W/{served.etag}"})
+    assert prints(pattern) == before
     changes = [{"etag": '"2"'}, {"content": served.content + bytes(512)}]
     changes += [{"etag": "", "modified": date} for date in DATES]
     found = []
@@ -599,6 +642,14 @@ def test_a_fingerprint_follows_what_the_server_says(server: Server, make_setting
         found.append(prints(pattern))
     assert all(len({before[part], *(one[part] for one in found)}) == 5 for part in (0, 1))
     assert len({prints(f"pipe:{command} /{{0,1}}")[0] for command in ("cat", "cat -u", "cat")}) == 2
+
+
+def test_a_query_tells_shards_apart_of_which_nothing_is_known(server: Server) -> None:
+    server.files["/a"] = Served(CONTENT, "", knows_ranges=False, framing="nothing")
+    queries = ["", "?id=0", "?id=1", "?id=0#part", "?token=secret"]
+    states = [answer.shard.state() for answer in asked(server.url(f"/a{query}") for query in queries) if answer.shard]
+    assert [states.index(state) for state in states] == [0, 1, 2, 1, 4]
+    assert not [state for state in states if "secret" in state]
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 1
@@ -612,6 +663,19 @@ class Means(torch.nn.Module):
 def save(config: Settings, n_workers: int = 0) -> Outcome:
     extraction = Extraction(batch_size=4, num_workers=n_workers)
     return save_sae_features(config, SAEFeatures("enc", "out", "mine"), extraction, device="cpu")
+
+
+def test_progress_of_commands_is_estimated_until_all_is_read(
+    server: Server, make_settings, tars: list[Path], make_encoder, monkeypatch, tmp_path: Path, capsys
+) -> None:
+    """Their sizes are not known."""
+    monkeypatch.setattr("dncbm.features.stage.load_encoder", lambda *_: make_encoder(Means()))
+    monkeypatch.setattr("dncbm.features.stage.describe_encoder", lambda _, name, *made: {"encoder": name})
+    monkeypatch.setattr("dncbm.features.encoding.tqdm", partial(tqdm, mininterval=0))
+    save(make_settings(sae_datasets=entry(f"pipe:cat {tmp_path}/tars/{{0..4}}.tar")))
+    shown = re.findall(r"train: +(\d+)%[^\r]* (\d+)/(\d+) ", capsys.readouterr().err)
+    assert shown[-1] == ("100", "20", "20")
+    assert {n for percent, n, _ in shown if percent == "100"} == {"20"}
 
 
 def test_features_are_the_same_wherever_shards_lie(

@@ -117,7 +117,7 @@ def test_what_settings_share_is_one_step(paper: Settings) -> None:
 
 def test_settings_that_names_do_not_show_get_a_suffix(paper: Settings) -> None:
     swept = plan_of(paper, Grid(("clip_RN50",), ("cifar10",), sweep=("adam_beta_1=0.9,0.8",), only=("nec",)))
-    assert [run.suffix for run in swept.saes] == ["", "_adam_beta_10.8"]
+    assert [run.suffix for run in swept.saes] == ["", "_adambeta1-0.8"]
     shown = plan_of(paper, Grid(("clip_RN50",), ("cifar10",), sweep=("l1_coeff=1e-5,3e-5",), only=("nec",)))
     assert [run.suffix for run in shown.saes] == ["", ""]
     assert len({run.config_name for run in shown.saes}) == 2
@@ -135,7 +135,8 @@ def test_settings_that_names_do_not_show_get_a_suffix(paper: Settings) -> None:
         ({"sweep": ("k=1,2",)}, {}, ("--sweep k", "changes nothing", "relu")),
         ({"sweep": ("lr=1e-3,2e-3",)}, {"lr": "1e-3"}, ("--lr is given and swept",)),
         ({"sweep": ("sae_dataset=a,b",)}, {}, ("pass --sae_dataset NAME, once per call",)),
-        ({}, {"sae": "some_name"}, ("--sae", "the plan itself")),
+        ({}, {"sae": "some_name"}, ("--sae", "the plan chooses this")),
+        ({}, {"partition": "1/2"}, ("--partition", "run stages 1, 5 and 6 with it first")),
         ({}, {"probe_lr": "fast"}, ("--probe_lr", "must be a number, not 'fast'")),
         ({"datasets": ("cifar11",)}, {}, ("cifar11", "which has: places365")),
         ({"encoders": ("clip_RN51",)}, {}, ("clip_RN51", "which has: clip_RN50")),

@@ -388,7 +388,7 @@ def begun(tmp_path: Path) -> Iterator[Callable[..., Callable[..., None]]]:
 def test_workers_share_and_refuse_others(begun, tmp_path: Path, refusal) -> None:
     first, second = begun(shared=True), begun(shared=True)
     for _ in range(2):
-        with refusal(f"process {os.getpid()} on ", "a worker of --partition", "join it with --partition"):
+        with refusal("workers of --partition are making", "join them with --partition"):
             begun()
         first("00000.npy")  # the lock of the other remains
     second("00001.npy", finish=True)

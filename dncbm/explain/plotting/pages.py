@@ -10,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
@@ -192,11 +193,10 @@ def draw_all(
                 draw_page(page, description)
                 bar.update()
             return
-        # Not forked: torch and matplotlib have threads here. Only this process handles interrupts.
-        ignore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        # Not forked: torch and matplotlib have threads here.
         context = get_context("spawn")
         workers = min(workers, len(pages), max(2, default_cores()))  # more than cores draw no faster
-        with ProcessPoolExecutor(workers, context, ignore_interrupts) as pool:
+        with ProcessPoolExecutor(workers, context, _begin_drawing) as pool:
             futures = [pool.submit(draw_page, page, description) for page, description in pages.items()]
             try:
                 for future in as_completed(futures):
@@ -209,6 +209,19 @@ def draw_all(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _begin_drawing() -> None:
+    """Prepare a process that draws: its parent alone handles interrupts, and it ends when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=end, daemon=True).start()
 
 
 def _draw_page(draw: Draw, files: ExplanationFolder, use_latex: bool, page: Any, description: str) -> None:

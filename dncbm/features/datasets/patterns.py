@@ -19,7 +19,7 @@ def matching_files(pattern: str, folder: str) -> Iterator[Path]:
     """The files that a pattern with braces and globs (`*`, `?`, `[a-c]`, `[!a-c]`) stands for, relative to a folder.
 
     Braces come first, as in bash, and keep their order; the files of a glob follow in the order of their numbers (`2.tar`
-    before `10.tar`). A file of exactly that name is preferred to a glob, and a backslash takes the meaning from a character.
+    before `10.tar`). A file of exactly that name is preferred to a glob, and a backslash escapes a character.
     A file that is missing is returned, too: one that is named without a glob, or a link that leads nowhere.
 
     Raises ValueError if braces are not balanced, or no file matches a glob.
@@ -52,7 +52,7 @@ def unescaped(place: str, characters: str = "") -> str:
 def expand_braces(pattern: str, escapable: str = "") -> Iterator[str]:
     """What a pattern with braces stands for, as in bash, one after another: `{00..12}.tar`, `{a,b}.tar`, `{0..9..3}.tar`.
 
-    A backslash takes the meaning from a brace or comma, and is removed before the `escapable` characters, by default before
+    A backslash escapes a brace or comma, and is removed before the `escapable` characters, by default before
     any. (The package braceexpand holds all alternatives in memory at once.)
 
     Raises ValueError if braces are not balanced, or nested more than MAX_DEPTH deep.

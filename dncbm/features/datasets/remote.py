@@ -14,12 +14,13 @@ import ssl
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
@@ -27,6 +28,7 @@ from typing import BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from dncbm.runs.errors import UserError, first_line
+from dncbm.runs.manifests import text_hash
 
 TRIES = 5
 """How often something is tried without progress."""
@@ -40,6 +42,8 @@ N_ASKING = 16
 """Threads that ask servers for shards."""
 PIECE = 1 << 20
 """Bytes that are read at a time."""
+END = 2 * tarfile.BLOCKSIZE
+"""Bytes of zeros that end every tar."""
 PASSING = (408, 425, 429)
 """Refusals that pass. Others below 500 do not."""
 RUN_AGAIN = "run the same command again, which keeps finished shards"
@@ -62,8 +66,11 @@ class Url:
         return shown(self.url)
 
     def state(self) -> str:
-        """Address, size and version."""
-        return f"{self} {self.size} {self.etag or self.modified}"
+        """Address, size and version. Where both are unknown, a hash of the query, which can be all that tells shards apart."""
+        version = self.etag.removeprefix("W/") or self.modified
+        if self.size is None and not version and (query := urlsplit(self.url).query):
+            version = text_hash([query])[:16]
+        return f"{self} {self.size} {version}"
 
     def fetch(self, file: FileIO) -> None:
         """Write the shard into an empty file. A connection that drops is taken up where it ended, if the server can do that.
@@ -107,6 +114,8 @@ class Url:
             _write(file, piece)
         if size is not None and file.tell() < size:
             raise _Failed(f"the connection ended after {file.tell()} of {size} bytes")
+        if size is None and not answer.chunked and not _ends_as_tar(file):  # http.client notices if a chunk is missing
+            raise _Failed(f"the connection ended after {file.tell()} bytes, before the tar did")
 
     def _difference(self, now: "Url") -> str:
         """How the shard differs from what it was; empty if nothing shows that it does."""
@@ -146,16 +155,13 @@ class Pipe:
         def attempt() -> None:
             _empty(file)
             with tempfile.TemporaryFile() as said:
-                arguments = [*_shell(), self.command]
-                process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
-                with process:
+                arguments = ["/bin/sh", "-c", _WATCHED, "sh", *_shell(), self.command]
+                pipe = subprocess.PIPE
+                with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=said, start_new_session=True) as process:
                     assert process.stdout is not None
-                    try:
-                        while piece := process.stdout.read(PIECE):
-                            _write(file, piece)
-                    except BaseException:
-                        process.kill()
-                        raise
+                    while piece := process.stdout.read(PIECE):
+                        _write(file, piece)
+                    process.wait()
                 if process.returncode:
                     reason = f"the command ended with {_ending(process.returncode)}{_last_line(said)}"
                     raise (_Refused if process.returncode in (126, 127) else _Failed)(reason)
@@ -164,6 +170,11 @@ class Pipe:
 
 
 Remote = Url | Pipe
+
+
+_WATCHED = 'exec 3<&0 </dev/null; { read -r line <&3; kill -KILL 0; } >/dev/null 2>&1 & exec 3<&- "$@"'
+"""Runs a command beside a watcher, which kills the command and its children when the standard input of both is closed: after
+an exception, or however the process that reads ends. (No signal handler can answer SIGKILL.)"""
 
 
 def _shell() -> list[str]:
@@ -215,6 +226,12 @@ def _no_room(error: OSError) -> UserError:
     )
 
 
+def _ends_as_tar(file: FileIO) -> bool:
+    """Whether what was written ends with zeros, as every tar does."""
+    file.seek(max(0, file.tell() - END))
+    return file.read(END) == bytes(END)
+
+
 def _empty(file: FileIO) -> None:
     file.seek(0)
     file.truncate()
@@ -239,22 +256,37 @@ def asked(urls: Iterable[str]) -> Iterator[Answer]:
 
     This costs as much as asking whether they exist, and tells a web page from a tar.
 
-    Raises UserError if an address is malformed, a server refuses it, or does not answer after TRIES tries.
+    Raises UserError as soon as a server refuses an address, or does not answer after TRIES tries.
     """
-    pool = ThreadPoolExecutor(N_ASKING)
+    pool, stop = ThreadPoolExecutor(N_ASKING), threading.Event()
     coming: deque[Future[Answer]] = deque()
     try:
         for url in urls:
-            coming.append(pool.submit(_ask, url))
+            coming.append(pool.submit(_ask, url, stop))
             if len(coming) > 2 * N_ASKING:
-                yield coming.popleft().result()
+                yield _next(coming)
         while coming:
-            yield coming.popleft().result()
+            yield _next(coming)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _ask(url: str) -> Answer:
+def _next(coming: deque[Future[Answer]]) -> Answer:
+    """The first answer. Raises the error of any other that fails before it comes."""
+    while not coming[0].done():
+        wait([future for future in coming if not future.done()], return_when=FIRST_COMPLETED)
+        for future in coming:
+            if future.done():
+                future.result()
+    return coming.popleft().result()
+
+
+def _ask(url: str, stop: threading.Event) -> Answer:
+    def pause(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise CancelledError
+
     def attempt() -> Answer:
         try:
             with _answer(url, {"Range": f"bytes=0-{tarfile.BLOCKSIZE - 1}"}) as answer:
@@ -272,7 +304,7 @@ def _ask(url: str) -> Answer:
             raise _Failed(f"the connection ended after {len(header)} bytes")
         return Answer(url, shard, header)
 
-    return _repeated(shown(url), attempt)
+    return _repeated(shown(url), attempt, pause=pause)
 
 
 def shown(url: str) -> str:
@@ -284,6 +316,7 @@ def checked(url: str) -> str:
     """An address that can be asked for. Raises ValueError, without its query, if it is malformed."""
     try:
         parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")  # raises UnicodeError if a label is empty or too long
         is_sound = parts.port != 0 and bool(re.fullmatch(r"[\w.:-]+", parts.hostname or "", re.ASCII))
     except ValueError:
         is_sound = False
@@ -327,7 +360,12 @@ def _named(code: int) -> str:
     return f"{code} {http.client.responses.get(code, '')}".strip()
 
 
-def _repeated(what: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+def _repeated(
+    what: str,
+    attempt: Callable[[], T],
+    progress: Callable[[], int] = lambda: 0,
+    pause: Callable[[float], None] = lambda seconds: time.sleep(seconds),
+) -> T:
     """Try until an attempt succeeds, is refused for good, or fails TRIES times in a row without more `progress` than ever."""
     n_tries = n_vain = furthest = 0
     while True:
@@ -341,7 +379,7 @@ def _repeated(what: str, attempt: Callable[[], T], progress: Callable[[], int] =
             furthest = max(furthest, progress())
             if n_vain == TRIES:
                 raise UserError(f"cannot read {what}: {error} (tried {n_tries} times); {RUN_AGAIN}") from error
-            time.sleep(BACKOFF * 2 ** (n_vain - 1) if error.wait is None else min(error.wait, LONGEST_WAIT))
+            pause(BACKOFF * 2 ** (n_vain - 1) if error.wait is None else min(error.wait, LONGEST_WAIT))
 
 
 @contextmanager
@@ -356,7 +394,7 @@ def _answer(url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPRe
         if error.code < 500 and error.code not in PASSING:
             raise _Status(error.code) from error
         raise _Failed(f"the server answers {_named(error.code)}", _seconds(error.headers.get("Retry-After"))) from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a redirect to a malformed address
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise _Refused(f"the server's certificate is not valid: {cause.verify_message}") from error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +54,8 @@ MAX_HEADER = 1 << 20
 """Bytes that a tar may spend on the name and the attributes of a member."""
 SAMPLES, SAMPLE = 8, 4096
 """Blocks of a tar that its fingerprint looks at, and their bytes."""
+UNKNOWN_SIZE = 100_000_000
+"""Bytes that a tar is taken to have where no size is known. Progress is estimated from it until the first tar is read."""
 MANY_MISSING = 1000
 """Missing shards after which the others are not looked for."""
 INSTEAD = {
@@ -87,14 +90,14 @@ class WebdatasetShards:
         return n if 0 <= n < 10_000_000 else None
 
     def size(self, shard: int) -> int:
-        """Bytes of the tar; where they are not known, the mean of the others, or 1 if none are."""
+        """Bytes of the tar; where they are not known, the mean of the others, or UNKNOWN_SIZE if none are."""
         size = _size_of(self.paths[shard])
         return self._mean_size if size is None else size
 
     @cached_property
     def _mean_size(self) -> int:
         sizes = [size for path in self.paths if (size := _size_of(path)) is not None]
-        return max(1, sum(sizes) // len(sizes)) if sizes else 1
+        return max(1, sum(sizes) // len(sizes)) if sizes else UNKNOWN_SIZE
 
     def fingerprint(self) -> str:
         """From the tars' names, sizes and samples: hashing three million images would take as long as the stage."""
@@ -319,7 +322,14 @@ def sae_images(settings: Settings, dataset: str) -> Mapping[str, ImageShards]:
     if isinstance(source, Path):
         return _folder_splits(source, f"{name} in {settings.path} names it")
     base = f"{settings.path.parent}{os.sep}"
-    return {split: _shards_of(source[split], base, f"{name}[{split!r}]", settings.path) for split in SPLITS}
+    found = {split: _shards_of(source[split], base, f"{name}[{split!r}]", settings.path) for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        if shared := set(found[one].paths) & set(found[other].paths):
+            logging.getLogger(__name__).warning(
+                f"{name} in {settings.path}: {one} and {other} share {counted(len(shared), 'shard')}: what is measured on {other} "
+                "is then not of unseen images"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -372,7 +382,7 @@ def _shards_of(patterns: Sequence[str], base: str, entry: str, config: Path) -> 
 
 def _all_found(patterns: Sequence[str], base: str, entry: str, config: Path) -> Iterator[_Found]:
     for number, pattern in enumerate(patterns):
-        written = shown(pattern) if scheme_of(pattern) in WEB else pattern
+        written = pattern if scheme_of(pattern) in ("", PIPE) else shown(pattern)
         where = f"{entry}{f'[{number}]' if len(patterns) > 1 else ''} in {config} is {written!r}"
         try:
             yield from _found(pattern, base, where)
@@ -399,7 +409,7 @@ def _found(pattern: str, base: str, where: str) -> Iterator[_Found]:
             instead = _instead_of_tar(answer.header) if answer.shard else None
             yield _Found(answer.url, shown(answer.url), answer.shard, instead, where)
     else:
-        command = INSTEAD.get(scheme, "curl -s -f -L {url}").format(url=pattern)
+        command = INSTEAD.get(scheme, "curl -s -f -L {url}").format(url=shown(pattern))
         raise ValueError(f"{scheme}:// is not read: write a command that prints the shard, {PIPE}:{command}")
 
 
