@@ -325,9 +325,9 @@ def sae_images(settings: Settings, dataset: str) -> Mapping[str, ImageShards]:
     found = {split: _shards_of(source[split], base, f"{name}[{split!r}]", settings.path) for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         if shared := set(found[one].paths) & set(found[other].paths):
+            n = counted(len(shared), "shard")
             logging.getLogger(__name__).warning(
-                f"{name} in {settings.path}: {one} and {other} share {counted(len(shared), 'shard')}: what is measured on {other} "
-                "is then not of unseen images"
+                f"{name} in {settings.path}: {one} and {other} share {n}: what is measured on {other} is not of unseen images"
             )
     return found
 
