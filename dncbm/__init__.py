@@ -1,9 +1,9 @@
 """Discover-then-Name concept bottlenecks: from any CLIP-like image encoder to an interpretable classifier.
 
-Six rooms in the order in which data flows, each importing only those before it: `runs` (what a run is and where it lies),
-`features` (images to features), `concepts` (features to named concepts), `probe` (concept strengths to predictions),
-`explain` (predictions to figures) and `bottleneck` (the result as one object). `stages` lists the stages in order; `cli`
-makes command lines of them.
+Seven rooms, each importing only those before it: `runs` (what a run is and where it lies), `features` (images to features),
+`concepts` (features to named concepts), `probe` (concept strengths to predictions), `explain` (predictions to figures),
+`bottleneck` (the result as one object) and `reproduce` (all of it, for many encoders, data sets, settings and seeds).
+`stages` lists the stages in order; `cli` makes command lines of them.
 
 What most people import is here. A stage is a function of the config and of declarations, for example
 
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from dncbm.runs.declarations import (
         Export,
         Extraction,
+        Grid,
         Intervention,
         NamedEncoder,
+        Partition,
         ProbeDataset,
         ProbeFeatures,
         ProbeRun,
@@ -59,8 +61,8 @@ __all__ = [  # noqa: RUF022 - by meaning
     # the config, paths, errors
     "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
     # declarations: what a run is
-    "Export", "Extraction", "Intervention", "NamedEncoder", "ProbeDataset", "ProbeFeatures", "ProbeRun", "SAEFeatures",
-    "SAERun", "Splits",
+    "Export", "Extraction", "Grid", "Intervention", "NamedEncoder", "Partition", "ProbeDataset", "ProbeFeatures", "ProbeRun",
+    "SAEFeatures", "SAERun", "Splits",
     # stages, in order
     "STAGES", "save_sae_features", "train_sae", "save_vocabulary_embeddings", "assign_names", "save_probe_features",
     "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec", "export_model",
@@ -89,8 +91,10 @@ _MODULES = {
         (
             "Export",
             "Extraction",
+            "Grid",
             "Intervention",
             "NamedEncoder",
+            "Partition",
             "ProbeDataset",
             "ProbeFeatures",
             "ProbeRun",
