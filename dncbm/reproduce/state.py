@@ -119,7 +119,7 @@ def _differing(path: Path, step: Step) -> str:
 
 
 def what_is_missing(settings: Settings, steps: Iterable[Step]) -> dict[str, str]:
-    """Why steps cannot run: data that is not there, encoders that do not load; one line, and the names of the steps.
+    """Why steps cannot run: data that is missing, encoders that do not load.
 
     Encoders are loaded, and data sets opened, once each.
 

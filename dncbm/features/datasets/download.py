@@ -54,7 +54,7 @@ FAILURES: tuple[tuple[Failure, str], ...] = (
     (Failure.PASSING, r"reset by peer|closed connection|forcibly closed|connection abort|broken pipe|IncompleteRead"),
     (Failure.PASSING, r"EOF occurred|UNEXPECTED_EOF"),
     (Failure.PASSING, r"connection refused|actively refused|unreachable|no route to host|host is down"),
-    # These are the fault of this machine, which may be mended.
+    # These are faults of this machine, which its user may fix.
     (Failure.PASSING, r"unable to get (local )?issuer certificate"),
     (Failure.PASSING, r"too many open files|cannot allocate memory|can't start new thread|insufficient memory"),
     (Failure.PASSING, r"cannot assign requested address|no buffer space|resource temporarily unavailable"),
