@@ -38,7 +38,7 @@ def record_seconds(path: Path, step: Step, seconds: float) -> None:
     record = read_record(path)
     about = record.setdefault(step.command(), {"stage": step.stage})
     about["seconds"] = round(about.get("seconds", 0.0) + seconds, 2)
-    about["bytes"] = sum(map(bytes_of, step.outputs))
+    about["bytes"] = sum(map(bytes_of, step.outputs)) or None  # figures and edits have no manifest that is known beforehand
     write_json(path, record)
 
 
@@ -91,7 +91,9 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """`12 kB`, `3.4 MB`, `1.25 GB`."""
+    """`under 1 kB`, `12 kB`, `3.4 MB`, `1.25 GB`."""
+    if n_bytes < 500:
+        return "under 1 kB"
     for most, one, unit, digits in ((1e6, 1e3, "kB", 0), (1e9, 1e6, "MB", 1)):
         if n_bytes < most:
             return f"{n_bytes / one:.{digits}f} {unit}"
