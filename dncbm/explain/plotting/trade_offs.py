@@ -136,7 +136,7 @@ def _number(axes: Axes, front: Sequence[_Point]) -> None:
 
 def _draw_axes(axes: Axes, gain: str) -> None:
     axes.set_xscale("log")
-    axes.set_xlabel("L0 on train_val")
+    axes.set_xlabel("L0 on train_val (log scale)")
     axes.set_ylabel(gain)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
