@@ -474,6 +474,9 @@ def as_text(rows: Sequence[ComparedSAE], sort_by: str) -> str:
     same = [f"{name} {rows[0].values[name]}" for name in PLACES if name not in settings]
     shown = f"{len(rows)} SAE{'s' if len(rows) > 1 else ''}, sorted by {sort_by}"
     notes = ["l0, explained_variance and dead_fraction are of train_val"]
+    for dataset in datasets_of(rows):
+        if len({row.values.get(f"probe:{dataset}") for row in rows} - {None}) > 1:
+            notes.append(f"the probes on {dataset} differ in their settings or seeds: see probe:{dataset} in the CSV file")
     if len(rows) > 1:
         notes.append("* is on the Pareto front against l0, among SAEs of the same features")
     return "\n".join([f"{shown}; all with {', '.join(same)}" if same else shown, text_table(header, cells), "; ".join(notes)])
