@@ -9,6 +9,8 @@ import sys
 
 import ray
 
+if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+    sys.exit(__doc__)
 n, command, folder = int(sys.argv[1]), [sys.executable, *sys.argv[2:]], os.getcwd()  # the same on all nodes
 config = {name: value for name, value in os.environ.items() if name == "DNCBM_CONFIG"}
 ray.init()  # the cluster of RAY_ADDRESS, or one that `ray start` started on this machine, or else this machine alone

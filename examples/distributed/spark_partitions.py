@@ -11,6 +11,8 @@ from contextlib import suppress
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkContext, TaskContext
 
+if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+    sys.exit(__doc__)
 n, command, folder = int(sys.argv[1]), [sys.executable, *sys.argv[2:]], os.getcwd()  # the same on all nodes
 config = {name: value for name, value in os.environ.items() if name == "DNCBM_CONFIG"}
 # Unless spark-submit says otherwise: N parts at a time on this machine, each tried up to four times, as on a cluster.
