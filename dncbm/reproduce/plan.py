@@ -116,6 +116,8 @@ def plan_of(settings: Settings, grid: Grid, passed_on: Values | None = None) -> 
 
 @dataclass
 class _Planner:
+    """The steps so far, and what decides which follow."""
+
     settings: Settings
     grid: Grid
     passed_on: dict[str, Any]
@@ -126,7 +128,10 @@ class _Planner:
     def __post_init__(self) -> None:
         self.configured = config_defaults(self.settings)
         self.artifacts = Artifacts(self.settings)
-        self.swept = dict(_swept(text) for text in self.grid.sweep)
+        swept = [_swept(text) for text in self.grid.sweep]
+        self.swept = dict(swept)
+        if len(self.swept) < len(swept):
+            raise UserError("--sweep: a flag is swept twice; give all its values at once, FLAG=VALUE,VALUE")
         for name in (*sorted(PLANNED), "probe_split"):
             if self.configured.get(name) not in (None, False, ""):
                 raise UserError(f"{self.settings.path}: `defaults[{name!r}]`: the plan itself says this; leave it out there")

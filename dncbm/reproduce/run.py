@@ -115,6 +115,7 @@ def _print_plan(
     """Print a plan as lines that a shell can run: commands of what is to do, comments for the rest."""
     path = Artifacts(settings).reproduction_record()
     to_run = [step for step in needed if step.name not in cannot]
+    names_needed, names_to_run = {step.name for step in needed}, {step.name for step in to_run}
     estimates = estimate(settings, to_run, device) if to_run else {}
     with suppress(OSError):  # where nothing can be written, the plan is still printed
         record_estimates(path, to_run, estimates)
@@ -126,10 +127,10 @@ def _print_plan(
         state = states[step.name]
         if step.name in cannot:
             state = State.STALE if state is State.STALE else State.MISSING
-        word = state.value if state is State.DONE or step in needed else "not needed"
+        word = state.value if state is State.DONE or step.name in names_needed else "not needed"
         about = [word, *_estimated(estimates.get(step.name)), cannot.get(step.name, "")]
         print(f"# {number}. {step.name}: {', '.join(filter(None, about))}")
-        print(("" if step in to_run else "# ") + step.command(*more))
+        print(("" if step.name in names_to_run else "# ") + step.command(*more))
     n_done = len(plan.steps) - len(needed)
     print(f"# {counted(len(plan.steps), 'step')}: {n_done} done, {len(to_run)} to run, {len(cannot)} that cannot run")
     if known := [found for found in estimates.values() if found.seconds is not None]:
@@ -145,7 +146,8 @@ def _print_plan(
 
 
 def _about(seconds: float) -> str:
-    return text if (text := duration(seconds)).startswith("under") else f"about {text}"
+    text = duration(seconds)
+    return text if text.startswith("under") else f"about {text}"
 
 
 def _estimated(found: Estimate | None) -> list[str]:

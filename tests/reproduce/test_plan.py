@@ -130,6 +130,7 @@ def test_settings_that_names_do_not_show_get_a_suffix(paper: Settings) -> None:
         ({"sweep": ("l1_coeff",)}, {}, ("FLAG=VALUE,VALUE",)),
         ({"sweep": ("l1_coeff=",)}, {}, ("no values",)),
         ({"sweep": ("l1_coeff=a,b",)}, {}, ("--sweep l1_coeff", "must be a number, not 'a'")),
+        ({"sweep": ("lr=1e-3", "lr=2e-3")}, {}, ("swept twice",)),
         ({"sweep": ("seed=1,2",)}, {}, ("pass --seed with the values separated by commas",)),
         ({"sweep": ("val_freq=1,2",)}, {}, ("changes a result",)),
         ({"sweep": ("k=1,2",)}, {}, ("--sweep k", "changes nothing", "relu")),
