@@ -71,13 +71,13 @@ def said_and_took(path: Path, steps: Sequence[Step]) -> str:
 
 
 def _row(title: str, several: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    def total(key: str, shown: Callable[[float], str]) -> str:
-        """A sum; `-` if a part is not known."""
-        found = [about.get(key) for about in several]
-        return "-" if None in found else shown(sum(filter(None, found)))
+    def total(key: str, shown: Callable[[float], str], *, whole: bool = True) -> str:
+        """A sum; `-` if a part is not known, or unless `whole` no part is."""
+        found = [about[key] for about in several if about.get(key) is not None]
+        return shown(sum(found)) if found and (len(found) == len(several) or not whole) else "-"
 
-    times = (total(key, duration) for key in ("estimated_seconds", "seconds"))
-    return (title, str(len(several)), *times, *(total(key, size) for key in ("estimated_bytes", "bytes")))
+    said, took = total("estimated_seconds", duration), total("seconds", duration)
+    return (title, str(len(several)), said, took, total("estimated_bytes", size), total("bytes", size, whole=False))
 
 
 def duration(seconds: float) -> str:
