@@ -1,5 +1,6 @@
 """The loss of each item, its terms, and the explained variance."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +51,10 @@ def item_losses(
         residual = (x - reconstruction).detach()
         objective = objective + code.aux_coeff * squared_error(revived @ model.decoder_weight, residual) * dead.any()
     return ItemLosses(objective, l2, penalty, latents)
+
+
+ExtraLoss = Callable[[SparseAutoencoder, Tensor], Tensor]
+"""A term that a caller of `train` adds to the loss of each item (B), from the model and a training batch's latents (B x F)."""
 
 
 class CodeLosses(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_autoencoder.cuda_stepper import CudaStepper
-from sparse_autoencoder.losses import CodeLosses, code_losses
+from sparse_autoencoder.losses import CodeLosses, ExtraLoss, code_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.parallel import Part
@@ -34,11 +34,21 @@ class Stepper:
 
     The choice follows from `density`, the fraction of latents active in the previous step (on a GPU: when it was last looked
     at), so a resumed run chooses as an uninterrupted one does. Variants without kernels always take dense steps, and so
-    do bfloat16 products on a CPU, Matryoshka and the revival of dead latents on a GPU, and processes that share a batch.
+    do bfloat16 products on a CPU, Matryoshka and the revival of dead latents on a GPU, processes that share a batch, and
+    an `extra` term of the loss.
     """
 
-    def __init__(self, model: SparseAutoencoder, adam: Adam, *, batch_size: int, matmul_precision: str = "highest") -> None:
+    def __init__(
+        self,
+        model: SparseAutoencoder,
+        adam: Adam,
+        *,
+        batch_size: int,
+        matmul_precision: str = "highest",
+        extra: ExtraLoss | None = None,
+    ) -> None:
         self.model, self.adam, self.bf16 = model, adam, matmul_precision == "medium"
+        self.extra = extra
         self.sparse_below_on_gpu = SPARSE_BELOW_ON_GPU[matmul_precision]
         self.density = model.sparsity.code.expected_density(model.n_latents)
         self.was_sparse: bool | None = None
@@ -46,6 +56,8 @@ class Stepper:
         self._on_gpu: CudaStepper | None = None
         device = model.tied_bias.device.type
         has_kernels = model.sparsity.has_kernels and model.sparsity.code.has_kernels
+        if extra is not None:
+            return
         if device == "cuda":
             self._on_gpu = CudaStepper(model, adam, batch_size=batch_size, precision=matmul_precision)
         elif device == "cpu" and has_kernels and not self.bf16:
@@ -54,8 +66,9 @@ class Stepper:
     def __call__(self, x: Tensor, dead: Tensor | None = None, part: Part | None = None) -> StepResult:
         """A step on transformed inputs x (B x D), which may be a `part` of a batch. AuxK revives the latents of the mask
         `dead` (F, bool)."""
-        if part is not None:
-            result, is_sparse = dense_step(self.model, self.adam, x, dead, bf16=self.bf16, part=part), False
+        if part is not None or self.extra is not None:
+            result = dense_step(self.model, self.adam, x, dead, bf16=self.bf16, part=part, extra=self.extra)
+            is_sparse = False
         elif self._on_gpu is not None:
             sparse = dead is None and self.density <= self.sparse_below_on_gpu and self._on_gpu.can_be_sparse
             result, is_sparse = self._on_gpu(x, dead, sparse=sparse)

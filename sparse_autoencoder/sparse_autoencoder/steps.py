@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_autoencoder.losses import item_losses
+from sparse_autoencoder.losses import ExtraLoss, item_losses
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
 from sparse_autoencoder.parallel import Part
@@ -52,21 +52,29 @@ def dense_step(
     *,
     bf16: bool = False,
     part: Part | None = None,
+    extra: ExtraLoss | None = None,
 ) -> StepResult:
     """A step on transformed inputs x (B x D) by autograd, on any device.
 
     AuxK revives the latents of the mask `dead` (F, bool). With `bf16`, matrix products run in bfloat16 (autocast), while
     parameters, losses and Adam stay in float32. If x is a `part` of a batch, the result and the update are those of the
-    whole batch, in every process.
+    whole batch, in every process. `extra` is one more term of the loss.
     """
     adam.prepare()
-    result = dense_update(model, adam, x, dead, bf16=bf16, part=part)
+    result = dense_update(model, adam, x, dead, bf16=bf16, part=part, extra=extra)
     adam.count()
     return result
 
 
 def dense_update(
-    model: SparseAutoencoder, adam: Adam, x: Tensor, dead: Tensor | None, *, bf16: bool, part: Part | None = None
+    model: SparseAutoencoder,
+    adam: Adam,
+    x: Tensor,
+    dead: Tensor | None,
+    *,
+    bf16: bool,
+    part: Part | None = None,
+    extra: ExtraLoss | None = None,
 ) -> StepResult:
     """What `dense_step` does on the device, without a wait for it: a CUDA graph can capture this."""
     model.zero_grad()  # a step that ran out of memory halfway leaves gradients, to which this one would add its own
@@ -74,7 +82,8 @@ def dense_update(
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         losses = item_losses(model, x, training=True, dead=dead, part=part)
     n_items = len(x) if part is None else part.n_items
-    loss = losses.objective.sum() / n_items
+    objective = losses.objective if extra is None else losses.objective + extra(model, losses.latents)
+    loss = objective.sum() / n_items
     loss.backward()
     latents = losses.latents.detach()
     l2, penalty = losses.l2.detach().sum() / n_items, losses.penalty.detach().sum() / n_items

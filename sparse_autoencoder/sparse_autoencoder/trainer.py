@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from sparse_autoencoder.data import (
 from sparse_autoencoder.declare import identity
 from sparse_autoencoder.errors import CheckpointError, NonFiniteError
 from sparse_autoencoder.files import whole_file, write_safetensors
-from sparse_autoencoder.losses import RunningVariance, explained_variance
+from sparse_autoencoder.losses import ExtraLoss, RunningVariance, explained_variance
 from sparse_autoencoder.metrics import count_dead, measure
 from sparse_autoencoder.model import SparseAutoencoder
 from sparse_autoencoder.optimizer import Adam
@@ -69,6 +69,8 @@ class TrainingResult:
     """`evaluate` of the final model over the validation features, if there are any; None after an early stop."""
     stopped_by: signal.Signals | None = None
     """SIGTERM or SIGINT, if it stopped the run. The state is saved if there is a `state_path`."""
+    firing_rates: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Share of the training features that activate each latent of the final model, F float64; None after an early stop."""
 
     @property
     def stopped_early(self) -> bool:
@@ -292,6 +294,7 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     across: Processes = ALONE,
+    extra: ExtraLoss | None = None,
 ) -> TrainingResult:
     """Trains the model in place on N x D features (DN-CBM, section 3.1 and appendix).
 
@@ -318,6 +321,7 @@ def train(
         across: the processes that train together. All call this with the same arguments, start from the first one's model and
             get the same model and result, those of one process up to rounding. Each reads its own part of the items; the
             first alone writes files, logs and shows progress.
+        extra: one more term of the loss of each item. Steps are then dense. The saved state does not say which term it is.
 
     Raises:
         NonFiniteError: the features or the loss are NaN or infinite. The state on disk is the last good one.
@@ -354,7 +358,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(matmul_precision(settings.matmul_precision, device))
         batch_size = min(settings.batch_size, len(features))
-        stepper = Stepper(model, adam, batch_size=batch_size, matmul_precision=settings.matmul_precision)
+        stepper = Stepper(model, adam, batch_size=batch_size, matmul_precision=settings.matmul_precision, extra=extra)
         stack.callback(stepper.close)
         state = _State(model, adam, stepper, batch_size)
         if state_path is not None and state_path.exists():
@@ -372,8 +376,9 @@ def train(
         last_epoch = settings.epochs - 1
         val_epochs, ckpt_items = settings.validation_epochs(n_items), settings.checkpoint_items(n_items)
         shape = {"n_items": n_items, "n_inputs": model.n_inputs, "n_latents": model.n_latents}
+        advise = warn if extra is None else messages.debug  # what another term of the loss does, only the caller knows
         for line in advice_before(settings, model.sparsity, validates=held_out is not None, **shape):
-            warn(line)
+            advise(line)
         stop = stack.enter_context(stopping())
         bar = tqdm(total=total_steps, initial=adam.steps, disable=not progress, unit="step", smoothing=0.05)
         stack.callback(bar.close)
@@ -511,8 +516,8 @@ def train(
             except ImportError:
                 warn("did not draw %s: matplotlib is not installed", figure_path)
         for line in advice_after(model.sparsity, n_latents=model.n_latents, train=metrics, validation=validated):
-            warn(line)
-        return TrainingResult(adam.steps, metrics, validated)
+            advise(line)
+        return TrainingResult(adam.steps, metrics, validated, firing_rates=shares)
 
 
 def _own_items(features: Features, across: Processes) -> Features:

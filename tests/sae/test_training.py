@@ -217,6 +217,8 @@ def test_result_and_log(tmp_path: Path, features: Tensor) -> None:
     assert result.metrics == pytest.approx(evaluate(model, features), rel=1e-6)
     assert result.validation == pytest.approx(evaluate(model, features[:100]), rel=1e-6)
     assert result.metrics["explained_variance"] > 0.1
+    fired = (model.encode(features) > 0).double().mean(dim=0)
+    np.testing.assert_allclose(result.firing_rates, fired.detach(), rtol=1e-12)
     with open(tmp_path / "training_log.csv", newline="") as file:
         written = list(csv.DictReader(file))
     assert [int(row["step"]) for row in written] == [step for step, _ in rows]
@@ -352,7 +354,7 @@ def test_resumed_runs_are_bit_equal(
     settings = dataclasses.replace(SHORT, lr=5e-3, lr_warmup_steps=10, lr_decay_steps=10)
     whole = model_of(sparsity, transform)
     whole_log = tmp_path / "whole.csv"
-    train(whole, features, settings, progress=False, log_path=whole_log)
+    rates = train(whole, features, settings, progress=False, log_path=whole_log).firing_rates
     if not isinstance(sparsity, ReLU) or sparsity.l1_coeff > 0.01:
         assert lines(whole_log)[-1][10] == "1"  # it ends with sparse steps
     if isinstance(sparsity, TopK):
@@ -372,6 +374,7 @@ def test_resumed_runs_are_bit_equal(
     again = model_of(sparsity, transform, seed=5)
     result = train(again, features, settings, state_path=state, progress=False)
     assert result.steps == 30
+    np.testing.assert_array_equal(result.firing_rates, rates)
     assert torch.equal(again.encoder_weight, whole.encoder_weight)
 
 
