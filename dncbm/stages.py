@@ -18,10 +18,12 @@ from dncbm.runs.commands import (
     NEC,
     PROBE,
     PROBE_FEATURES,
+    REPORT,
     REPRODUCE,
     RESULTS_TABLE,
     SAE,
     SAE_FEATURES,
+    SEED_STABILITY,
     STRENGTHS,
     TASK_AGNOSTICITY,
     VOCABULARY,
@@ -51,6 +53,8 @@ _IN_ORDER: tuple[Command, ...] = (
     EXPORT,
     IMPORT_PUBLISHED,
     INTERVENE,
+    SEED_STABILITY,
+    REPORT,
     *TASK_AGNOSTICITY.commands,
     *META_CLUSTERS.commands,
     *LOCAL_EXPLANATIONS.commands,
@@ -59,9 +63,10 @@ _IN_ORDER: tuple[Command, ...] = (
 )
 COMMANDS = {command.name: command for command in _IN_ORDER}
 """The command line of each stage. Reading it imports nothing that computes."""
-_APART = (DOWNLOAD, COMPARE_RUNS, EXPORT, IMPORT_PUBLISHED, INTERVENE, REPRODUCE)
+_APART = (DOWNLOAD, COMPARE_RUNS, EXPORT, IMPORT_PUBLISHED, INTERVENE, SEED_STABILITY, REPORT, REPRODUCE)
 PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command not in _APART)
-"""Downloads, exports, imports and interventions take files that config.py does not name; the others call the pipeline's."""
+"""Downloads, exports, imports and interventions take files that config.py does not name; the others read many runs, or call
+the pipeline's stages."""
 
 
 class _Stages(MutableMapping[str, Stage]):

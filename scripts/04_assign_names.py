@@ -1,4 +1,4 @@
-"""Name each latent of the sparse autoencoder after its nearest word."""
+"""Name each latent of the sparse autoencoder after its nearest word, and test the names."""
 
 from dncbm.cli import main
 

@@ -1,4 +1,4 @@
-"""Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions."""
+"""Measure the accuracy with few concepts per class and per decision, on concepts and on controls."""
 
 from dncbm.cli import main
 

@@ -5,7 +5,7 @@
 | `config.json` | schema version, encoder, settings, data sets, metrics, provenance, hashes of the other files |
 | `sae.safetensors` | the SAE, as `sparse_autoencoder` saves it |
 | `probe.safetensors` | `weight` (C x F), the mean concept strengths of each class as CSR (`class_strengths.*`), `top_images` |
-| `concepts.csv` | index, name, similarity, and the share of images that a concept is active on |
+| `concepts.csv` | index, name, similarity, the share of images that a concept is active on, the name's verdict if tested |
 | `classes.json` | the classes with their images and recall |
 | `fingerprint.npz` | features of synthetic images, by which the encoder is recognised |
 | `README.md` | the model card |
@@ -69,8 +69,8 @@ def write_bundle(contents: Contents, folder: Path, *, source: str | None = None,
     write_safetensors({"weight": contents.weight.T.contiguous(), **arrays}, folder / PROBE, about)
     activity = contents.statistics.activity.tolist()
     similarities = ("" if math.isnan(name.similarity) else f"{name.similarity:.6f}" for name in contents.names)
-    rows = ((n.index, n.name, *more) for n, *more in zip(contents.names, similarities, activity, strict=True))
-    write_csv(folder / CONCEPTS, ("index", "name", "similarity", "activity"), rows)
+    rows = ((n.index, n.name, *more, n.verdict) for n, *more in zip(contents.names, similarities, activity, strict=True))
+    write_csv(folder / CONCEPTS, ("index", "name", "similarity", "activity", "verdict"), rows)
     write_json(folder / CLASSES, _classes_as_json(contents))
     assert contents.fingerprint is not None
     with whole_file(folder / FINGERPRINT) as temporary:

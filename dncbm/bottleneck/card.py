@@ -1,12 +1,12 @@
 """The model card of a bundle: its README.md, with the hub's YAML header."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dncbm.bottleneck.contents import Contents
-from dncbm.concepts.naming import concept_labels
+from dncbm.concepts.naming import ABSTAINS, ConceptName, concept_labels
 from dncbm.explain.explanations import contributions, leading
 from dncbm.features.hub import published_on_hub
 
@@ -58,7 +58,7 @@ def _body(contents: Contents, source: str, license: str | None) -> list[str]:
         "A concept bottleneck after Discover-then-Name (DN-CBM). A sparse autoencoder divides the features of the image "
         f"encoder {name} into {len(contents.names)} concepts, each named after its nearest word, and a sparse "
         f"linear probe classifies {len(contents.classes)} classes by the strengths of these concepts. Every prediction is a "
-        f"sum of contributions of named concepts.{edits}",
+        f"sum of contributions of concepts.{edits}",
         "## Load it",
         f"```python\nfrom dncbm import ConceptBottleneckModel\n\nmodel = ConceptBottleneckModel.from_pretrained({source!r})\n"
         'print(model.explain("image.jpg").table(5))\n```',
@@ -69,7 +69,8 @@ def _body(contents: Contents, source: str, license: str | None) -> list[str]:
         f"The {CONCEPTS_SHOWN} concepts of largest mean contribution to the logit, over the images of the `"
         f"{contents.statistics.split}` split:",
         _leading_concepts(contents),
-        "A name is the word nearest to a latent's direction: what the latent is most like, which need not be what it means.",
+        "A name is the word nearest to a latent's direction: what the latent is most like, which need not be what it means. "
+        + _names_note(contents.names),
         "## How it was made",
         _settings(about),
         "## Licence and citation",
@@ -77,6 +78,21 @@ def _body(contents: Contents, source: str, license: str | None) -> list[str]:
         + " The library, dncbm, is under the MIT licence. The images and the encoder have licences of their own.",
         f"```bibtex\n{CITATION}\n```",
     ]
+
+
+def _names_note(names: Sequence[ConceptName]) -> str:
+    """What the verdicts of names mean."""
+    if all(name.verdict is None for name in names):
+        return "The names were not tested."
+    abstaining = [name for name in names if name.verdict == ABSTAINS]
+    if not abstaining:
+        return "No latent abstains, so every one is shown by its name: it is named, and its name may still be wrong."
+    example = _shown(concept_labels(names)[abstaining[0].index])
+    return (
+        f"{len(abstaining)} of {len(names)} latents abstain, which a label such as {example} says: the latent's direction was "
+        "not told from directions that hold no word, and the word is merely the nearest. All others are named, which does not "
+        "say that their names are right."
+    )
 
 
 def _encoder_note(contents: Contents) -> str:

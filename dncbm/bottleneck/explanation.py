@@ -37,7 +37,7 @@ class Contribution:
     index: int
     """The latent."""
     label: str
-    """Its name, with its index if other latents share the name."""
+    """Its name, with its index if other latents share the name; `latent 123 (melon?)` if it abstains."""
     strength: float
     """How strong the concept is in the image, or on average in the images of a class."""
     weight: float
@@ -106,7 +106,7 @@ class Concept:
     """The latent."""
     name: str
     label: str
-    """The name, with the index if other latents share the name."""
+    """The name, with the index if other latents share the name; `latent 123 (melon?)` if it abstains."""
     similarity: float
     """Cosine similarity of the name and the decoder row; NaN if it is not known."""
     activity: float
@@ -117,6 +117,8 @@ class Concept:
     """The images of the split that activate it most, the strongest first, as indices in the data set's own split."""
     weights: tuple[tuple[str, float], ...]
     """Every class with a weight that is not 0, the largest in absolute value first."""
+    verdict: str | None = None
+    """`named`, `collision` or `abstains` (METHOD section 3); None if the name was not tested."""
 
     def table(self, n: int | None = 10) -> str:
         """What is known of it, and the n classes of largest weight (None: all), as text."""

@@ -178,12 +178,13 @@ class ConceptBottleneckModel:
 
     @property
     def names(self) -> list[str]:
-        """Names of the concepts, F."""
+        """Names of the concepts, F, also of those that abstain: show `labels` to people."""
         return [name.name for name in self.contents.names]
 
     @cached_property
     def labels(self) -> list[str]:
-        """Names of the concepts with their indices where latents share a name, F."""
+        """What the concepts are called wherever they are shown, F: their names, with their indices where latents share a name,
+        and `latent 123 (melon?)` where the name failed its test."""
         return concept_labels(self.contents.names)
 
     @property
@@ -285,7 +286,7 @@ class ConceptBottleneckModel:
         return Concept(
             index, name.name, self.labels[index], name.similarity, float(statistics.activity[index]),
             float(statistics.mean_strengths[index]), tuple(i for i in statistics.top_images[index].tolist() if i >= 0),
-            tuple((self.contents.classes[c], float(weights[c])) for c in order),
+            tuple((self.contents.classes[c], float(weights[c])) for c in order), name.verdict,
         )  # fmt: skip
 
     def class_(self, name: Named) -> ClassExplanation:
@@ -314,7 +315,8 @@ class ConceptBottleneckModel:
         """A model whose predictions ignore or rescale some concepts (METHOD section 6). This one stays as it is.
 
         Args:
-            remove: names, labels (`dog #17`) or indices of concepts to remove. A name stands for all latents that share it.
+            remove: names, labels (`dog #17`) or indices of concepts to remove. A name stands for all latents that share it and
+                do not abstain; if all of them abstain, for all of them.
             keep: if given, all other concepts are removed.
             scale: name, label or index -> what the concept's strength is multiplied by, at least 0.
             classes: names or numbers of the classes whose logits the edit applies to; by default all.

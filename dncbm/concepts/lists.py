@@ -47,7 +47,7 @@ def read_factors(path: Path, names: Sequence[ConceptName]) -> dict[int, float]:
                 raise UserError(f"write a name, a comma and a factor of at least 0, not {line[:100]!r}")
             for index in find(_meant(name.strip(), known), known, len(names)):
                 if found.setdefault(index, factor) != factor:
-                    raise UserError(f"{names[index].name} has the factor {factor:g}, and {found[index]:g} above")
+                    raise UserError(f"{concept_labels(names)[index]} has the factor {factor:g}, and {found[index]:g} above")
     return found
 
 

@@ -4,16 +4,16 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
-from dncbm.concepts.naming import ConceptName, concept_labels
+from dncbm.concepts.naming import ABSTAINS, ConceptName, concept_labels
 from dncbm.runs.errors import UserError
 
 Named = str | int
-"""A name, a label (`dog #17`), or an index."""
+"""A name, a label (`dog #17`, `latent 123 (melon?)`), or an index."""
 MOST_LISTED = 12
 
 
 def concepts_of(names: Sequence[ConceptName], wanted: Iterable[Named]) -> list[int]:
-    """The latents that names, labels or indices stand for, in ascending order; a name stands for all latents that share it.
+    """The latents that names, labels or indices stand for, in ascending order (`spellings_of`).
 
     Raises UserError, which suggests the nearest names, if one is unknown.
     """
@@ -23,8 +23,17 @@ def concepts_of(names: Sequence[ConceptName], wanted: Iterable[Named]) -> list[i
 
 
 def spellings_of(names: Sequence[ConceptName]) -> dict[str, set[int]]:
-    """Name or label -> the latents that it stands for."""
-    return _by_text([name.name for name in names], concept_labels(names))
+    """Name or label -> the latents that it stands for.
+
+    A name stands for all latents that share it and do not abstain; if all of them abstain, for all of them.
+    """
+    by_name: dict[bool, dict[str, set[int]]] = {False: {}, True: {}}
+    for index, name in enumerate(names):
+        by_name[name.verdict == ABSTAINS].setdefault(name.name, set()).add(index)
+    found = by_name[True] | by_name[False]
+    for label, indices in _by_text(concept_labels(names)).items():
+        found[label] = found.get(label, set()) | indices
+    return found
 
 
 def concept_of(names: Sequence[ConceptName], wanted: Named) -> int:

@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dncbm.features.stage import SAE_FEATURES, open_features
 from dncbm.features.store import FeatureStore
@@ -17,7 +19,7 @@ from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.errors import UserError
+from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest
 from dncbm.runs.ranks import Ranks, joined, leaving_if_alone, own_gpu
 from dncbm.runs.settings import Settings
@@ -25,6 +27,7 @@ from dncbm.runs.tracking import NO_TRACKING, Log, tracker
 from sparse_autoencoder import CheckpointError, SparseAutoencoder, evaluate, load_checkpoint, save_checkpoint, train
 from sparse_autoencoder.data import is_constant, memory_of_gpu, shuffle_of
 from sparse_autoencoder.declare import identity, values
+from sparse_autoencoder.files import whole_file
 from sparse_autoencoder.trainer import TrainingResult
 
 SAE_SPLITS = ("train_val", "train")
@@ -128,15 +131,19 @@ def _train(settings: Settings, run: SAERun, tracking: Tracking, ranks: Ranks, de
             if result.stopped_by is signal.SIGINT:
                 raise KeyboardInterrupt  # what comes after this stage must not run either
             return Outcome.STOPPED
-        if ranks.rank == 0:
-            save_checkpoint(model, target)
         assert result.validation is not None
+        assert result.firing_rates is not None
+        rates = artifacts.firing_rates(run)
+        if ranks.rank == 0:
+            with whole_file(rates) as temporary:
+                np.save(temporary, result.firing_rates)
+            save_checkpoint(model, target)
         found = dict(zip(SAE_SPLITS, (result.validation, result.metrics), strict=True))
         said = "; ".join(f"on {split}: {describe_metrics(metrics)}" for split, metrics in found.items())
         work.done(
-            [target],
+            [target, rates],
             f"SAE {said}",
-            metrics=_jsonable(found),
+            metrics=jsonable_metrics(found),
             steps=result.steps,
             device=str(torch_device),
             processes=ranks.size,
@@ -151,7 +158,7 @@ def describe_metrics(metrics: Mapping[str, float | None], digits: int = 3) -> st
     return f"L0 {metrics['l0']:.{digits - 1}f}, explained variance {shown}, {metrics['dead_fraction']:.1%} of latents dead"
 
 
-def _jsonable(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+def jsonable_metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     """Metrics of the splits; what is undefined is null, since JSON has no NaN."""
     return {split: {k: v if math.isfinite(v) else None for k, v in metrics.items()} for split, metrics in found.items()}
 
@@ -168,7 +175,7 @@ def sae_metrics(settings: Settings, run: SAERun) -> dict[str, dict[str, float | 
     if set(found) != set(SAE_SPLITS):
         sae = load_sae(settings, run)
         stores = {split: open_features(settings, run.dataset, run.encoder, run.hook, split) for split in SAE_SPLITS}
-        found = _jsonable({split: evaluate(sae, store) for split, store in stores.items()})
+        found = jsonable_metrics({split: evaluate(sae, store) for split, store in stores.items()})
     return {split: found[split] for split in SAE_SPLITS}
 
 
@@ -193,6 +200,32 @@ def load_sae(settings: Settings, run: SAERun, device: str | torch.device = "cpu"
     path = sae_path(settings, run)
     check_chain(path)
     return _load(settings, run, path).to(device).eval().requires_grad_(False)
+
+
+def firing_rates(settings: Settings, run: SAERun) -> NDArray[np.float64] | None:
+    """The share of the train images that each latent of a run fires on, F; None if the SAE was imported, or is of an older
+    version.
+
+    Raises UserError if the SAE is missing, or the rates are not those of its latents.
+    """
+    artifacts = Artifacts(settings)
+    path, sae = artifacts.firing_rates(run), sae_path(settings, run)
+    if sae != artifacts.sae(run) or not path.is_file():
+        return None
+    check_chain(sae)
+    try:
+        found: NDArray[np.float64] = np.load(path, allow_pickle=False)
+        n_latents = _load(settings, run, sae).n_latents
+        if found.shape != (n_latents,) or found.dtype != np.float64:
+            raise ValueError(f"it holds {found.dtype} of the shape {found.shape}, and the SAE has {n_latents} latents")
+        if not ((found >= 0) & (found <= 1)).all():
+            raise ValueError("not all of its numbers lie between 0 and 1")
+    except (OSError, ValueError, EOFError) as error:
+        again = SAE.command("--overwrite")
+        raise UserError(
+            f"cannot read the firing rates {path}: {first_line(error)}; make the SAE again, {again} with the same flags"
+        ) from error
+    return found
 
 
 def _load(settings: Settings, run: SAERun, path: Path) -> SparseAutoencoder:

@@ -311,6 +311,19 @@ class Artifacts:
         published = self.published_names(run)
         return published if published.is_file() and not self.concept_names(run).is_file() else self.concept_names(run)
 
+    def firing_rates(self, run: SAERun) -> Path:
+        """float64 share of the train images that each latent fires on, F. Imported and older SAEs have none."""
+        return self._sae_checkpoints(run) / "firing_rates.npy"
+
+    def name_evidence(self, run: SAERun, dataset: str) -> Path:
+        """What the images of a data set's val say about each latent and its name."""
+        return self._sae_checkpoints(run) / f"name_evidence_{dataset}.csv"
+
+    def evidence_datasets(self, run: SAERun) -> list[str]:
+        """The data sets whose images have said something about an SAE's names."""
+        found = self._sae_checkpoints(run).glob("name_evidence_*.csv")
+        return sorted(path.stem.removeprefix("name_evidence_") for path in found)
+
     def _sae_checkpoints(self, run: SAERun) -> Path:
         return self.settings.sae_dir / "SAEImg" / self._run(run) / "sae_checkpoints"
 
@@ -355,9 +368,31 @@ class Artifacts:
     def nec_figure(self, run: SAERun, probe_dataset: str) -> Path:
         return self.nec(run, probe_dataset) / "nec.png"
 
+    def nec_leakage(self, run: SAERun, probe_dataset: str) -> Path:
+        """The concepts beside their controls."""
+        return self.nec(run, probe_dataset) / "leakage.csv"
+
     def nec_state(self, run: SAERun, probe_dataset: str, inputs: str) -> Path:
-        """State of the unfinished path on `concepts`, `features` or `random` directions."""
+        """State of the unfinished path on a kind of inputs."""
         return self.nec(run, probe_dataset) / f"state_{inputs}.safetensors"
+
+    def compact(self, run: SAERun, probe_dataset: str) -> Path:
+        """Folder of the accuracies with few concepts."""
+        return self._probed(run, probe_dataset) / "compact"
+
+    def compact_table(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.compact(run, probe_dataset) / "compact.csv"
+
+    def compact_concepts(self, run: SAERun, probe_dataset: str) -> Path:
+        """The concepts that were chosen, as a list that `intervene --keep` reads."""
+        return self.compact(run, probe_dataset) / "concepts.txt"
+
+    def compact_figure(self, run: SAERun, probe_dataset: str) -> Path:
+        return self.compact(run, probe_dataset) / "compact.png"
+
+    def compact_state(self, run: SAERun, probe_dataset: str) -> Path:
+        """State of the unfinished path."""
+        return self.compact(run, probe_dataset) / "state.safetensors"
 
     def zero_shot(self, features: ProbeFeatures) -> Path:
         """The zero-shot classifier."""
@@ -369,6 +404,10 @@ class Artifacts:
     def intervention(self, run: SAERun, probe: ProbeRun, edit: str) -> Path:
         """Accuracies before and after an edit of a probe's concepts, which has a name."""
         return self._probe_folder(run, probe) / "interventions" / f"{edit}.csv"
+
+    def interventions(self, run: SAERun, probe: ProbeRun) -> Iterable[Path]:
+        """The accuracies of every edit of a probe's concepts."""
+        return self.intervention(run, probe, "").parent.glob("*.csv")
 
     def probe_results(self) -> Path:
         return self.settings.probe_dir / "probe_results.csv"
@@ -420,6 +459,17 @@ class Artifacts:
         name = _short(re.sub(r"[^\w.-]+", "_", text).strip("_.") or "text")
         return self._analysed("suggested_concepts", run) / f"{name}.txt"
 
+    def seed_stability(self, run: SAERun) -> Path:
+        """How stable each latent of an SAE is over seeds."""
+        return self._analysed("seed_stability", run) / "seed_stability.csv"
+
+    def seed_stability_figure(self, run: SAERun) -> Path:
+        return self.seed_stability(run).with_suffix(".png")
+
+    def report(self, run: SAERun, probe: ProbeRun) -> Path:
+        """Folder of the report of a run."""
+        return self._analysed("report", run) / probe.dataset / probe.config_name
+
     # Exports
 
     def export(self, run: SAERun, probe: ProbeRun | None, kind: str) -> Path:
@@ -459,3 +509,11 @@ class Artifacts:
     def concept_sheet(self) -> Path:
         """The best-named latents and their images."""
         return self.settings.analysis_dir / "concept_sheet.png"
+
+    def name_truth(self, suffix: str) -> Path:
+        """Names beside the words of the images themselves: csv, or png, a figure."""
+        return self.settings.analysis_dir / f"name_truth.{suffix}"
+
+    def judge_sheets(self) -> Path:
+        """Folder of the sheets of images from which a person judges names."""
+        return self.settings.analysis_dir / "judge_sheets"

@@ -6,11 +6,14 @@ A module of a higher room adds the rest beside its function: `SAE = commands.SAE
 from dataclasses import dataclass
 
 from dncbm.runs.declarations import (
+    Alignment,
     BestRuns,
     Clusters,
+    Compact,
     Comparison,
     Download,
     Drawing,
+    Evidence,
     Explained,
     Export,
     Extraction,
@@ -20,6 +23,7 @@ from dncbm.runs.declarations import (
     NamedEncoder,
     NamedProbe,
     NamedSAE,
+    Naming,
     Partition,
     ProbeDataset,
     ProbeFeatures,
@@ -28,8 +32,10 @@ from dncbm.runs.declarations import (
     Prompts,
     Published,
     Ranking,
+    Report,
     SAEFeatures,
     SAERun,
+    Seeds,
     Selection,
     ShownDatasets,
     Splits,
@@ -72,9 +78,9 @@ VOCABULARY = Command(
 NAMES = Command(
     name="names",
     script="04_assign_names.py",
-    summary="Name each latent of the sparse autoencoder after its nearest word.",
-    takes=(SAERun,),
-    place="dncbm.concepts.naming:NAMES",
+    summary="Name each latent of the sparse autoencoder after its nearest word, and test the names.",
+    takes=(SAERun, Naming, Evidence, Alignment),
+    place="dncbm.concepts.naming_stage:NAMES_AND_EVIDENCE",
 )
 PROBE_FEATURES = Command(
     name="probe_features",
@@ -124,8 +130,8 @@ COMPARE_RUNS = Command(
 NEC = Command(
     name="nec",
     script="10_accuracy_at_nec.py",
-    summary="Measure the accuracy at 5 to 30 non-zero weights per class, on concepts, raw features and random directions.",
-    takes=(SAERun, ProbeDataset),
+    summary="Measure the accuracy with few concepts per class and per decision, on concepts and on controls.",
+    takes=(SAERun, ProbeDataset, Compact),
     place="dncbm.explain.plotting.nec_curve:NEC_AND_FIGURE",
 )
 EXPORT = Command(
@@ -148,6 +154,20 @@ INTERVENE = Command(
     summary="Remove, keep or scale concepts, and measure the probe's accuracy before, after, and after a refit.",
     takes=(SAERun, ProbeRun, Intervention),
     place="dncbm.probe.intervention_stage:INTERVENE",
+)
+SEED_STABILITY = Command(
+    name="seed_stability",
+    script="14_seed_stability.py",
+    summary="Compare SAEs that differ only in their seed: which latents, and which names, do they share?",
+    takes=(SAERun, Seeds),
+    place="dncbm.explain.plotting.seed_stability:STABILITY_AND_FIGURE",
+)
+REPORT = Command(
+    name="report",
+    script="15_report.py",
+    summary="Write one page about a run: what it supports, with the figures that this rests on.",
+    takes=(SAERun, ProbeRun, Report),
+    place="dncbm.explain.report.stage:REPORT",
 )
 REPRODUCE = Command(
     name="reproduce",

@@ -218,6 +218,57 @@ class NamedSAE(_Checked):
     )  # fmt: skip
 
 
+_SEED = flags(TrainingSettings)["seed"].setting
+
+
+# ----------------------------------------------------------------------------------------- names and their evidence
+
+
+@dataclass(frozen=True)
+class Naming(_Checked):
+    """Which names are shown as words."""
+
+    names: str = setting(
+        "tested", "tested: a latent whose name fails its test is shown as `latent 123 (melon?)`; all: by its name, as in the "
+        "paper", choices=("tested", "all"), identifies="changed",
+    )  # fmt: skip
+    name_fdr: float = setting(0.05, "false discovery rate of the test of names", above=0, most=1, identifies="changed")
+
+
+@dataclass(frozen=True)
+class Evidence(_Checked):
+    """The images that names and latents are judged by."""
+
+    dataset: str | None = setting(
+        None, "data set, of the SAE or the probe, whose val features judge names; by default the SAE's own",
+        flag="evidence_dataset", pattern=NAME, called=NAMED,
+    )  # fmt: skip
+    encoder: str | None = setting(
+        None, "another encoder, whose features of these images judge whether a latent is one thing; by default the SAE's own",
+        flag="evidence_encoder",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Alignment(_Checked):
+    """Whether an SAE is fine-tuned towards the names of its latents."""
+
+    strength: float | None = setting(
+        None, "first fine-tune a copy of the SAE towards its names, with this weight of the names' loss", flag="align_names",
+        above=0, configurable=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seeds(_Checked):
+    """Which SAEs are compared, that differ only in their seed."""
+
+    seeds: tuple[int, ...] = setting(
+        (), "seeds of the SAEs, separated by commas; by default all that are trained", least=_SEED.least, most=_SEED.most,
+        configurable=False,
+    )  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------- probe
 
 
@@ -229,7 +280,7 @@ PAPER_PROBES = {
     "waterbirds100": (0.1, 10.0),
 }
 """Data set -> the paper's learning rate and lambda of the probe (METHOD section 4)."""
-_SEED, _BATCH = (flags(TrainingSettings)[name].setting for name in ("seed", "train_sae_bs"))
+_BATCH = flags(TrainingSettings)["train_sae_bs"].setting
 ADAM = ("solver", "adam")
 """Settings that only Adam reads."""
 
@@ -335,6 +386,16 @@ class ProbeSchedule(_Checked):
         least=0,
         units=("epochs",),
     )
+
+
+@dataclass(frozen=True)
+class Compact(_Checked):
+    """How many concepts a compact bottleneck may use."""
+
+    max_concepts: int | None = setting(
+        None, "also choose this many concepts that the probe needs most, and measure accuracy with 1, 2, 4, ... of them",
+        least=1, configurable=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -534,6 +595,18 @@ class Published(_Checked):
     )
     probe_dataset: str | None = setting(
         None, "data set of the probe; by default the one that their folders name", configurable=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Report(_Checked):
+    """Where the report of a run is written."""
+
+    output: Path | None = setting(
+        None, "folder to write; by default one in analysis_dir", flag="report_folder", configurable=False
     )
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ from sparse_autoencoder.settings import in_todays_words
 
 IMPORTED = "import_published"
 """The stage whose artifacts others have made. The stages that would make them use them as they are."""
+ALIGNED = "align_names"
+"""The stage of an SAE that is another one's copy, fine-tuned towards its names."""
 PACKAGES = ("torch", "open_clip_torch", "webdataset", "numpy", "scipy", "dncbm", "sparse_autoencoder")
 
 
@@ -384,6 +387,11 @@ def how_made_again(made: Mapping[str, Any]) -> str:
     stage = made["stage"]
     if stage == IMPORTED:
         return "import it again with `python scripts/12_import_published.py FOLDER --overwrite`"
+    if stage == ALIGNED:
+        told = {"sae": made["details"].get("copy_of"), ALIGNED: made["settings"].get(ALIGNED)}
+        told |= {flag: made["run"].get(flag) for flag in ("img_enc_name", "sae_dataset")}
+        said = " ".join(f"--{flag} {shlex.quote(str(value))}" for flag, value in told.items())
+        return f"make it again with `python scripts/04_assign_names.py {said} --overwrite`"
     return f"make it again with `python scripts/run_pipeline.py --from {stage} --to {stage} --overwrite` and the same flags"
 
 

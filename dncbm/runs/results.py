@@ -19,13 +19,15 @@ from sparse_autoencoder.files import remove_leftovers, whole_file
 ZERO_TOLERANCES = (0.0, 1e-9, 1e-6, 1e-3, 1e-1)
 COVERAGES = (0.90, 0.95, 0.99)
 NECS = (5, 10, 15, 20, 25, 30)
-"""Numbers of effective concepts, i.e. mean numbers of non-zero weights per class, at which accuracy is reported."""
+"""Numbers at which accuracy is reported: of effective concepts, i.e. mean numbers of non-zero weights per class (NEC), and of
+contributing concepts, i.e. mean numbers that decide about an image (NCC)."""
 SETTINGS = (
     "time", "probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "sae_type", "probe", "solver",
     "probe_lr", "probe_batch_size", "probe_epochs", "probe_lambda", "seed", "edit",
 )  # fmt: skip
-"""`method` is `probe`, `nec`, `zero_shot` or `intervention`; `on` is its input: `concepts`, `features` or `random` directions.
-`edit` is the name of an intervention, and the kind of its row (`Row.kind` of `dncbm.probe.interventions`)."""
+"""`method` is `probe`, `nec`, `zero_shot` or `intervention`; `on` is its input: `concepts`, `features` or, for `nec`, a
+control (`INPUTS` of `dncbm.probe.nec_table`). `edit` is the name of an intervention, and the kind of its row (`Row.kind` of
+`dncbm.probe.interventions`)."""
 KEY = ("probe_dataset", "method", "on", "encoder", "hook", "sae_dataset", "sae", "probe", "solver", "seed", "edit")
 """What a run is. It has one row, which running it again replaces; the names of its SAE and probe hold the other settings."""
 METRICS = (
@@ -36,8 +38,17 @@ METRICS = (
     *(f"val_nec_{nec}" for nec in NECS),
     "val_anec_5",
     "val_anec_avg",
+    *(f"val_ncc_{ncc}" for ncc in NECS),
+    "val_ancc_5",
+    "val_ancc_avg",
+    "val_cea",
+    "val_cea_all",
+    "val_effective",
+    "val_majority",
 )
-"""Accuracies are fractions. Columns that do not apply to a method are blank."""
+"""Accuracies are fractions. CEA, with the concepts in use and with all, and the effective number of concepts (`val_effective`)
+are those at NEC 30; `val_majority` is the accuracy of always saying the commonest class. Columns that do not apply to a method
+are blank."""
 COLUMNS = (*SETTINGS, *METRICS)
 LEAST_COLUMNS = {"probe_dataset", "on", "encoder"}
 """Columns that every version has written."""

@@ -34,7 +34,7 @@ CONFIG = {
     "defaults": {
         "img_enc_name": "tiny", "sae_dataset": "photos", "probe_dataset": "pets", "expansion_factor": 2, "num_epochs": 40,
         "train_sae_bs": 16, "lr": 1e-2, "l1_coeff": 2e-3, "input_transform": "unit_norm", "probe_solver": "prox",
-        "probe_sparsity_loss_lambda": 0.01, "num_workers": 0, "device": "cpu",
+        "probe_sparsity_loss_lambda": 0.01, "num_workers": 0, "device": "cpu", "names": "all",
     },
 }  # fmt: skip
 STAGES = ("sae_features", "sae", "names", "probe_features", "strengths", "probe")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub import constants as hub_constants
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dncbm import ConceptBottleneckModel
 from dncbm.bottleneck.bundle import write_bundle
+from dncbm.bottleneck.contents import Contents
 from dncbm.cli import main
 from dncbm.concepts.naming import ConceptName
 from dncbm.runs.settings import LOCAL_DIR, load_settings
@@ -125,7 +127,7 @@ def test_the_files_are_as_documented_and_none_is_pickled(model, home: Path) -> N
     with (home / "saved" / "concepts.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == model.names
-    assert list(rows[0]) == ["index", "name", "similarity", "activity"]
+    assert list(rows[0]) == ["index", "name", "similarity", "activity", "verdict"]
     with np.load(home / "saved" / "fingerprint.npz", allow_pickle=False) as arrays:
         assert {name: arrays[name].shape for name in arrays} == {"features": (4, CLIP["embed_dim"])}
 
@@ -479,6 +481,74 @@ def test_names_on_the_card_are_text_and_nothing_else(home: Path, tmp_path: Path)
     assert {re.sub(r" \([+-]\d+\.\d\d\)$", "", one) for one in leading.split(", ")} <= labels
     edits = next(one for one in said if "edited after training" in one)
     assert "; ".join(f"without {shown(name)}" for name in HOSTILE) in edits
+
+
+def with_verdicts(contents: Contents) -> Contents:
+    """The same with an abstaining latent among those that lead each class, and names that are told apart as verdicts say."""
+    top = {int(np.argmax(contents.weight[:, c].numpy())) for c in range(contents.weight.shape[1])}
+    passed = [name.name for name in contents.names if name.index not in top]
+    verdicts = [
+        "abstains" if name.index in top else "named" if passed.count(name.name) == 1 else "collision"
+        for name in contents.names
+    ]
+    return replace(contents, names=[replace(name, verdict=one) for name, one in zip(contents.names, verdicts, strict=True)])
+
+
+def test_a_latent_that_abstains_is_nowhere_a_plain_word(home: Path, tmp_path: Path) -> None:
+    """In the bundle, its card, explanations, classes, concepts and edits; its name is still what it can be asked by."""
+    contents = with_verdicts(load(home / "saved", load_encoder=False).contents)
+    write_bundle(contents, tmp_path / "tested")
+    read = load(tmp_path / "tested", load_encoder=False)
+    assert read.contents.names == contents.names
+    with (tmp_path / "tested" / "concepts.csv").open(newline="") as file:
+        assert [row["verdict"] for row in csv.DictReader(file)] == [name.verdict for name in contents.names]
+    abstaining = [name for name in contents.names if name.verdict == "abstains"]
+    card = (tmp_path / "tested" / "README.md").read_text(encoding="utf-8")
+    strengths = np.zeros((1, len(contents.names)), dtype=np.float32)
+    strengths[:, [name.index for name in abstaining]] = 1
+    explained = {one.index: one.label for one in read.explain(scipy.sparse.csr_matrix(strengths)).contributions}
+    assert explained
+    for name in abstaining:
+        label = f"latent {name.index} ({name.name}?)"
+        assert read.labels[name.index] == label
+        assert read.names[name.index] == name.name
+        concept = read.concept(label)
+        assert (concept.index, concept.label, concept.verdict) == (name.index, label, "abstains")
+        assert concept.table().startswith(f"{label}: latent {name.index}, ")
+        assert explained.get(name.index, label) == label
+        for number in range(len(contents.classes)):
+            of_class = read.class_(number).contributions
+            assert {one.label for one in of_class if one.index == name.index} <= {label}
+        edited = read.intervene(remove=[label])
+        assert edited.contents.about["interventions"] == [f"without {label}"]
+        assert edited.weight.ne(read.weight).any(dim=1).nonzero().flatten().tolist() == [name.index]
+    assert f"{len(abstaining)} of 24 latents abstain, which a label such as latent {abstaining[0].index} (" in card
+    assert "All others are named, which does not say that their names are right." in card
+    leading = [line.split(" | ")[1].strip(" |") for line in card.splitlines() if line.startswith("| ") and "(+" in line]
+    shown = {re.sub(r" \([+-]\d+\.\d\d\)$", "", one) for cell in leading for one in cell.split(", ")}
+    assert shown <= set(read.labels)
+    assert any(one.startswith("latent ") for one in shown)
+
+
+def test_a_card_says_whether_names_were_tested(home: Path, tmp_path: Path) -> None:
+    contents = load(home / "saved", load_encoder=False).contents
+    every = (home / "saved" / "README.md").read_text(encoding="utf-8")  # this run was named with --names all
+    assert "No latent abstains" in every
+    untested = replace(contents, names=[replace(name, verdict=None) for name in contents.names])
+    write_bundle(untested, tmp_path / "untested")
+    assert "The names were not tested." in (tmp_path / "untested" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_bundle_of_an_older_version_has_no_verdicts(copy: Path) -> None:
+    with (copy / "concepts.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row[:4] for row in csv.reader(file)]
+    assert rows[0] == ["index", "name", "similarity", "activity"]
+    with (copy / "concepts.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    rehash(copy)
+    read = load(copy, load_encoder=False)
+    assert {name.verdict for name in read.contents.names} == {None}
+    assert read.names == [row[1] for row in rows[1:]]
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 11

@@ -63,6 +63,43 @@ def test_classes_are_found_by_number_and_either_name(refusal) -> None:
             classes_of(names, folders, [0, wanted])
 
 
+ABSTAINING = [
+    ConceptName(index, name, 0.5, verdict)
+    for index, (name, verdict) in enumerate(
+        [("melon", "named"), ("melon", "abstains"), ("dog", "collision"), ("dog", "collision"), ("dog", "abstains"),
+         ("salt, pepper", "abstains"), ("sea", "abstains"), ("sea", "abstains")]
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "indices"),
+    [
+        ("melon", [0]), ("latent 1 (melon?)", [1]), ("dog", [2, 3]), ("dog #3", [3]), ("latent 4 (dog?)", [4]),
+        ("salt, pepper", [5]), ("latent 5 (salt, pepper?)", [5]), ("sea", [6, 7]), ("latent 7 (sea?)", [7]), (1, [1]),
+    ],
+)  # fmt: skip
+def test_latents_that_abstain_are_found_by_their_labels_and_where_no_other_has_the_name(
+    tmp_path: Path, wanted: str | int, indices: list[int]
+) -> None:
+    assert concepts_of(ABSTAINING, [wanted]) == indices
+    path = tmp_path / "list.txt"
+    path.write_text(f"{wanted}\n{wanted}\n")
+    assert read_concepts(path, ABSTAINING) == indices
+    path.write_text(f"{wanted},0.5\n")
+    assert read_factors(path, ABSTAINING) == dict.fromkeys(indices, 0.5)
+    for index in indices:  # a label means its latent alone, in lists that stages write too
+        path.write_text(list_of([index], ABSTAINING, "one"))
+        assert read_concepts(path, ABSTAINING) == [index]
+
+
+def test_several_that_abstain_are_told_apart_by_their_labels(refusal) -> None:
+    with refusal("2 concepts have the name 'sea'", "latent 6 (sea?), latent 7 (sea?)"):
+        concept_of(ABSTAINING, "sea")
+    with refusal("did you mean 'latent 7 (sea?)'"):
+        concept_of(ABSTAINING, "latent 7 (sea)")
+
+
 # --------------------------------------------------------------------------------------------------------------- lists
 
 
@@ -110,7 +147,7 @@ def test_a_list_of_factors_is_read(tmp_path: Path) -> None:
         (read_factors, b"dog,inf", 1, "at least 0"),
         (read_factors, b"dgo,1", 1, "did you mean 'dog'"),
         (read_factors, b",1", 1, "no concept named ''"),
-        (read_factors, b"dog,1\n\ndog #3,0.5", 3, "dog has the factor 0.5, and 1 above"),
+        (read_factors, b"dog,1\n\ndog #3,0.5", 3, "dog #3 has the factor 0.5, and 1 above"),
         (read_factors, b"#\n", None, "names no concept"),
     ],
 )

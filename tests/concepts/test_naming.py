@@ -15,18 +15,26 @@ from hypothesis import strategies as st
 
 import dncbm.concepts.naming
 import dncbm.concepts.vocabulary
+from dncbm.cli import main
 from dncbm.concepts.naming import (
+    ABSTAINS,
+    COLLISION,
+    COLUMNS,
+    NAMED,
     ConceptName,
     assign_names,
     concept_labels,
+    name_latents,
     name_similarities,
     nearest_words,
+    read_name_tests,
     read_names,
+    share_abstaining,
     write_names,
 )
-from dncbm.concepts.vocabulary import Vocabulary
+from dncbm.concepts.vocabulary import Vocabulary, load_vocabulary
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import SAERun
+from dncbm.runs.declarations import Naming, SAERun
 from dncbm.runs.errors import StaleArtifact
 from dncbm.runs.manifests import Outcome, making, read_manifest
 from dncbm.runs.settings import Settings
@@ -256,6 +264,202 @@ def test_labels_tell_latents_of_one_name_apart() -> None:
     assert concept_labels(names) == ["dog #0", "sea", "dog #2"]
 
 
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.fixture
+def held(make_settings: Callable[..., Settings]) -> Settings:
+    """An SAE of 60 latents in 64 dimensions: word 0 is planted into the latents 0 and 1, words 2 to 9 into one each, of which
+    latent 9 is dead; the others are noise. 150 words, of which `word 149` is another spelling of word 3."""
+    settings = make_settings()
+    artifacts, rng = Artifacts(settings), np.random.default_rng(0)
+    embeddings = rng.normal(size=(150, 64)) / 8 + 0.1
+    embeddings[149] = embeddings[3] + 0.02 * rng.normal(size=64)
+    artifacts.words().parent.mkdir()
+    artifacts.words().write_text("".join(f"word {i}\n" for i in range(150)))
+    torch.save(torch.from_numpy(embeddings), artifacts.published_embeddings("enc"))
+    words = embeddings - embeddings.mean(axis=0)
+    decoder = rng.normal(size=(60, 64)) / 8
+    planted = words[[0, 0, *range(2, 10)]]
+    decoder[:10] = 0.6 * decoder[:10] + 0.8 * planted / np.linalg.norm(planted, axis=1, keepdims=True)
+    model = SparseAutoencoder(64, 60, seed=1)
+    with torch.no_grad():
+        model.decoder_weight.copy_(torch.nn.functional.normalize(torch.from_numpy(decoder + 0.02).float(), dim=1))
+    save_checkpoint(model, artifacts.sae(RUN))
+    rates = np.full(60, 0.1)
+    rates[9] = 0
+    np.save(artifacts.firing_rates(RUN), rates)
+    return settings
+
+
+def rows_of(settings: Settings) -> list[dict[str, str]]:
+    with Artifacts(settings).concept_names(RUN).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_names_that_fail_their_test_abstain(held: Settings, capsys) -> None:
+    assert assign_names(held, RUN, device="cpu") is Outcome.RAN
+    rows = rows_of(held)
+    assert tuple(rows[0]) == COLUMNS
+    verdicts = [row["verdict"] for row in rows]
+    assert verdicts[:10] == [COLLISION] * 2 + [NAMED] * 7 + [ABSTAINS]
+    assert verdicts[10:].count(ABSTAINS) >= 48
+    assert [row["name"] for row in rows[:10]] == [f"word {i}" for i in (0, 0, 2, 149, *range(4, 10))]
+    assert [(row["q"] == "", row["p"] == "", row["z"] == "") for row in rows] == [(i == 9, False, False) for i in range(60)]
+    assert all(row["verdict"] == ABSTAINS or float(row["q"]) <= 0.05 for row in rows)
+    assert rows[3]["near_synonyms"] == "true"
+    assert {rows[3]["word_1"], rows[3]["word_2"]} == {"word 3", "word 149"}
+    assert [row["near_synonyms"] for row in rows].count("true") < 5
+    said = next(line for line in capsys.readouterr().out.splitlines() if "distinct names" in line)
+    counts = {verdict: verdicts.count(verdict) for verdict in (NAMED, COLLISION, ABSTAINS)}
+    assert f"; {counts[NAMED]} named, {counts[COLLISION]} in collision, {counts[ABSTAINS]} abstain: " in said
+    details = read_manifest(Artifacts(held).concept_names(RUN))["details"]
+    assert {verdict: details[verdict] for verdict in counts} == counts
+    names = read_names(held, RUN)
+    assert [name.verdict for name in names] == verdicts
+    assert share_abstaining(names) == counts[ABSTAINS] / 60
+    labels = concept_labels(names)
+    assert labels[:3] == ["word 0 #0", "word 0 #1", "word 2"]
+    assert labels[9] == "latent 9 (word 9?)"
+    for name, label in zip(names, labels, strict=True):
+        assert (" #" in label) == (name.verdict == COLLISION)
+        assert (label == f"latent {name.index} ({name.name}?)") == (name.verdict == ABSTAINS)
+
+
+def test_every_column_is_what_it_says(held: Settings) -> None:
+    """Against names, words and margins found one pair at a time; the first three columns are what they were without a test."""
+    assign_names(held, RUN, device="cpu")
+    artifacts = Artifacts(held)
+    vocabulary = load_vocabulary(held, "enc")
+    decoder = load_checkpoint(artifacts.sae(RUN)).decoder_weight.detach()
+    plain = [[str(name.index), name.name, f"{name.similarity:.6f}"] for name in nearest_words(decoder, vocabulary)]
+    rows = rows_of(held)
+    assert [[row["index"], row["name"], row["similarity"]] for row in rows] == plain
+    cosines = decoder.double().numpy() @ vocabulary.embeddings.double().numpy().T
+    top = [[vocabulary.words[word] for word in np.argsort(-of_latent)[:5]] for of_latent in cosines]
+    directions, words = decoder.double().numpy(), vocabulary.embeddings.double().numpy()
+    apart, words = directions - np.delete(directions, 9, axis=0).mean(axis=0), words - words.mean(axis=0)
+    centred = apart @ words.T / np.linalg.norm(apart, axis=1, keepdims=True) / np.linalg.norm(words, axis=1)
+    z = (centred.max(axis=1) - centred.mean(axis=1)) / centred.std(axis=1)
+    for latent, row in enumerate(rows):
+        ordered = -np.sort(-cosines[latent])
+        assert [row[f"word_{place}"] for place in range(1, 6)] == top[latent]
+        assert [float(row[f"similarity_{place}"]) for place in range(1, 6)] == pytest.approx(ordered[:5], abs=2e-6)
+        assert float(row["margin"]) == pytest.approx(ordered[0] - ordered[1], abs=2e-6)
+        assert float(row["z"]) == pytest.approx(z[latent], abs=2e-4)
+        assert row["centred_name"] == vocabulary.words[centred[latent].argmax()]
+        assert int(row["shared_by"]) == sum(other["name"] == row["name"] for other in rows)
+        others = {word: sum(word in words for words in top) for word in top[latent] if word != row["name"]}
+        specific = min(others, key=others.__getitem__)  # the nearest of several
+        assert row["alternative"] == (specific if row["verdict"] == COLLISION else "")
+    found = read_name_tests(held, RUN)
+    assert found is not None
+    for column, values in {
+        "name": found.names, "verdict": found.verdicts, "centred_name": found.centred_names, "alternative": found.alternatives
+    }.items():  # fmt: skip
+        assert values == [row[column] for row in rows]
+    assert found.words == top
+    for column in ("similarity", "q", "p", "z", "margin", "shared_by"):
+        np.testing.assert_array_equal(getattr(found, column), [float(row[column] or "nan") for row in rows])
+    assert found.near_synonyms.tolist() == [row["near_synonyms"] == "true" for row in rows]
+    np.testing.assert_allclose(found.similarities, -np.sort(-cosines, axis=1)[:, :5], atol=2e-6)
+
+
+def test_without_firing_rates_every_latent_counts_as_live(held: Settings, capsys) -> None:
+    Artifacts(held).firing_rates(RUN).unlink()
+    assign_names(held, RUN, device="cpu")
+    assert "no firing rates beside the SAE: all latents count as live" in capsys.readouterr().out
+    rows = rows_of(held)
+    assert rows[9]["verdict"] == NAMED
+    assert all(row["q"] for row in rows)
+
+
+def test_the_rate_that_is_asked_for_decides(held: Settings) -> None:
+    assign_names(held, RUN, device="cpu")
+    q = np.array([float(row["q"] or "nan") for row in rows_of(held)])
+    for rate, flags in ((1e-6, {"names": "tested"}), (0.9, {}), (0.05, {"names": "all"})):
+        naming = Naming(name_fdr=rate, **flags)
+        with pytest.raises(StaleArtifact, match=r"names? was the default, now 'all'|name_fdr was"):
+            assign_names(held, RUN, naming, device="cpu")
+        assert assign_names(held, RUN, naming, device="cpu", overwrite=True) is Outcome.RAN
+        rows = rows_of(held)
+        assert [float(row["q"] or "nan") for row in rows] == pytest.approx(q, nan_ok=True)
+        passed = q <= rate if flags.get("names") != "all" else np.ones(60, dtype=bool)
+        assert [row["verdict"] != ABSTAINS for row in rows] == passed.tolist()
+        assert assign_names(held, RUN, naming, device="cpu") is Outcome.ALREADY_DONE
+
+
+def test_the_script_names_all(held: Settings, monkeypatch) -> None:
+    """As in the paper: dead latents and those that fail the test too, whose q stand in the file nonetheless."""
+    monkeypatch.setenv("DNCBM_CONFIG", str(held.path))
+    config = held.path.read_text() + "encoders = {'enc': ('RN50', 'openai')}\n"
+    held.path.write_text(config)
+    main("names", ["--img_enc_name", "enc", "--device", "cpu", "--names", "all"])
+    rows = rows_of(held)
+    times = {row["name"]: sum(other["name"] == row["name"] for other in rows) for row in rows}
+    assert [row["verdict"] for row in rows] == [NAMED if times[row["name"]] == 1 else COLLISION for row in rows]
+    assert sum(float(row["q"] or "nan") > 0.05 for row in rows) >= 48
+    names = read_names(held, RUN)
+    assert concept_labels(names) == concept_labels([replace(name, verdict=None) for name in names])
+
+
+def test_names_of_an_older_version_stay_valid(held: Settings, capsys, refusal) -> None:
+    artifacts = Artifacts(held)
+    target = artifacts.concept_names(RUN)
+    inputs = {"SAE": artifacts.sae(RUN), "words": artifacts.words(), "word embeddings": artifacts.published_embeddings("enc")}
+    names = nearest_words(load_checkpoint(artifacts.sae(RUN)).decoder_weight.detach(), load_vocabulary(held, "enc"))
+    with making(target, "names", {"vocabulary": "words"}, inputs, overwrite=False) as work:
+        write_names(target, names)
+        work.done([target])
+    before = target.read_bytes()
+    assert before.startswith(b"index,name,similarity\r\n0,word 0,")
+    capsys.readouterr()
+    assert assign_names(held, RUN, device="nonsense") is Outcome.ALREADY_DONE
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"already done: {target}"
+    assert "not tested: --overwrite tests them" in second
+    assert target.read_bytes() == before
+    assert {name.verdict for name in read_names(held, RUN)} == {None}
+    assert read_name_tests(held, RUN) is None
+    assert share_abstaining(read_names(held, RUN)) is None
+    with refusal("--device nonsense"):
+        assign_names(held, RUN, device="nonsense", overwrite=True)
+    assert target.read_bytes() == before
+    assert assign_names(held, RUN, device="cpu", overwrite=True) is Outcome.RAN
+    assert [row["name"] for row in rows_of(held)] == [name.name for name in names]
+    assert rows_of(held)[0]["verdict"] == COLLISION
+    assert assign_names(held, RUN, device="cpu", overwrite=True) is Outcome.ALREADY_DONE
+
+
+@pytest.mark.parametrize(
+    ("n_latents", "n_words", "listed"), [(1, 20, 5), (6, 1, 1), (6, 2, 2), (6, 4, 4)], ids=["one latent", "1", "2", "4 words"]
+)
+def test_few_words_or_latents_abstain(n_latents: int, n_words: int, listed: int) -> None:
+    rng = np.random.default_rng(0)
+    vocabulary = vocabulary_of(rng.normal(size=(n_words, 8)))
+    dictionary, live = torch.from_numpy(rng.normal(size=(n_latents, 8))), np.ones(n_latents, dtype=bool)
+    found = name_latents(dictionary, vocabulary, live)
+    assert found.verdicts == [ABSTAINS] * n_latents
+    assert [len(words) for words in found.words] == [listed] * n_latents
+    assert np.isnan(found.similarities).sum() == n_latents * (5 - listed)
+    assert np.isnan(found.margin).all() == (n_words == 1)
+    every = name_latents(dictionary, vocabulary, live, Naming(names="all"))
+    assert ABSTAINS not in every.verdicts
+    if n_words == 1:
+        assert every.verdicts == [COLLISION] * 6
+        assert every.alternatives == [""] * 6
+
+
+def test_a_word_that_the_list_holds_twice_is_one_name() -> None:
+    embeddings = np.eye(4)[[0, 0, 1, 2, 3]] + 1e-3 * np.arange(5)[:, None]
+    vocabulary = Vocabulary(
+        ["dog", "dog", "cat", "sea", "sky"], torch.nn.functional.normalize(torch.tensor(embeddings).float())
+    )
+    found = name_latents(torch.eye(4)[[0, 0, 1]], vocabulary, np.ones(3, dtype=bool), Naming(names="all"))
+    assert found.verdicts == [COLLISION, COLLISION, NAMED]
+    assert "dog" not in found.alternatives
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -267,6 +471,7 @@ def test_labels_tell_latents_of_one_name_apart() -> None:
         (b"index,name,similarity\nzero,dog,1\n", "'zero'"),
         (b"index,name,similarity\n0,dog,near\n", "'near'"),
         (b"index,name,similarity\n0\n", "line 2 lacks"),
+        (b"index,name,similarity,verdict\n0,dog,1,right\n", "line 2 has the verdict 'right'"),
         (b"index;name;similarity\n0;dog;1\n", "lacks an index"),
         (b"0,dog\n0,cat\n", "latent 0 twice"),
         (b"0,dog\n2,cat\n", "none for latent 1"),

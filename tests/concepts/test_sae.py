@@ -16,7 +16,7 @@ import torch
 
 import dncbm.concepts.sae
 from dncbm.cli import main
-from dncbm.concepts.sae import load_sae, sae_metrics, train_sae
+from dncbm.concepts.sae import firing_rates, load_sae, sae_metrics, train_sae
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.errors import StaleArtifact, UserError
@@ -33,6 +33,7 @@ from sparse_autoencoder import (
     TrainingSettings,
     evaluate,
     load_checkpoint,
+    save_checkpoint,
     train,
 )
 from sparse_autoencoder.declare import values
@@ -72,7 +73,8 @@ def test_every_kind_is_trained_and_read_back(settings: Settings, sparsity) -> No
     assert not any(parameter.requires_grad for parameter in model.parameters())
     folder = Artifacts(settings).sae(run).parent
     assert {path.name for path in folder.iterdir()} == {
-        "training_log.csv", "sparse_autoencoder_final.safetensors", "sparse_autoencoder_final.safetensors.manifest.json",
+        "training_log.csv", "firing_rates.npy", "sparse_autoencoder_final.safetensors",
+        "sparse_autoencoder_final.safetensors.manifest.json",
     }  # fmt: skip
     assert read_manifest(Artifacts(settings).sae(run))["details"]["device"] == "cpu"
     assert fit(settings, run) is Outcome.ALREADY_DONE
@@ -223,6 +225,44 @@ def test_other_features_are_stale_and_everything_of_the_old_run_goes(settings: S
     assert not beside.exists()
 
 
+def test_firing_rates_are_those_of_the_final_model_on_train(settings: Settings, make_store, refusal) -> None:
+    fit(settings)
+    artifacts = Artifacts(settings)
+    fired = load_sae(settings, RUN).encode(torch.from_numpy(FEATURES["train"])).numpy() > 0
+    rates = firing_rates(settings, RUN)
+    np.testing.assert_allclose(rates, fired.mean(axis=0), rtol=1e-12)
+    assert rates.dtype == np.float64
+    assert set(read_manifest(artifacts.sae(RUN))["outputs"]) == {artifacts.sae(RUN).name, artifacts.firing_rates(RUN).name}
+    content = artifacts.firing_rates(RUN).read_bytes()
+    artifacts.firing_rates(RUN).unlink()
+    with refusal(artifacts.firing_rates(RUN), "is missing"):
+        load_sae(settings, RUN)
+    assert fit(settings) is Outcome.RAN  # with the same command
+    assert artifacts.firing_rates(RUN).read_bytes() == content
+    np.save(artifacts.firing_rates(RUN), rates + 1)
+    with pytest.raises(StaleArtifact, match=r"firing_rates\.npy has changed"):
+        firing_rates(settings, RUN)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: np.save(path, np.ones(3)), "shape (3,), and the SAE has 8"),
+        (lambda path: np.save(path, np.ones(8, dtype=np.float32)), "float32"),
+        (lambda path: np.save(path, np.full(8, np.nan)), "between 0 and 1"),
+        (lambda path: path.write_bytes(b""), "No data"),
+        (lambda path: path.write_bytes(b"no numbers"), "pickled"),
+    ],
+    ids=["length", "type", "nan", "empty", "text"],
+)
+def test_firing_rates_of_another_sae_are_refused(settings: Settings, refusal, damage, said: str) -> None:
+    save_checkpoint(SparseAutoencoder(4, 8, seed=1), Artifacts(settings).sae(RUN))
+    assert firing_rates(settings, RUN) is None  # as in an SAE of an older version
+    damage(Artifacts(settings).firing_rates(RUN))
+    with refusal(Artifacts(settings).firing_rates(RUN), said, "02_train_sae_img.py --overwrite"):
+        firing_rates(settings, RUN)
+
+
 def test_nothing_is_trained_twice(settings: Settings, monkeypatch) -> None:
     fit(settings)
     monkeypatch.setattr(dncbm.concepts.sae, "train", lambda *_, **__: pytest.fail("trained"))
@@ -342,7 +382,7 @@ def test_a_stopped_training_is_resumed_to_the_same_bits(settings: Settings, monk
     """A signal after four of nine steps, as the library sees it: `train` returns early and leaves its state."""
     fit(settings)
     target, state = Artifacts(settings).sae(RUN), Artifacts(settings).sae_state(RUN)
-    whole = target.read_bytes()
+    whole, rates = target.read_bytes(), Artifacts(settings).firing_rates(RUN).read_bytes()
     for path in target.parent.iterdir():
         path.unlink()
 
@@ -371,7 +411,7 @@ def test_a_stopped_training_is_resumed_to_the_same_bits(settings: Settings, monk
     assert state.exists()
     assert not target.exists()
     assert fit(settings, run) is Outcome.RAN
-    assert target.read_bytes() == whole
+    assert (target.read_bytes(), Artifacts(settings).firing_rates(RUN).read_bytes()) == (whole, rates)
     assert not state.exists()
 
 

@@ -1,0 +1,1 @@
+14_seed_stability.py
