@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from dncbm.concepts.naming import names_in
+from dncbm.concepts.naming import ABSTAINS, names_in, share_abstaining
 from dncbm.concepts.strengths import check_is_of_sae
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import IMPORT_PUBLISHED, NEC, PROBE, SAE
@@ -48,9 +48,11 @@ OF_SAE = {
     "dead_fraction": Measure(-1, 3),
     "name_similarity": Measure(1, 3),
     "distinct_name_share": Measure(1, 3),
+    "abstaining_share": Measure(-1, 3),
     "seconds": Measure(-1, 0),
 }
-"""Column -> measure: mean similarity of latents to their names; distinct names / latents; seconds of training."""
+"""Column -> measure: mean similarity of latents to their names; distinct names / latents; share of latents whose names failed
+their test; seconds of training."""
 OF_DATASET = {"train_val_top1": Measure(1, 3), "val_top1": Measure(1, 3), "val_anec_5": Measure(1, 3)}
 """Column of the results -> measure; in the table, the data set's name follows after a colon."""
 TRADED = ("explained_variance", "train_val_top1")
@@ -186,7 +188,7 @@ def _number(value: object) -> float | None:
 def _of_names(settings: Settings, run: SAERun) -> dict[str, Value]:
     """What the names of an SAE's latents are like, as their manifest says, else as the file does."""
     path = Artifacts(settings).concept_names_in_use(run)
-    found: dict[str, Value] = dict.fromkeys(("name_similarity", "distinct_name_share"))
+    found: dict[str, Value] = dict.fromkeys(("name_similarity", "distinct_name_share", "abstaining_share"))
     if not path.is_file():
         return found
     try:
@@ -195,11 +197,15 @@ def _of_names(settings: Settings, run: SAERun) -> dict[str, Value]:
         about, is_same = made["details"], made["outputs"].get(path.name, {}).get("bytes") == path.stat().st_size
         if is_same and {"latents", "distinct_names", "mean_similarity"} <= about.keys():
             mean, share = about["mean_similarity"], about["distinct_names"] / about["latents"]
+            abstaining = about[ABSTAINS] / about["latents"] if ABSTAINS in about else None
         else:
             names = names_in(path)
             mean = sum(name.similarity for name in names) / len(names)  # NaN if the authors' files, which omit it, are in use
             share = len({name.name for name in names}) / len(names)
-        return {"name_similarity": _number(mean), "distinct_name_share": _number(share)}
+            abstaining = share_abstaining(names)
+        return {
+            "name_similarity": _number(mean), "distinct_name_share": _number(share), "abstaining_share": _number(abstaining)
+        }  # fmt: skip
     except Exception as error:  # whatever a damaged file holds
         messages.warning("%s; its columns stay blank", error if isinstance(error, UserError) else f"{path}: {error}")
         return found

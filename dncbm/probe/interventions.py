@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dncbm.concepts.lookup import Named, concepts_of, find, spellings_of
-from dncbm.concepts.naming import ConceptName
+from dncbm.concepts.naming import ConceptName, concept_labels
 from dncbm.features.store import FeatureStore
 from dncbm.probe.fit import PATH_PASSES, PATH_RATIO, PATH_TOLERANCE
 from dncbm.probe.model import ProbeData, accuracy_of_groups
@@ -41,7 +41,7 @@ def factors_of(
 
     Args:
         names: the names of the latents, F.
-        remove: names, labels or indices of concepts to remove. A name stands for all latents that share it.
+        remove: names, labels or indices of concepts to remove. A name stands for all latents that share it (`spellings_of`).
         keep: if given, all others are removed.
         scale: name, label or index -> factor, at least 0.
 
@@ -53,10 +53,12 @@ def factors_of(
             raise UserError(f"the factor of {wanted!r} must be finite and at least 0, not {factor}")
         for index in find(wanted, known, len(names)):
             if scaled.setdefault(index, factor) != factor:
-                raise UserError(f"the concept {index}, {names[index].name}, is scaled by {scaled[index]} and by {factor}")
+                label = concept_labels(names)[index]
+                raise UserError(f"the concept {index}, {label}, is scaled by {scaled[index]} and by {factor}")
     kept = set(range(len(names)) if keep is None else concepts_of(names, keep)) | scaled.keys()
     if twice := [index for index in removed if index in scaled or (keep is not None and index in kept)]:
-        raise UserError(f"the concept {twice[0]}, {names[twice[0]].name}, is removed, and also kept or scaled")
+        label = concept_labels(names)[twice[0]]
+        raise UserError(f"the concept {twice[0]}, {label}, is removed, and also kept or scaled")
     factors = torch.zeros(len(names))
     factors[sorted(kept)] = 1.0
     factors[removed] = 0.0

@@ -1,43 +1,68 @@
-"""Accuracy at a number of effective concepts (NEC): how well a probe classifies with few non-zero weights per class.
+"""Accuracy at a number of effective concepts (NEC) and of contributing concepts (NCC), on concepts and on their controls.
 
-As VLG-CBM (Srivastava, Yan and Weng 2024) defines it: NEC is the mean number of non-zero weights per class, ANEC-5 the
-accuracy at NEC 5, ANEC-avg the mean accuracy at 5, 10, 15, 20, 25 and 30. A probe that weighs every concept can be accurate
-even on random concepts; one with few weights per class should not be. Two controls, raw features and random directions, are
-measured in the same way.
+As VLG-CBM (Srivastava, Yan and Weng 2024) defines it, NEC is the mean number of non-zero weights per class, ANEC-5 the
+accuracy at NEC 5, ANEC-avg the mean accuracy at 5, 10, 15, 20, 25 and 30. NCC (`dncbm.probe.ncc`) counts the concepts that
+decide about an image. A probe that weighs every concept can be accurate even on random concepts; one with few weights per
+class should not be. So other inputs are measured in the same way (`dncbm.probe.controls`), all from one path of lambdas each.
 """
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dncbm.concepts.naming import NAMES, read_names
 from dncbm.concepts.sae import SAE, load_sae, sae_path
-from dncbm.concepts.strengths import STRENGTHS, encode_in_memory, finished_strengths
+from dncbm.concepts.strengths import STRENGTHS, finished_strengths
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names
 from dncbm.features.store import FeatureStore
-from dncbm.probe.model import ProbeData, evaluate_probe
+from dncbm.probe.bands import LEAKS, Comparison, compare, leaks, said_of
+from dncbm.probe.controls import (
+    Splits,
+    named_columns,
+    of_majority,
+    random_directions,
+    shuffled,
+    strengths_of,
+    untrained_latents,
+    with_columns,
+)
+from dncbm.probe.ncc import Decisions, concept_efficient_accuracy, decisions
+from dncbm.probe.nec_table import (
+    INPUTS,
+    MAJORITY,
+    MEASURES,
+    Curve,
+    Point,
+    comparisons_in,
+    curves_of,
+    points_in,
+    result_rows,
+    with_bands,
+    write_comparisons,
+    write_points,
+)
 from dncbm.probe.solvers import CrossEntropy, Progress, largest_lambda, minimise, root_mean_square
 from dncbm.probe.stage import load_probe_data
 from dncbm.probe.state import Latest, StateFile, Terminated
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import SPLITS, ProbeDataset, ProbeRun, SAERun
+from dncbm.runs.declarations import SPLITS, Compact, ProbeDataset, ProbeRun, SAERun
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError, first_line
-from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path
-from dncbm.runs.results import NECS, check_results, result_row, save_results, write_csv
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest
+from dncbm.runs.results import NECS, check_results, save_results
 from dncbm.runs.settings import Settings
-from sparse_autoencoder import ReLU, SparseAutoencoder
 from sparse_autoencoder.declare import values
 
-INPUTS = ("concepts", "features", "random")
 PATH_RATIO = 0.8
 """Each lambda of the path is this share of the previous one."""
 PATH_END = 1e-4
@@ -47,27 +72,13 @@ MAX_PASSES, TOLERANCE = 200, 1e-5
 REFIT = 0.3
 """Chosen weights are refitted at this share of the lambda that chose them, since shrinking them costs accuracy. (On the
 demo's train_val, both concepts and features do better at 0.3 than at 1, 0.1 or 0.)"""
-SAMPLE = 4096
-"""Images from which the thresholds of random directions are set."""
-
-
-@dataclass(frozen=True)
-class NECPoint:
-    """A probe with a given number of effective concepts."""
-
-    on: str
-    """One of INPUTS."""
-    nec: int
-    """The number asked for."""
-    nonzero: float
-    """Mean number of non-zero weights per class; below `nec` if the path ended or the refit left fewer."""
-    path_lambda: float
-    """Lambda of the path's solution that was truncated, for inputs divided by their root mean square."""
-    path_nonzero: float
-    """Mean number of non-zero weights per class of that solution."""
-    train_val_top1: float
-    val_top1: float
-    """Fractions."""
+OVERFIT = 3
+"""Lambdas after the one with the lowest cross-entropy on train_val that are still solved for the sake of NCC."""
+STATE = ("step", "best", "since_best", "finished", "lowest")
+"""What a path needs to resume, beside its weights and points."""
+FIGURES = {"anec_5": ("nec_5",), "anec_avg": tuple(f"nec_{nec}" for nec in NECS)}
+"""Figures in which concepts are compared with their controls -> their points."""
+CONTROLS = ("random", "untrained")
 
 
 def truncate(weight: torch.Tensor, n_weights: int) -> torch.Tensor:
@@ -77,19 +88,22 @@ def truncate(weight: torch.Tensor, n_weights: int) -> torch.Tensor:
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).reshape(weight.shape)
 
 
-def nec_points(
+def curve_on(
     on: str,
-    splits: dict[str, ProbeData],
+    splits: Splits,
     n_classes: int,
     device: torch.device,
     state: StateFile,
     on_step: Callable[[int], None] | None = None,
-) -> list[NECPoint]:
-    """Accuracy at each of NECS, from a path of lambdas.
+) -> Curve:
+    """Accuracy at each of NECS, as NEC and as NCC, from one path of lambdas.
 
     Inputs are divided by their root mean square on `train`, so that lambda penalises them alike. Lambda falls from where all
     weights are 0; each solution starts at the previous one. The first solution with at least as many non-zero weights as a
-    NEC asks for is truncated to it and refitted at REFIT of its lambda. A NEC that the path never reaches gets its end.
+    NEC asks for is truncated to it and refitted at REFIT of its lambda. A NEC that the path never reaches gets its end. An NCC
+    gets, of the solutions and refits whose NCC on `train_val` is at most that, the one with the lowest cross-entropy there;
+    the solution without weights is always one of them. For NCC's sake the path continues until NCC exceeds the last number, or
+    the cross-entropy has not fallen for OVERFIT lambdas: what comes then only fits `train` more closely.
 
     Args:
         on: one of INPUTS, what `splits` hold.
@@ -101,20 +115,47 @@ def nec_points(
 
     Raises UserError if the state is damaged or of another path (`StateFile.load`).
     """
-    train = splits["train"]
+    train, n_images = splits["train"], len(splits["val"])
     scale = root_mean_square(train, device)
-    step, points, progress = 1, list[NECPoint](), Progress.at(torch.zeros(train.width, n_classes, device=device))
+    step, since_best, finished, progress = 1, 0, False, Progress.at(torch.zeros(train.width, n_classes, device=device))
+    nec, ncc = list[Point](), list[Point]()
+    lowest, best = [math.inf] * len(NECS), math.inf  # cross-entropy on train_val: at each NCC, and of the path's solutions
+    correct = torch.zeros(2 * len(NECS), n_images, dtype=torch.uint8)
     latest, shapes = Latest(state), dict.fromkeys(("weight", "previous"), progress.weight.shape)
-    if found := state.load(device, shapes, ("path",)):
+    if found := state.load(device, {**shapes, "correct": correct.shape}, ("path",)):
         tensors, about = found[0], found[1]["path"]
-        step, points = about["step"], [NECPoint(**point) for point in about["points"]]
+        step, best, since_best, finished, lowest = (about[name] for name in STATE)
+        nec, ncc = ([Point(**point) for point in about[measure]] for measure in MEASURES)
         progress = Progress(tensors["weight"], tensors["previous"], about["momentum"], about["objectives"])
+        correct = tensors["correct"].cpu()
 
     def keep(now: Progress, *, last: bool = False) -> None:
         """The state is that of the path: what is solved again for a NEC starts from scratch."""
-        about = {"step": step, "points": [asdict(point) for point in points], "momentum": now.momentum}
-        tensors = {"weight": now.weight, "previous": now.previous}
+        about = dict(zip(STATE, (step, best, since_best, finished, lowest), strict=True)) | {"momentum": now.momentum}
+        about |= {"nec": [vars(point) for point in nec], "ncc": [vars(point) for point in ncc]}
+        tensors = {"weight": now.weight, "previous": now.previous, "correct": correct}
         latest.keep(tensors, {"path": about | {"objectives": now.objectives}}, last=last)
+
+    def point(
+        measure: str, target: int, weight: torch.Tensor, of_path: tuple[float, float], train_val: Decisions, val: Decisions
+    ) -> Point:
+        m = int((weight != 0).any(dim=1).sum())
+        cea = [concept_efficient_accuracy(val.top1, n_concepts, n_classes) for n_concepts in (m, len(weight))]
+        nonzero = float((weight != 0).sum()) / n_classes
+        found = Point(on, measure, target, nonzero, val.ncc, val.effective, m, cea[0], cea[1], *of_path)
+        return replace(found, train_val_ncc=train_val.ncc, train_val_top1=train_val.top1, val_top1=val.top1)
+
+    def take(weight: torch.Tensor, of_path: tuple[float, float], train_val: Decisions, val: Decisions | None = None) -> None:
+        """Take a probe for the NCCs for which it is the best so far."""
+        nonlocal ncc, lowest, correct
+        better = [i for i, target in enumerate(NECS) if train_val.ncc <= target and train_val.ce < lowest[i]]
+        if better:
+            val = val or decisions(weight / scale[:, None], splits["val"])
+            # The state that is kept must not change.
+            ncc, lowest, correct = ncc or [Point(on)] * len(NECS), [*lowest], correct.clone()
+            ncc = [point("ncc", NECS[i], weight, of_path, train_val, val) if i in better else old for i, old in enumerate(ncc)]
+            for i in better:
+                lowest[i], correct[len(NECS) + i] = train_val.ce, val.correct
 
     most = math.ceil(math.log(PATH_END) / math.log(PATH_RATIO))
     with (
@@ -123,76 +164,68 @@ def nec_points(
         tqdm(desc=f"NEC on {on}", initial=step - 1, total=most, unit="lambda") as bar,
     ):
         first = largest_lambda(loss, n_classes)
+        if not ncc:
+            none = torch.zeros_like(progress.weight)
+            take(none, (first, 0.0), decisions(none, splits["train_val"]))
         solve = partial(minimise, loss, loss.curvature(), max_passes=MAX_PASSES, tolerance=TOLERANCE)
-        while len(points) < len(NECS):
+        while not finished:
             path_lambda = first * PATH_RATIO**step
             progress = solve(progress, path_lambda, on_pass=keep)
             weight = progress.weight
             path_nonzero = float((weight != 0).sum()) / n_classes
             ended = path_lambda <= PATH_END * first or path_nonzero == len(weight)
-            for nec in NECS[len(points) :]:
-                if path_nonzero < nec and not ended:
+            for target in NECS[len(nec) :]:
+                if path_nonzero < target and not ended:
                     break
-                kept = truncate(weight, nec * n_classes)
+                kept = truncate(weight, target * n_classes)
                 kept = solve(Progress.at(kept), REFIT * path_lambda, support=kept != 0).weight
-                top1 = [evaluate_probe(kept / scale[:, None], splits[s], 0.0)["top1"] for s in ("train_val", "val")]
-                nonzero = float((kept != 0).sum()) / n_classes
-                points.append(NECPoint(on, nec, nonzero, path_lambda, path_nonzero, *top1))
+                train_val, val = (decisions(kept / scale[:, None], splits[split]) for split in ("train_val", "val"))
+                take(kept, (path_lambda, path_nonzero), train_val, val)
+                correct = correct.clone()
+                correct[len(nec)] = val.correct
+                nec = [*nec, point("nec", target, kept, (path_lambda, path_nonzero), train_val, val)]
                 keep(progress)
+            train_val = decisions(weight / scale[:, None], splits["train_val"])
+            take(weight, (path_lambda, path_nonzero), train_val)
+            best, since_best = (train_val.ce, 0) if train_val.ce < best else (best, since_best + 1)
+            finished = len(nec) == len(NECS) and (ended or train_val.ncc > NECS[-1] or since_best >= OVERFIT)
             step, progress = step + 1, Progress.at(weight)
             keep(progress, last=True)
             bar.update()
-            bar.set_postfix(nonzero=f"{path_nonzero:.1f}")
+            bar.set_postfix(nonzero=f"{path_nonzero:.1f}", concepts=f"{train_val.ncc:.1f}")
             if on_step is not None:
                 on_step(step - 1)
         bar.total = bar.n  # it may reach the last NEC before the last lambda
         bar.refresh()
-    return points
-
-
-@torch.inference_mode()
-def random_sae(sae: SparseAutoencoder, store: FeatureStore, share: float, seed: int) -> SparseAutoencoder:
-    """An SAE with random directions, each of which is active on a share of the images.
-
-    Its inputs, input transform, tied bias and number of latents are those of `sae`. Its encoder biases are set by a sample of
-    the features in `store`.
-    """
-    model = SparseAutoencoder(sae.n_inputs, sae.n_latents, sparsity=ReLU(), input_transform=sae.input_transform)
-    model = model.to(sae.encoder_weight.device)
-    model.tied_bias.copy_(sae.tied_bias)
-    if sae.input_transform == "centre":
-        model.input_centre.copy_(sae.input_centre)
-    directions = torch.randn(sae.n_latents, sae.n_inputs, generator=torch.Generator().manual_seed(seed))
-    model.encoder_weight.copy_(directions / directions.norm(dim=1, keepdim=True))
-    model.encoder_bias.zero_()
-    rows: NDArray[np.int64] = np.random.default_rng(seed).permutation(len(store))[:SAMPLE]
-    x, _ = model.transform(store.gather(rows).to(model.encoder_weight.device))
-    rank = min(max(round(len(rows) * (1 - share)), 1), len(rows))
-    model.encoder_bias.copy_(-model.pre_activations(x).kthvalue(rank, dim=0).values)
-    return model.requires_grad_(False)
+    return Curve((*nec, *ncc), correct.bool())
 
 
 def accuracy_at_nec(
     settings: Settings, run: SAERun, images: ProbeDataset, *, device: str = "auto", overwrite: bool = False
 ) -> Outcome:
-    """Stage 10: accuracy at a number of effective concepts, on the SAE's concepts, raw features and random directions.
+    """Stage 10: accuracy at a number of effective and of contributing concepts, on the SAE's concepts and on controls.
 
-    There are as many random directions as latents, and each is active on as many images as a latent is on average. Writes a
-    CSV, and a row per kind of input of `probe_results.csv`. An interrupted run resumes.
+    The kinds of inputs are INPUTS (METHOD section 4); `named` is left out if the names were not tested. Writes a table, a
+    comparison of the concepts with random and untrained directions, and a row per kind of `probe_results.csv`. An interrupted
+    run resumes. A table of an older version, without the newer controls, stays valid.
 
-    Raises UserError if the SAE, its concept strengths, the features or the labels are missing or damaged, or rows cannot be
-    written; StaleArtifact if a table from other inputs exists.
+    Raises UserError if the SAE, its names, its concept strengths, the features or the labels are missing or damaged, or rows
+    cannot be written; StaleArtifact if a table from other inputs exists.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
-    folder, table = artifacts.nec(run, dataset), artifacts.nec_table(run, dataset)
+    folder, seed, shown = artifacts.nec(run, dataset), run.training.seed, values(run) | values(images)
     stores = {split: open_features(settings, dataset, run.encoder, run.hook, split) for split in SPLITS}
     inputs = {"SAE": sae_path(settings, run), "split": artifacts.probe_split(dataset)}
     for split, store in stores.items():
         inputs[f"{split} concepts"] = finished_strengths(settings, run, dataset, split)
         inputs[f"{split} features"] = store.folder
+    is_old = not overwrite and _is_of_older_version(artifacts.nec_table(run, dataset))
+    if not is_old:
+        names = artifacts.concept_names_in_use(run)
+        if not names.is_file():
+            raise NAMES.missing("the names", names, "with the SAE's flags")
+        inputs["names"] = names
     check_results(artifacts.probe_results())
-    seed, shown = run.training.seed, values(run) | values(images)
-    states = [artifacts.nec_state(run, dataset, on) for on in INPUTS]
     with making(
         folder,
         NEC.name,
@@ -200,81 +233,138 @@ def accuracy_at_nec(
         inputs,
         overwrite=overwrite,
         run=shown,
-        scratch=states,
+        scratch=[artifacts.nec_state(run, dataset, on) for on in INPUTS],
         before=partial(resolve_device, device),
     ) as work:
         if not work.needed:
+            if is_old:
+                print("it was measured by an older version, without NCC and the newer controls: --overwrite measures all")
             return work.outcome
         torch_device = resolve_device(device)
         n_classes = len(probe_class_names(settings, dataset))
-        load = partial(load_probe_data, settings, run)
-        concepts = {split: load(ProbeRun(dataset), split) for split in SPLITS}
-        points: list[NECPoint] = []
-        for on in INPUTS:
-            splits = concepts
-            if on == "features":
-                splits = {split: load(ProbeRun(dataset, on_features=True), split) for split in SPLITS}
-            elif on == "random":
-                splits = _random_strengths(load_sae(settings, run, torch_device), concepts, stores, seed)
+        curves: dict[str, Curve] = {}
+        concepts = {split: load_probe_data(settings, run, ProbeRun(dataset), split) for split in SPLITS}
+        columns = _named(settings, run, concepts)
+        for on, splits in _inputs(settings, run, dataset, concepts, columns, stores, torch_device):
+            if splits is None:
+                curves[on] = curves["concepts"].called(on)
+                continue
             state = StateFile.of_work(artifacts.nec_state(run, dataset, on), {"on": on, "seed": seed}, inputs, overwrite)
             try:
-                points += nec_points(on, splits, n_classes, torch_device, state)
+                curves[on] = curve_on(on, splits, n_classes, torch_device, state)
             except Terminated:
                 print(f"stopped: the same command resumes from {state.path}")
                 return Outcome.STOPPED
-        write_csv(table, list(asdict(points[0])), (asdict(point).values() for point in points))
-        rows = []
-        for on in INPUTS:
-            curve = {f"val_nec_{point.nec}": point.val_top1 for point in points if point.on == on}
-            anec = {"val_anec_5": curve["val_nec_5"], "val_anec_avg": float(np.mean(list(curve.values())))}
-            print(f"{on:<9} ANEC-5 {anec['val_anec_5']:.1%}, ANEC-avg {anec['val_anec_avg']:.1%} on val of {dataset}")
-            described = {"probe_dataset": dataset, "method": "nec", "on": on, "encoder": run.encoder, "hook": run.hook}
-            described |= {"sae_dataset": run.dataset, "sae": run.config_name, "sae_type": run.sparsity.kind}
-            described |= {"solver": "prox", "seed": str(seed)}
-            rows.append(result_row(described, curve | anec))
-        save_results(artifacts.probe_results(), *rows)
-        said = f"accuracy at {NECS[0]} to {NECS[-1]} effective concepts"
-        work.done([table], said, device=str(torch_device), classes=n_classes)
+        is_right = of_majority(concepts["train"], concepts["val"])
+        curves[MAJORITY] = Curve((Point(MAJORITY, val_top1=float(is_right.double().mean())),), is_right[None])
+        points, samples = with_bands(curves, seed)
+        top1 = {(point.on, f"{point.measure}_{point.target}"): point.val_top1 for point in points}
+        compared = compare(FIGURES, samples, top1, CONTROLS)
+        outputs = [artifacts.nec_table(run, dataset), artifacts.nec_leakage(run, dataset)]
+        write_points(outputs[0], points)
+        write_comparisons(outputs[1], compared)
+        save_results(artifacts.probe_results(), *result_rows(run, dataset, points))
+        print("\n".join([*map(said_of, compared), *([LEAKS] if leaks(compared) else [])]))
+        said = f"accuracy at {NECS[0]} to {NECS[-1]} effective and contributing concepts"
+        work.done(outputs, said, device=str(torch_device), classes=n_classes)
     return work.outcome
 
 
-def read_nec(settings: Settings, run: SAERun, dataset: str) -> dict[str, dict[int, float]]:
-    """Accuracy on `val` (a fraction) at each number of effective concepts, for each kind of input.
+def _is_of_older_version(table: Path) -> bool:
+    """Whether a finished table is of a version that did not read names."""
+    try:
+        return table.is_file() and "names" not in read_manifest(table.parent)["inputs"]
+    except UserError:  # unfinished or damaged
+        return False
 
-    Raises UserError if the table is missing, unfinished or damaged; StaleArtifact if the SAE, the strengths, the features or
-    the labels have changed since.
+
+def _named(settings: Settings, run: SAERun, concepts: Splits) -> NDArray[np.int64] | None:
+    """The concepts whose names do not abstain; None, which is said, if that leaves nothing to measure."""
+    columns = named_columns(read_names(settings, run), strengths_of(concepts["train"]).shape[1])
+    if columns is None:
+        print(f"named concepts are left out: the names were not tested, which {NAMES.command('--overwrite')} does")
+    elif len(columns) == 0:
+        print("named concepts are left out: every name abstains")
+        return None
+    return columns
+
+
+def _inputs(
+    settings: Settings,
+    run: SAERun,
+    dataset: str,
+    concepts: Splits,
+    columns: NDArray[np.int64] | None,
+    stores: dict[str, FeatureStore],
+    device: torch.device,
+) -> Iterator[tuple[str, Splits | None]]:
+    """Each kind of inputs, one in memory at a time beside the concepts; None for named concepts that are all concepts."""
+    yield "concepts", concepts
+    if columns is not None and len(columns) == strengths_of(concepts["train"]).shape[1]:
+        print("no name abstains: the named concepts are all concepts")
+        yield "named", None
+    elif columns is not None:
+        yield "named", with_columns(concepts, columns)
+    yield "features", {split: load_probe_data(settings, run, ProbeRun(dataset, on_features=True), split) for split in SPLITS}
+    sae, seed = load_sae(settings, run, device), run.training.seed
+    yield "random", random_directions(sae, concepts, stores, seed)
+    yield "untrained", untrained_latents(sae, concepts, stores, seed)
+    yield "shuffled", shuffled(concepts, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def read_points(settings: Settings, run: SAERun, dataset: str) -> list[Point]:
+    """What stage 10 measured, older versions included.
+
+    Raises UserError if the table is missing, unfinished or damaged; StaleArtifact if the SAE, the names, the strengths, the
+    features or the labels have changed since.
     """
     path = Artifacts(settings).nec_table(run, dataset)
     if not manifest_path(path.parent).is_file():
         raise NEC.missing("the accuracy at NEC", path.parent, "with the SAE's flags")
     check_chain(path.parent)
-    found: dict[str, dict[int, float]] = {on: {} for on in INPUTS}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found[row["on"]][int(row["nec"])] = float(row["val_top1"])
-        if not all(tuple(curve) == NECS and all(0 <= top1 <= 1 for top1 in curve.values()) for curve in found.values()):
-            raise ValueError("it does not hold an accuracy for each input and number")
+        return points_in(path)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        again = NEC.command("--overwrite")
-        raise UserError(f"{path} is damaged ({first_line(error)}): run {again} with the SAE's flags") from error
-    return found
+        raise _damaged(path, error) from error
 
 
-def _random_strengths(
-    sae: SparseAutoencoder, concepts: dict[str, ProbeData], stores: dict[str, FeatureStore], seed: int
-) -> dict[str, ProbeData]:
-    strengths = concepts["train"].inputs
-    assert not isinstance(strengths, FeatureStore)
-    share = strengths.nnz / (strengths.shape[0] * strengths.shape[1])
-    model = random_sae(sae, stores["train"], share, seed)
-    # Strengths and features of a split have the same images in the same order, so the labels are the same.
-    return {split: replace(data, inputs=encode_in_memory(model, stores[split])) for split, data in concepts.items()}
+def read_nec(settings: Settings, run: SAERun, dataset: str, measure: str = "nec") -> dict[str, dict[int, float]]:
+    """Accuracy on `val` (a fraction) at each number of effective concepts, or with the measure ncc of contributing ones, for
+    each kind of inputs that was measured: INPUTS, without some of them. Raises as `read_points` does."""
+    curves = curves_of(read_points(settings, run, dataset), measure)
+    return {on: {point.target: point.val_top1 for point in curve if point.target} for on, curve in curves.items()}
+
+
+def read_leakage(settings: Settings, run: SAERun, dataset: str) -> list[Comparison]:
+    """The concepts beside random and untrained directions; empty if an older version has measured them.
+
+    Raises UserError and StaleArtifact as `read_points` does.
+    """
+    read_points(settings, run, dataset)
+    path = Artifacts(settings).nec_leakage(run, dataset)
+    if path.name not in read_manifest(path.parent)["outputs"]:
+        return []
+    try:
+        found = comparisons_in(path)
+        if [(one.figure, one.against) for one in found] != [(figure, control) for figure in FIGURES for control in CONTROLS]:
+            raise ValueError("it does not hold a comparison for each figure and control")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({first_line(error)}): run {NEC.command('--overwrite')} with the SAE's flags")
+
+
+def _outputs(artifacts: Artifacts, run: SAERun, images: ProbeDataset, compact: Compact | None = None) -> list[Path]:
+    found = [artifacts.nec(run, images.dataset)]
+    return [*found, artifacts.compact(run, images.dataset)] if compact and compact.max_concepts else found
 
 
 NEC = commands.NEC.stage(
-    function=accuracy_at_nec,
-    inputs=(SAE, STRENGTHS, PROBE_FEATURES),
-    outputs=lambda artifacts, run, images: [artifacts.nec(run, images.dataset)],
-    makes="the accuracies",
+    function=accuracy_at_nec, inputs=(SAE, NAMES, STRENGTHS, PROBE_FEATURES), outputs=_outputs, makes="the accuracies"
 )

@@ -48,9 +48,18 @@ OF_SAE = {
     "matryoshka": "Matryoshka SAE",
 }
 """Kind of SAE -> the name of the method that probes its concepts."""
-INPUTS = {"concepts": "concepts", "features": "raw features", "random": "random directions"}
+INPUTS = {
+    "concepts": "concepts",
+    "named": "named concepts",
+    "features": "raw features",
+    "random": "random directions",
+    "untrained": "untrained SAE",
+    "shuffled": "shuffled concepts",
+}
 """Inputs of the accuracy at NEC -> their name in the table."""
-ANEC = {"ANEC-5": "val_anec_5", "ANEC-avg": "val_anec_avg"}
+AT_NCC = ("concepts", "features", "random")
+"""Those of them whose accuracy at NCC is in the table; `nec.csv` has all."""
+ANEC = {"ANEC-5": "val_anec_5", "ANEC-avg": "val_anec_avg", "ANCC-5": "val_ancc_5", "ANCC-avg": "val_ancc_avg"}
 """Name in the table -> column of the results."""
 RULES = {
     "train_val": "with the best top-1 on train_val (of equal ones, that with the lower cross-entropy there, then the later)",
@@ -110,6 +119,21 @@ def published_cells(figures: Mapping[str, Any], encoder: str) -> list[Cell]:
         for dataset, value in figures["accuracy"].get(encoder, {}).get(method, {}).items()
         if value is not None
     ]
+
+
+def published_at_ncc(figures: Mapping[str, Any], ours: Sequence[Cell]) -> list[Cell]:
+    """The published accuracies of DN-CBM at NCC, on the data sets on which we have such an accuracy of concepts.
+
+    They name no encoder, and stand beside ours of any.
+    """
+    found = []
+    for method in (f"{name}, {INPUTS['concepts']}" for name in figures["at_ncc"]):
+        by_encoder = dict.fromkeys((cell.encoder, cell.dataset) for cell in ours if cell.method == method)
+        for encoder, dataset in by_encoder:
+            value = figures["at_ncc"][method.split(",")[0]].get(dataset)
+            if value is not None:
+                found.append(Cell(encoder, method, dataset, False, float(value[0]), source=value[1], written=str(value[0])))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- our runs
@@ -215,7 +239,7 @@ def our_cells(rows: Sequence[Row], encoder: str, best_by: str = "train_val") -> 
             settings = _settings(of_sae.get(runs.sae, ""), of_probe[runs.probe_parts])
             cells += runs.cells(runs.method, "val_top1", settings)
     for name, column in ANEC.items():
-        for runs in at_nec:
+        for runs in at_nec if name.startswith("ANEC") else (runs for runs in at_nec if runs.method in AT_NCC):
             settings = " ".join(filter(None, (runs.sae.method if len(kinds) > 1 else "", of_sae[runs.sae])))
             cells += runs.cells(f"{name}, {INPUTS[runs.method]}", column, settings)
     return cells
@@ -306,7 +330,12 @@ def write_results_table(
         rows = [row for row in rows if row["sae"] in ("", sae.name)]
     figures = published_figures()
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    tables = {encoder: published_cells(figures, encoder) + our_cells(rows, encoder, best_by) for encoder in encoders}
+    ours = {encoder: our_cells(rows, encoder, best_by) for encoder in encoders}
+    # The published ones at NCC follow ours, so that all of these stand after the others.
+    tables = {
+        encoder: [*published_cells(figures, encoder), *cells, *published_at_ncc(figures, cells)]
+        for encoder, cells in ours.items()
+    }
     texts = {
         "md": "\n".join(markdown(encoder, cells, figures["sources"], best_by) for encoder, cells in tables.items()),
         "csv": as_csv([cell for cells in tables.values() for cell in cells]),

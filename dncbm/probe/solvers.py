@@ -8,6 +8,9 @@ uphill (O'Donoghue and Candes 2015), with a step size per input: by Jensen's ine
 
 bounds the curvature, however differently the inputs are scaled, so a rarely active input moves as fast as any other. The
 path follows GLM-SAGA (Wong, Santurkar and Madry 2021): lambda falls geometrically, and each solution starts at the previous.
+
+A penalty by input (the group lasso of Yuan and Lin 2006) sets all weights of an input to 0 or none. Since these weights share
+their step size, its proximal step has a closed form too.
 """
 
 from collections.abc import Callable, Iterator
@@ -164,6 +167,15 @@ def soft_threshold(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return values - values.clamp(min=-by, max=by)
 
 
+def group_threshold(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """The proximal step of the norms of rows: shorten every row by `by` (rows x 1), and stop at 0."""
+    return values * (1 - by / _row_norms(values).clamp(min=1e-30)).clamp(min=0)
+
+
+def _row_norms(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dim=1, keepdim=True)
+
+
 def minimise(
     loss: CrossEntropy,
     curvature: torch.Tensor,
@@ -174,6 +186,7 @@ def minimise(
     tolerance: float,
     support: torch.Tensor | None = None,
     penalised: torch.Tensor | None = None,
+    by_input: bool = False,
     on_pass: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Minimise cross-entropy + lambda * mean |W|, starting or resuming from `progress`.
@@ -182,8 +195,15 @@ def minimise(
     passes over the images, those of `progress` included; `on_pass` is called after each. `curvature` is `loss.curvature()`.
     Weights of an input that is always 0, and those outside `support` (bool, inputs x C), become 0. The penalty counts only the
     weights of inputs that are `penalised` (bool, one per input; by default all): an intercept's are not.
+
+    `by_input` replaces mean |W| by the mean over inputs of the root mean square of their weights, which sets all weights of an
+    input to 0 or none. A `support` must then hold whole inputs.
     """
     penalty = sparsity_lambda / progress.weight.numel()
+    shrink = group_threshold if by_input else soft_threshold
+    length: Callable[[torch.Tensor], torch.Tensor] = _row_norms if by_input else torch.abs
+    if by_input:
+        penalty *= progress.weight.shape[1] ** 0.5
     # With step size 0, the weights of an input that is always 0 would stay at their start: `used` sets them to 0.
     size = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-30), torch.zeros_like(curvature))[:, None]
     used = (curvature > 0)[:, None].expand_as(progress.weight)
@@ -194,9 +214,9 @@ def minimise(
         grown = (1 + (1 + 4 * progress.momentum**2) ** 0.5) / 2
         ahead = weight + (progress.momentum - 1) / grown * (weight - previous)
         ce, gradient = loss(ahead)
-        after = torch.where(used, soft_threshold(ahead - size * gradient, threshold), torch.zeros_like(weight))
+        after = torch.where(used, shrink(ahead - size * gradient, threshold), torch.zeros_like(weight))
         uphill = float(((ahead - after) / size.clamp(min=1e-30) * (after - weight) * used).sum()) > 0
-        objective = ce + penalty * float((ahead if penalised is None else ahead[penalised]).abs().sum())
+        objective = ce + penalty * float(length(ahead if penalised is None else ahead[penalised]).sum())
         progress = Progress(after, weight, 1.0 if uphill else grown, [*progress.objectives, objective])
         if uphill:
             progress.previous = after
@@ -212,10 +232,15 @@ def _stalled(objectives: list[float], tolerance: float) -> bool:
     return before - now <= tolerance * abs(now)
 
 
-def largest_lambda(loss: CrossEntropy, n_classes: int) -> float:
-    """The smallest lambda at which all weights are 0: the largest absolute gradient there, times the number of weights."""
+def largest_lambda(loss: CrossEntropy, n_classes: int, *, by_input: bool = False) -> float:
+    """The smallest lambda at which all weights are 0: the largest absolute gradient there, times the number of weights.
+
+    With a penalty `by_input`, the largest root mean square of an input's gradient counts.
+    """
     zero = torch.zeros(loss.data.width, n_classes, device=loss.device)
-    return float(loss(zero)[1].abs().max()) * zero.numel()
+    gradient = loss(zero)[1]
+    largest = float(_row_norms(gradient).max()) / n_classes**0.5 if by_input else float(gradient.abs().max())
+    return largest * zero.numel()
 
 
 def falling_lambdas(first: float, last: float, ratio: float) -> list[float]:

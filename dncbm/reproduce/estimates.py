@@ -28,7 +28,7 @@ from dncbm.features.encoding import SMALL_BATCH, encode_shards
 from dncbm.features.store import FeatureStore
 from dncbm.probe.fit import Keep, fit_probe
 from dncbm.probe.model import ProbeData
-from dncbm.probe.nec import INPUTS
+from dncbm.probe.nec_table import INPUTS
 from dncbm.probe.solvers import BATCH, CrossEntropy, Progress, minimise
 from dncbm.probe.state import StateFile
 from dncbm.probe.zero_shot import default_templates
@@ -56,7 +56,10 @@ OPERATIONS = {"cpu": 2e10, "cuda": 5e13}
 """Multiplications of SAE training that are timed."""
 FEW, MANY = 25, 100
 """Numbers of classes from which larger ones are extrapolated."""
-PASSES = {"probe": 400, "intervention": 600, "concepts": 700, "features": 2100, "random": 500}
+PASSES = {
+    "probe": 400, "intervention": 600,
+    "concepts": 1050, "named": 1050, "features": 2400, "random": 1150, "untrained": 1450, "shuffled": 350,
+}  # fmt: skip
 """Passes of the solver on the demo, the middle of its three data sets: of a probe, an intervention, and NEC on its inputs."""
 
 

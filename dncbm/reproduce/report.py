@@ -13,7 +13,7 @@ from typing import Any
 
 import scipy.stats
 
-from dncbm.concepts.naming import name_similarities, read_names
+from dncbm.concepts.naming import name_similarities, read_names, share_abstaining
 from dncbm.probe.intervention_stage import SHOWN_GROUPS, edit_result
 from dncbm.probe.results_table import (
     FORMATS,
@@ -26,6 +26,7 @@ from dncbm.probe.results_table import (
     marker,
     method_of,
     our_cells,
+    published_at_ncc,
     published_cells,
     published_figures,
     source_notes,
@@ -54,8 +55,8 @@ IDENTITY = {
 """Kind of row of the results -> the columns that tell whether it is of a plan."""
 EDITS = {"unedited": "", "keep": "keep_bird_concepts", "remove": "remove_bird_concepts"}
 """What is done to the concepts -> its key in the published figures; those of `unedited` have none."""
-NAMES = {"mean_cosine": 3, "share_sharing_a_name": 3, "latents": 0, "distinct_names": 0}
-"""Figure of the names, as a key in the published figures -> decimals that are shown."""
+NAMES = {"mean_cosine": 3, "share_sharing_a_name": 3, "latents": 0, "distinct_names": 0, "share_abstaining": 3}
+"""Figure of the names, as a key in the published figures -> decimals that are shown. The last one only of tested names."""
 CONFIDENCE = 0.95
 
 
@@ -248,7 +249,8 @@ def _accuracy_tables(
 ) -> Iterator[Table]:
     """A table per encoder: methods x data sets."""
     for encoder, of_encoder in cells.items():
-        theirs = {(cell.method, cell.dataset): cell for cell in published_cells(published, encoder)}
+        known = (*published_cells(published, encoder), *published_at_ncc(published, of_encoder))
+        theirs = {(cell.method, cell.dataset): cell for cell in known}
         figures = []
         for cell in in_order(of_encoder):
             compared = COMPARED.get(cell.method, {"published": cell.method})
@@ -394,16 +396,20 @@ def _names_tables(
         row = f"{encoder}, {method}" + (f" ({differing[run]})" if differing[run] else "")
         theirs = published["names"].get(encoder, {}) if method == THEIRS else {}
         for key, decimals in NAMES.items():
+            if not all(key in seed for seed in seeds):
+                continue
             ours, compared = Ours.of([seed[key] for seed in seeds]), _published(theirs.get(key))
             source = source_of(run.hook, run.dataset, run.config_name, "")
             figures.append(Figure(row, key.replace("_", " "), ours, compared, source, decimals))
     if figures:
-        columns = tuple(key.replace("_", " ") for key in NAMES)
+        shown = {figure.column for figure in figures}
+        columns = tuple(column for key in NAMES if (column := key.replace("_", " ")) in shown)
         yield Table("names", "", "Names of the latents", tuple(figures), columns, unit="")
 
 
 def _of_names(settings: Settings, run: SAERun) -> dict[str, float]:
-    """The mean cosine of names and latents, the share of latents whose name another has, and the numbers of both.
+    """The mean cosine of names and latents, the share of latents whose name another has, whether or not they abstain, the
+    numbers of both, and the share of latents that abstain, if names were tested.
 
     Raises UserError if the names are stale or cannot be read.
     """
@@ -411,7 +417,9 @@ def _of_names(settings: Settings, run: SAERun) -> dict[str, float]:
     times = Counter(name.name for name in names)
     cosines = name_similarities(settings, run, names)
     shared = sum(n for n in times.values() if n > 1)
-    return dict(zip(NAMES, (float(cosines.mean()), shared / len(names), len(names), len(times)), strict=True))
+    found = dict(zip(NAMES, (float(cosines.mean()), shared / len(names), len(names), len(times)), strict=False))
+    abstaining = share_abstaining(names)
+    return found if abstaining is None else found | {"share_abstaining": abstaining}
 
 
 # ------------------------------------------------------------------------------------------------------- as text files

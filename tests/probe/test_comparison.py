@@ -142,6 +142,24 @@ def test_a_row_holds_what_manifests_and_results_say(make_settings: Callable[...,
         file.write("3,bird,0.25\n")
     (row,) = read_saes(settings)
     assert (row.values["name_similarity"], row.values["distinct_name_share"]) == (0.25, 0.75)
+    assert row.values["abstaining_share"] is None
+
+
+def test_the_share_of_latents_that_abstain(make_settings: Callable[..., Settings]) -> None:
+    """As the manifest says, else as the file does; blank if names were not tested."""
+    settings, run = make_settings(), sae()
+    path, names = make_sae(settings, run), Artifacts(settings).concept_names(run)
+    tested = [ConceptName(0, "dog", 0.5, "named"), ConceptName(1, "cat", 0.25, "abstains")]
+    with making(names, "names", {}, {"SAE": path}, overwrite=False) as work:
+        write_names(names, tested)
+        work.done([names], latents=8, distinct_names=4, mean_similarity=0.375, named=2, collision=0, abstains=6)
+    (row,) = read_saes(settings)
+    assert row.values["abstaining_share"] == 0.75
+    with names.open("a") as file:
+        file.write("2,bird,0.25,abstains\n")
+    (row,) = read_saes(settings)
+    assert row.values["abstaining_share"] == pytest.approx(2 / 3)
+    assert "abstaining_share" in as_text([row], "l0")
 
 
 def test_an_imported_sae_has_blanks(make_settings: Callable[..., Settings]) -> None:
@@ -153,8 +171,8 @@ def test_an_imported_sae_has_blanks(make_settings: Callable[..., Settings]) -> N
         work.done([path], imported_from=["elsewhere"], metrics={})
     Artifacts(settings).published_names(run).write_text("0,dog\n1,dog\n")
     (row,) = read_saes(settings)
-    blank = ("l0", "explained_variance", "dead_fraction", "name_similarity", "seconds")
-    assert [row.values[name] for name in blank] == [None] * 5
+    blank = ("l0", "explained_variance", "dead_fraction", "name_similarity", "abstaining_share", "seconds")
+    assert [row.values[name] for name in blank] == [None] * 6
     assert (row.values["origin"], row.values["distinct_name_share"]) == ("imported", 0.5)
     make_sae(settings, sae(seed=1))
     text = as_text(compare(settings, Comparison(sort_by="seed")), "seed")

@@ -15,7 +15,7 @@ from dncbm.concepts.lists import read_concepts
 from dncbm.concepts.naming import ConceptName, concept_labels, read_names, write_names
 from dncbm.concepts.sae import load_sae
 from dncbm.features.encoders import Encoder
-from dncbm.probe.intervention_stage import measure_intervention, nearest_concepts, table
+from dncbm.probe.intervention_stage import factors_asked, measure_intervention, nearest_concepts, table
 from dncbm.probe.interventions import Row
 from dncbm.probe.results_table import our_cells, published_figures
 from dncbm.probe.stage import load_probe, train_linear_probe
@@ -197,6 +197,41 @@ def test_concepts_are_ranked_by_cosine() -> None:
     ranked = nearest_concepts(dictionary, torch.tensor([4.0, 0.0]))
     assert [index for index, _ in ranked] == [1, 4, 2, 0, 3]
     assert [cosine for _, cosine in ranked] == pytest.approx([1, 1, 0.5**0.5, 0, -1], abs=1e-6)
+
+
+@pytest.mark.parametrize("all_abstain", [False, True])
+def test_latents_that_abstain_are_edited_and_suggested_by_their_labels(
+    probed, script, monkeypatch, capsys, tmp_path: Path, all_abstain: bool
+) -> None:
+    """Both dogs are edited by their name only if both abstain; else it means the one that does not."""
+    verdicts = ["abstains" if all_abstain or index % 2 else "named" for index in range(len(WORDS))]
+    names = [replace(name, verdict=verdict) for name, verdict in zip(NAMES, verdicts, strict=True)]
+    write_names(probed.artifacts.concept_names(probed.run), names)
+    listed = tmp_path / "list.txt"
+    listed.write_text("latent 7 (a, b?)\nlatent 1 (dog?)\n")
+    assert factors_asked(Intervention(remove=listed), names).tolist() == [float(i not in (1, 7)) for i in range(12)]
+    listed.write_text("dog\n")
+    removed = [1, 2] if all_abstain else [2]
+    assert (factors_asked(Intervention(remove=listed), names) == 0).nonzero().flatten().tolist() == removed
+    script("--concepts", "latent 3 (sand?)")
+    (target,) = {Path(line.rpartition(": ")[2]) for line in capsys.readouterr().out.splitlines() if "concepts edited" in line}
+    assert read_manifest(target)["settings"]["concepts"] == [3]
+
+    class Texts(Encoder):
+        def __init__(self) -> None:
+            pass
+
+        def encode_texts(self, texts) -> torch.Tensor:
+            return torch.ones(1, 12)
+
+    monkeypatch.setattr(dncbm.probe.intervention_stage, "load_encoder", lambda *_: Texts())
+    monkeypatch.setattr(dncbm.probe.intervention_stage, "describe_encoder", lambda *_: {})
+    script("--suggest", "a bird", "--suggest_n", "12")
+    path = probed.artifacts.suggested_concepts(probed.run, "a bird")
+    assert read_concepts(path, names) == list(range(12))
+    shown = [line for line in path.read_text().splitlines() if not line.startswith("# ")]
+    assert sorted(shown) == sorted(("\\" if label in ("#1", "7") else "") + label for label in concept_labels(names))
+    assert "latent 3 (sand?)" in capsys.readouterr().out
 
 
 def test_a_suggestion_is_a_list_that_can_be_kept_or_removed(probed, script, monkeypatch, capsys) -> None:

@@ -43,7 +43,7 @@ def test_the_factors_of_an_edit(edit: dict, factors: list[float]) -> None:
         ({"scale": {"dog": -1}}, "at least 0"),
         ({"scale": {"dog": float("nan")}}, "finite"),
         ({"scale": {"dog": 0.5, "dog #3": 0.25}}, "by 0.5 and by 0.25"),
-        ({"remove": ["dog"], "keep": [3]}, "3, dog, is removed, and also kept"),
+        ({"remove": ["dog"], "keep": [3]}, "3, dog #3, is removed, and also kept"),
         ({"remove": ["sea"], "scale": {0: 1}}, "0, sea, is removed"),
     ],
 )

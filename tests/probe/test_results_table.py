@@ -12,6 +12,7 @@ from dncbm.probe.results_table import (
     latex,
     markdown,
     our_cells,
+    published_at_ncc,
     published_cells,
     published_figures,
     write_results_table,
@@ -171,6 +172,33 @@ def test_every_kind_of_row_has_its_line() -> None:
         "Zero-shot": 10, "Linear probe": 20, "Linear probe, exact zeros": 25, "DN-CBM": 30, "DN-CBM, exact zeros": 40,
         "ANEC-5, concepts": 50, "ANEC-5, random directions": 5, "ANEC-avg, concepts": 60, "ANEC-avg, random directions": 6,
     }  # fmt: skip
+
+
+def test_accuracies_at_ncc_stand_beside_the_published_whatever_the_encoder() -> None:
+    """Where ours are of a data set of which one is published; controls at NCC only as far as the table has them."""
+    at_ncc = {"val_anec_5": 0.5, "val_anec_avg": 0.6, "val_ancc_5": 0.4, "val_ancc_avg": 0.45}
+    rows = [
+        row(dataset, method="nec", on=on, solver="prox", probe="", **at_ncc)
+        for dataset in ("imagenet", "mine")
+        for on in ("concepts", "named", "random", "shuffled")
+    ]
+    ours = our_cells(rows, "clip_RN50")
+    of_mine = [cell.method for cell in ours if cell.dataset == "mine"]
+    kinds = ("concepts", "named concepts", "random directions", "shuffled concepts")
+    shown = [(name, kinds if name.startswith("ANEC") else kinds[::2]) for name in ("ANEC-5", "ANEC-avg", "ANCC-5", "ANCC-avg")]
+    assert of_mine == [f"{name}, {kind}" for name, of in shown for kind in of]
+    figures = published_figures()
+    theirs = published_at_ncc(figures, ours)
+    assert [(cell.encoder, cell.method, cell.dataset, cell.written, cell.ours) for cell in theirs] == [
+        ("clip_RN50", "ANCC-5, concepts", "imagenet", "46.71", False),
+        ("clip_RN50", "ANCC-avg, concepts", "imagenet", "57.24", False),
+    ]
+    lines = markdown("clip_RN50", [*ours, *theirs], figures["sources"]).splitlines()
+    place = lines.index("| ANCC-5, concepts | published | 46.7 [S6] |  |")
+    assert lines[place + 1] == "| ANCC-5, concepts | ours | 40.0 | 40.0 |"
+    assert lines[place - 1].startswith("| ANEC-avg, shuffled concepts")
+    assert any(line.startswith("[S6]") and "M-CBM" in line and "second-hand" in line for line in lines)
+    assert published_at_ncc(figures, our_cells([nec("sae_a", 0.2)], "clip_RN50")) == []
 
 
 CELLS = [

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dncbm.reproduce.estimates import Estimate, estimate, how_measured
+from dncbm.probe.nec_table import INPUTS
+from dncbm.reproduce.estimates import PASSES, Estimate, estimate, how_measured
 from dncbm.reproduce.plan import Step, plan_of
 from dncbm.reproduce.record import bytes_of
 from dncbm.runs.artifacts import Artifacts
@@ -23,6 +24,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "openmoji"
 GRID = Grid(datasets=("openmoji_categories",), without=("zero_shot", "nec", "interventions", "explanations"))
 PASSED_ON = {"sae_type": "topk", "k": 100, "num_epochs": 4, "probe_epochs": 40, "num_workers": 0}
 EPOCHS = {"sae": "num_epochs", "probe": "probe_epochs", "baseline": "probe_epochs"}
+
+
+def test_every_kind_of_inputs_of_the_accuracy_at_nec_counts() -> None:
+    assert set(INPUTS) == set(PASSES) - {"probe", "intervention"}
 
 
 def longer(steps: Mapping[str, Step]) -> list[Step]:

@@ -183,6 +183,18 @@ def test_accuracies_of_the_plan_stand_beside_the_published(make_settings: Callab
     assert "One seed says nothing" in text
 
 
+def test_accuracies_at_ncc_are_compared_with_the_published(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings()
+    row = nec_row(sae(), "imagenet", "concepts", 0.5, 0.6) | {"val_ancc_5": "0.45", "val_ancc_avg": "0.56"}
+    save_results(Artifacts(settings).probe_results(), row)
+    (path, *_) = write_report(settings, [sae()], [probe("imagenet")], [], BIRDS)
+    found = cells(lines_of(settings), "accuracy")
+    line = found["clip_RN50", "ANCC-5, concepts", "imagenet", "published"]
+    assert (line["published"], float(line["difference"])) == ("46.71", pytest.approx(45 - 46.71))
+    assert found["clip_RN50", "ANCC-avg, concepts", "imagenet", "published"]["published"] == "57.24"
+    assert "M-CBM" in path.read_text(encoding="utf-8")
+
+
 def test_of_a_sweep_the_best_on_train_val_is_shown(make_settings: Callable[..., Settings]) -> None:
     settings = make_settings()
     good, lucky = ({"sparsity": VARIANTS["relu"](l1_coeff)} for l1_coeff in (1e-5, 3e-5))
@@ -289,6 +301,25 @@ def test_figures_of_names(make_settings: Callable[..., Settings]) -> None:
     assert (ours["mean cosine"]["published"], ours["mean cosine"]["seeds"]) == ("0.146", "2")
     assert float(of_topk["share sharing a name"]["ours"]) == 0.5
     assert not of_topk["mean cosine"]["published"]
+
+
+def test_the_share_that_abstains_is_of_tested_names(make_settings: Callable[..., Settings]) -> None:
+    """The other figures, which stand beside the published ones, count every name."""
+    settings, topk = make_settings(), sae(sparsity=VARIANTS["topk"]())
+    verdicts = {49: ("collision", "collision", "abstains"), 50: ("named", "abstains", "abstains")}
+    for seed, of_seed in verdicts.items():
+        names = [ConceptName(index, "dog", 0.5, verdict) for index, verdict in enumerate(of_seed)]
+        write_names(Artifacts(settings).concept_names(sae(seed)), names)
+    write_names(Artifacts(settings).concept_names(topk), [ConceptName(0, "dog", 0.5)])
+    (path, *_) = write_report(settings, [sae(49), sae(50), topk], [probe("mine")], [], BIRDS)
+    found = {key[1:3]: line for key, line in cells(lines_of(settings), "names").items()}
+    (tested,) = {key: line for key, line in found.items() if key[1] == "share abstaining"}.items()
+    assert tested[0][0].startswith("clip_RN50, DN-CBM")
+    assert float(tested[1]["ours"]) == pytest.approx(0.5)
+    assert tested[1]["seeds"] == "2"
+    shares = {row: float(line["ours"]) for (row, column), line in found.items() if column == "share sharing a name"}
+    assert sorted(shares.values()) == [0, 1]
+    assert "share abstaining" in path.read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------- what is missing, and texts
