@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.cluster import KMeans, kmeans_plusplus
 
+from dncbm.concepts.naming import ConceptName, write_names
 from dncbm.concepts.sae import load_sae
 from dncbm.explain.dumps import global_explanations, local_explanations, meta_clusters, task_agnosticity
 from dncbm.explain.dumps.dump import Dump, sources_of, square
@@ -711,6 +712,27 @@ class TestFolder:
         world.save_probe(world.weight[:-1])
         with refusal("13", "14", "07_train_linear_probe.py --overwrite"):
             dumped(local_explanations)
+
+    @pytest.mark.parametrize("module", KINDS)
+    def test_latents_that_abstain_are_never_shown_as_plain_words(self, world, dumped, module) -> None:
+        """All but `dog #1`, which is alone with its name if the other dog abstains."""
+        words = [ConceptName(i, name, 0.5, "named" if i == 1 else "abstains") for i, name in enumerate(world.names)]
+        write_names(world.artifacts.concept_names(world.run), words)
+        dump = dumped(module)
+        labels = ["dog" if i == 1 else f"latent {i} ({name}?)" for i, name in enumerate(world.names)]
+        assert dump.about["labels"] == labels
+        for page in module.KIND.pages(dump, dump.chosen, *((BY_CONTRIBUTION,) if module is global_explanations else ())):
+            said = [module.KIND.describe(page), page.title]
+            latents = getattr(page, "latents", ())
+            parts = getattr(page, "members", getattr(page, "clusters", (page,)))
+            shown = [latent.label for latent in latents] + [
+                label for part in parts for label, _ in getattr(part, "concepts", ())
+            ]
+            assert shown
+            assert set(shown) <= set(labels)
+            for name in ("sand", "sky", "sea"):
+                assert not [text for text in said if name in text.replace(f"({name}?)", "")]
+        assert items(dump, module, concepts=("latent 0 (sand?)",)) == items(dump, module, concepts=("sand",))
 
     @pytest.mark.parametrize("module", KINDS)
     def test_texts_are_readable(self, world, dumped, module) -> None:

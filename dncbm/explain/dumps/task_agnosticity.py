@@ -167,8 +167,14 @@ def describe(page: Page) -> str:
     """The figure in words."""
     of = ", ".join(page.datasets)
     return f"The images of {of} ({page.split}) that most activate " + "; ".join(
-        f"latent {latent.index}, {latent.label} (similarity {latent.similarity:.2f})" for latent in page.latents
+        f"{_called(latent)} (similarity {latent.similarity:.2f})" for latent in page.latents
     )
+
+
+def _called(latent: LatentImages) -> str:
+    """Its index and label; the label of a latent that abstains already has the index."""
+    index = f"latent {latent.index}"
+    return latent.label if latent.label.startswith(f"{index} (") else f"{index}, {latent.label}"
 
 
 KIND = Kind(

@@ -1,0 +1,97 @@
+"""What was run: the settings of a run, its data, and where its artifacts came from, as their manifests say."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dncbm.explain.report.document import Block, Code, Heading, Name, Section, Table, said
+from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.declarations import SPLITS, ProbeRun, SAERun
+from dncbm.runs.manifests import fingerprint, manifest_path, read_manifest
+from dncbm.runs.settings import Settings
+from sparse_autoencoder.declare import flags, values
+
+HASH = 12
+"""Characters of a hash that are shown."""
+
+
+def run_section(settings: Settings, run: SAERun, probe: ProbeRun) -> Section:
+    """Settings, data and provenance. Raises UserError if a manifest is damaged."""
+    made = dict(_made(settings, run, probe))
+    blocks: list[Block] = [
+        said("The config is ", Code(str(settings.path)), ". If it is not the default one, the commands in this report need ",
+             Code("DNCBM_CONFIG"), " set to it."),
+        *_settings("SAE", run),
+        *_settings("probe", probe),
+    ]  # fmt: skip
+    if images := tuple(_images(made)):
+        blocks.append(Table("Images", ("data", "images"), images))
+    if made:
+        rows = tuple(
+            (title, _time(found["made"]), f"{found['details'].get('seconds', 0):g}", Code(fingerprint(path)[:HASH]))
+            for title, (path, found) in made.items()
+        )
+        blocks += [
+            Heading("Provenance"),
+            Table("Artifacts, from their manifests", ("artifact", "made (UTC)", "seconds", "hash"), rows),
+            _versions(made),
+        ]
+    return Section("run", "What was run", tuple(blocks))
+
+
+def _made(settings: Settings, run: SAERun, probe: ProbeRun) -> Iterator[tuple[str, tuple[Path, dict[str, Any]]]]:
+    """Title -> the path and the manifest of each artifact that has one."""
+    artifacts, dataset = Artifacts(settings), probe.dataset
+    paths = {f"features of {run.dataset}, {split}": artifacts.features(run.dataset, run.encoder, run.hook, split)
+             for split in ("train", "train_val")}  # fmt: skip
+    paths |= {"SAE": artifacts.sae_in_use(run), "word embeddings": artifacts.embeddings_in_use(run.encoder)}
+    paths |= {"names": artifacts.concept_names_in_use(run)}
+    paths |= {f"features of {dataset}, {split}": artifacts.features(dataset, run.encoder, run.hook, split) for split in SPLITS}
+    paths |= {f"concept strengths of {dataset}, {split}": artifacts.strengths(run, dataset, split) for split in SPLITS}
+    paths |= {"probe": artifacts.probe(run, probe), "accuracy with few concepts": artifacts.nec(run, dataset)}
+    paths |= {"stability over seeds": artifacts.seed_stability(run)}
+    for title, path in paths.items():
+        if manifest_path(path).is_file():
+            found = read_manifest(path)
+            yield title, (path, {"made": "unknown", "versions": {}} | found)
+
+
+def _settings(what: str, run: SAERun | ProbeRun) -> Iterator[Block]:
+    """The name of a run, a table of the settings that are not the declared defaults, and the others as a list."""
+    cls: Any = type(run)
+    declared = flags(cls)
+    found = {flag: value for flag, value in values(run).items() if value is not None and not isinstance(value, bool)}
+    changed = {flag: value for flag, value in found.items() if value != declared[flag].default and value != ""}
+    rows = tuple((Name(flag), _written(value), _written(declared[flag].default)) for flag, value in changed.items())
+    yield Heading(f"Settings of the {what}")
+    yield said("Its folder is called ", Code(run.config_name), ".")
+    if rows:
+        yield Table("Settings that differ from the defaults", ("flag", "value", "default"), rows, numbers=False)
+    same = ", ".join(f"{flag} {value}" for flag, value in found.items() if flag not in changed and value != "")
+    yield said(f"Same as the defaults: {same}.")
+
+
+def _written(value: object) -> Code | str:
+    return Code(str(value)) if value not in (None, "") else "none"
+
+
+def _time(made: object) -> str:
+    return str(made).removesuffix("+00:00").replace("T", " ")
+
+
+def _images(made: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:
+    for title, (_, found) in made.items():
+        n = found["details"].get("images")
+        if title.startswith("features") and isinstance(n, int):
+            yield title.removeprefix("features of "), f"{n:,}"
+
+
+def _versions(made: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> Block:
+    """The versions that artifacts were made with; all of them where they differ."""
+    found: dict[str, list[str]] = {}
+    for _, about in made.values():
+        for package, version in about["versions"].items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    shown = ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.items())
+    return said(f"Made with {shown}.")
