@@ -11,11 +11,16 @@ demo: $(VENV)/.installed
 	$(RUN) examples/openmoji/build.py
 	$(DEMO) scripts/run_pipeline.py --overwrite
 	$(DEMO) scripts/07_train_linear_probe.py --overwrite --probe_on_features --probe_lr 1e-3
-	$(DEMO) scripts/10_accuracy_at_nec.py --overwrite
+	$(DEMO) scripts/10_accuracy_at_nec.py --overwrite --max_concepts 64
+	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 50
+	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 51
+	$(DEMO) scripts/14_seed_stability.py --overwrite --seed 49
 	$(DEMO) scripts/05_save_probe_features.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) scripts/06_save_concept_strengths.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) examples/openmoji/summarise.py
+	$(DEMO) examples/openmoji/name_truth.py
 	$(DEMO) examples/openmoji/explain.py
+	$(DEMO) scripts/15_report.py --seed 49
 	$(DEMO) scripts/11_export_model.py --overwrite --license cc-by-sa-4.0 --output examples/openmoji/run/model
 
 test: $(VENV)/.installed

@@ -27,6 +27,7 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import (
     SPLITS,
     BestRuns,
+    Compact,
     Execution,
     Extraction,
     Grid,
@@ -130,7 +131,7 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         ),
         (TRAIN_PROBE, (PAPER, PAPER_PROBE, ProbeSchedule(val_freq=1, coverage_freq=50, ckpt_freq=0), Tracking())),
         ("zero_shot.py --img_enc_name clip_RN50 --probe_dataset places365", (PLACES, Prompts())),
-        (f"accuracy_at_nec.py {SAE_FLAGS} --probe_dataset places365", (PAPER, ProbeDataset("places365"))),
+        (f"accuracy_at_nec.py {SAE_FLAGS} --probe_dataset places365", (PAPER, ProbeDataset("places365"), Compact())),
         ("results_table.py", (NamedSAE(), BestRuns())),
     ],
 )
@@ -716,6 +717,7 @@ def test_partial_flags_and_names_find_the_run(recorded, make_settings, capsys) -
     put(settings, SAE, one)
     put(settings, PROBE_FEATURES, ProbeFeatures())
     put(settings, STRENGTHS, one)
+    put(settings, STAGES["names"], one)
     for name in ("names", "strengths", "nec", "probe"):
         assert recorded(name)[0] == one, name
         assert recorded(name, "--sae_type", "topk", "--val_freq", "7")[0].sparsity == TopK(5)

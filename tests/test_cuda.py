@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dncbm import ConceptBottleneckModel, cli
+from dncbm.concepts.evidence.name_test import run_name_test
 from dncbm.concepts.naming import nearest_words
 from dncbm.concepts.strengths import to_csr
 from dncbm.concepts.vocabulary import Vocabulary
@@ -430,6 +431,12 @@ def named(device: torch.device, folder: Path) -> list[Any]:
     return [[(int(one.name), one.similarity) for one in found]]
 
 
+def name_tested(device: torch.device, folder: Path) -> list[Any]:
+    words = functional.normalize(items(50, seed=4), dim=1)
+    found = run_name_test(items(F, seed=6).to(device), words, np.arange(F) > 3, n_null=300, device=device)
+    return [found.z, found.p, found.q, found.centred]
+
+
 def clip(device: torch.device, precision: str = "fp32", tower: str = "vit") -> Encoder:
     vision = {"layers": [1, 1, 1, 1] if tower == "resnet" else 2, "width": 16, "image_size": 32}
     vision |= {"head_width": 8} if tower == "resnet" else {"head_width": 8, "patch_size": 8}
@@ -479,6 +486,7 @@ FUNCTIONS: dict[str, Callable[[torch.device, Path], list[Any]]] = {
     "resampling": restarted,
     "sparse strengths": sparse,
     "names": named,
+    "test of names": name_tested,
     "probe": partial(probed, fit=fit_probe),
     "probe, prox": partial(probed, fit=fit_prox, sparsity_lambda=0.5, solver="prox"),
     "probe's metrics": probe_metrics,

@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dncbm.probe import nec
+from dncbm.probe.nec_table import INPUTS
 from dncbm.stages import PIPELINE_COMMANDS
 
 pytestmark = pytest.mark.slow
@@ -226,8 +227,9 @@ def test_summary_holds_what_it_promises(finished: Path, tmp_path: Path) -> None:
     assert all(set(figures) == {"l0", "explained_variance", "dead_fraction"} for figures in summary["sae"].values())
     assert set(summary["probe"]) == {"concepts_top1", "features_top1", "zero_shot_top1", "majority_top1"}
     assert set(summary["encoder"]) == {"retrieval_r1", "retrieval_r5", "retrieval_r10"}
-    assert set(summary["nec"]) == {"concepts", "features", "random"}
-    assert all(list(top1) == ["5", "10", "15", "20", "25", "30"] for top1 in summary["nec"].values())
+    for measure in ("nec", "ncc"):
+        assert set(summary[measure]) == set(INPUTS)
+        assert all(list(top1) == ["5", "10", "15", "20", "25", "30"] for top1 in summary[measure].values())
     assert len(summary["names"]) <= 20
     assert all(set(name) == {"index", "name", "similarity", "top_images"} for name in summary["names"])
     assert set(summary["seconds"]) == {

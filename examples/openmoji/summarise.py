@@ -21,6 +21,7 @@ from dncbm.features.encoders import load_encoder
 from dncbm.features.stage import probe_class_names
 from dncbm.probe.model import ProbeData, evaluate_probe
 from dncbm.probe.nec import read_nec
+from dncbm.probe.results_table import INPUTS
 from dncbm.probe.stage import PROBE, load_probe, load_probe_data
 from dncbm.probe.zero_shot import majority_accuracy, zero_shot_weight
 from dncbm.runs.artifacts import Artifacts
@@ -117,6 +118,7 @@ def summarise(
         "names": names,
         "probe": probe_accuracies(settings, run, probe, on_features),
         "nec": read_nec(settings, run, probe.dataset),
+        "ncc": read_nec(settings, run, probe.dataset, "ncc"),
         "encoder": {
             key: value
             for key, value in json.loads((settings.path.parent / "run/encoder_report.json").read_text()).items()
@@ -177,9 +179,14 @@ def print_summary(summary: dict) -> None:
         ("majority_top1", "majority class"),
     ):
         print(f"           {what:<18}{probe[key]:.1%}")
-    print("         weights per category" + "".join(f"{nec:>6}" for nec in summary["nec"]["concepts"]))
-    for on, what in (("concepts", "concepts"), ("features", "raw features"), ("random", "random directions")):
-        print(f"           {what:<18}", "".join(f"{top1:>6.0%}" for top1 in summary["nec"][on].values()))
+    for measure, title, shown in (
+        ("nec", "weights per category", INPUTS),
+        ("ncc", "concepts per emoji", ("concepts", "features")),
+    ):
+        if curves := summary.get(measure):
+            print(f"         {title:<20}" + "".join(f"{number:>6}" for number in curves["concepts"]))
+            for on in filter(curves.__contains__, shown):
+                print(f"           {INPUTS[on]:<18}", "".join(f"{top1:>6.0%}" for top1 in curves[on].values()))
     print("Names    the best, and what activates them most")
     for name in summary["names"]:
         print(f"  {name['index']:5d} {name['name']:<14}{name['similarity']:.2f}  {'; '.join(name['top_images'])}")

@@ -285,7 +285,11 @@ def test_weights_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_model.bin"])
-@pytest.mark.parametrize("damage", [lambda _: b"", lambda b: b[:-99], lambda b: b[::-1], lambda _: b"<html>"], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda _: b"", lambda b: b[:-99], lambda b: b[::-1], lambda _: b"<html>"],
+    ids=["empty", "cut", "reversed", "a page"],
+)
 def test_damaged_weights_are_refused(
     make_settings, clip: Path, tiny: torch.nn.Module, refusal, name: str, damage: Callable[[bytes], bytes]
 ) -> None:

@@ -316,6 +316,7 @@ def test_other_images_of_the_same_size_are_noticed(tmp_path: Path, write_tar) ->
         (b"", "empty"), (gzip.compress(bytes(9999)), "compressed with gzip"), (bz2.compress(b"x"), "compressed with bzip2"),
         (b"\n<!DOCTYPE html><html>", "a web page"), (b"x" * 10_000, "not a tar"),
     ],
+    ids=["empty", "gzip", "bzip2", "a web page", "not a tar"],
 )  # fmt: skip
 def test_a_shard_that_is_no_tar_is_named_before_work_starts(
     make_settings, tmp_path: Path, write_tar, members, refusal, content: bytes, what: str

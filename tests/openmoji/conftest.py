@@ -13,7 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
-MODULES = ("emoji_data", "images", "backgrounds", "nouns", "small_clip", "build", "summarise")
+MODULES = (
+    "emoji_data", "images", "backgrounds", "nouns", "small_clip", "build", "summarise", "emoji_words", "name_truth",
+    "judge_sheet",
+)  # fmt: skip
 
 
 def _run_build(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
