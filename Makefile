@@ -1,7 +1,9 @@
 # make demo: build the demo's data, run every stage on it, print the results and draw explanations.
 # make test: linter, type checker, all tests.   make test-fast: linter, and the tests that take about a minute in total.
+# WORKERS processes run the tests; those of a file stay together, since they share what is slow to make.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 RUN = $(VENV)/bin/python
 DEMO = DNCBM_CONFIG=examples/openmoji/config.py $(RUN)
 
@@ -11,6 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) examples/openmoji/build.py
 	$(DEMO) scripts/run_pipeline.py --overwrite
 	$(DEMO) scripts/07_train_linear_probe.py --overwrite --probe_on_features --probe_lr 1e-3
+	$(DEMO) scripts/08_zero_shot.py --overwrite
 	$(DEMO) scripts/10_accuracy_at_nec.py --overwrite --max_concepts 64
 	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 50
 	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 51
@@ -27,11 +30,11 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(VENV)/.installed
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 install: $(VENV)/.installed
 

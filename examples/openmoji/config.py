@@ -42,4 +42,5 @@ defaults = {
     "l1_coeff": 5e-4,
     "num_epochs": 300,
     "train_sae_bs": 64,
+    "templates": ["an emoji of {}", "a drawing of {}", "{}"],
 }

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dncbm.cli import main
-from dncbm.concepts.naming import read_names
+from dncbm.concepts.naming import ABSTAINS, read_names
 from dncbm.concepts.sae import describe_metrics, sae_metrics
 from dncbm.concepts.strengths import load_concept_strengths
 from dncbm.explain.explanations import top_activating
@@ -23,9 +23,9 @@ from dncbm.probe.model import ProbeData, evaluate_probe
 from dncbm.probe.nec import read_nec
 from dncbm.probe.results_table import INPUTS
 from dncbm.probe.stage import PROBE, load_probe, load_probe_data
-from dncbm.probe.zero_shot import majority_accuracy, zero_shot_weight
+from dncbm.probe.zero_shot import default_templates, majority_accuracy, zero_shot_weight
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import NamedEncoder, ProbeDataset, ProbeFeatures, ProbeRun, SAEFeatures, SAERun
+from dncbm.runs.declarations import NamedEncoder, ProbeDataset, ProbeFeatures, ProbeRun, Prompts, SAEFeatures, SAERun
 from dncbm.runs.manifests import Outcome, read_manifest, write_json
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Stage
@@ -39,14 +39,13 @@ N_TOP = 5
 """Images per name."""
 MIN_IMAGES = 5
 """Latents that fewer training images activate are left out: their names only describe one image."""
-TEMPLATES = ("an emoji of {}", "a drawing of {}", "{}")
 
 
 def best_names(settings: Settings, run: SAERun, dataset: str) -> list[dict[str, object]]:
     """The latents that are most similar to their names, each with the keys of its most activating training images."""
     strengths = load_concept_strengths(settings, run, dataset, "train")
     n_images = np.asarray((strengths.matrix > 0).sum(axis=0)).ravel()
-    names = [name for name in read_names(settings, run) if n_images[name.index] >= MIN_IMAGES]
+    names = [name for name in read_names(settings, run) if n_images[name.index] >= MIN_IMAGES and name.verdict != ABSTAINS]
     names = sorted(names, key=lambda name: -name.similarity)[:N_BEST]
     tops = top_activating(strengths.matrix, np.array([name.index for name in names]), N_TOP)
     return [
@@ -60,12 +59,15 @@ def best_names(settings: Settings, run: SAERun, dataset: str) -> list[dict[str, 
     ]
 
 
-def probe_accuracies(settings: Settings, run: SAERun, probe: ProbeRun, on_features: ProbeRun) -> dict[str, float]:
+def probe_accuracies(
+    settings: Settings, run: SAERun, probe: ProbeRun, on_features: ProbeRun, prompts: Prompts
+) -> dict[str, float]:
     """Top-1 accuracy on the held-out images of both probes, of class descriptions, and of the majority class."""
     artifacts = Artifacts(settings)
     concepts, features = (load_probe_data(settings, run, p, "val") for p in (probe, on_features))
     class_names = [display_name(name) for name in probe_class_names(settings, probe.dataset)]
-    zero_shot = zero_shot_weight(load_encoder(settings, run.encoder, torch.device("cpu")), class_names, TEMPLATES)
+    templates = prompts.templates or default_templates(probe.dataset)
+    zero_shot = zero_shot_weight(load_encoder(settings, run.encoder, torch.device("cpu")), class_names, templates)
     train_labels = torch.from_numpy(np.load(artifacts.labels(probe.dataset, "train")))
 
     def top1(weight: torch.Tensor, data: ProbeData) -> float:
@@ -99,7 +101,7 @@ class Baseline:
 
 
 def summarise(
-    settings: Settings, run: SAERun, probe: ProbeRun, baseline: Baseline, *, device: str, overwrite: bool
+    settings: Settings, run: SAERun, probe: ProbeRun, baseline: Baseline, prompts: Prompts, *, device: str, overwrite: bool
 ) -> Outcome:
     on_features = replace(probe, on_features=True, lr=baseline.lr)
     artifacts = Artifacts(settings)
@@ -116,7 +118,7 @@ def summarise(
             for split, metrics in sae_metrics(settings, run).items()
         },
         "names": names,
-        "probe": probe_accuracies(settings, run, probe, on_features),
+        "probe": probe_accuracies(settings, run, probe, on_features, prompts),
         "nec": read_nec(settings, run, probe.dataset),
         "ncc": read_nec(settings, run, probe.dataset, "ncc"),
         "encoder": {
@@ -193,7 +195,9 @@ def print_summary(summary: dict) -> None:
     print(f"Seconds  {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in summary['seconds'].items())}\n")
 
 
-SUMMARY = Stage(name="summary", script="", summary=__doc__ or "", function=summarise, takes=(SAERun, ProbeRun, Baseline))
+SUMMARY = Stage(
+    name="summary", script="", summary=__doc__ or "", function=summarise, takes=(SAERun, ProbeRun, Baseline, Prompts)
+)
 
 if __name__ == "__main__":
     main(SUMMARY)

@@ -67,8 +67,9 @@ def trained(name: str, folder: Path, across: Processes = ALONE, fate: str = "", 
         state_path=folder / f"{name}.state", state_every=0, log_path=folder / f"{name}.csv", across=across,
     )  # fmt: skip
     metrics: dict[str, object] = {**result.metrics, **{f"val_{k}": v for k, v in (result.validation or {}).items()}}
-    assert result.firing_rates is not None
-    metrics["rates"] = result.firing_rates
+    if not result.stopped_early:
+        assert result.firing_rates is not None
+        metrics["rates"] = result.firing_rates
     return {**model.state_dict(), **{f"metric.{k}": torch.tensor(v) for k, v in metrics.items()}}
 
 
