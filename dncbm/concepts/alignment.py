@@ -16,23 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dncbm.concepts.naming import assign_names, nearest_words, read_names
+from dncbm.concepts.naming import nearest_words, read_names
 from dncbm.concepts.sae import SAE_SPLITS, jsonable_metrics, load_sae, sae_metrics, sae_path
 from dncbm.concepts.vocabulary import Vocabulary, load_vocabulary
 from dncbm.features.encoders import check_same_encoder
 from dncbm.features.stage import open_features
 from dncbm.features.store import FeatureStore
-from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.artifacts import Artifacts, aligned_suffix
 from dncbm.runs.declarations import Alignment, SAERun
 from dncbm.runs.devices import resolve_device
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import ALIGNED, Outcome, making, text_hash
 from dncbm.runs.settings import Settings
-from sparse_autoencoder import SparseAutoencoder, TrainingSettings, save_checkpoint, train
+from sparse_autoencoder import CheckpointError, SparseAutoencoder, TrainingSettings, save_checkpoint, train
 from sparse_autoencoder.data import shuffle_of
 from sparse_autoencoder.declare import identity, values
 from sparse_autoencoder.files import whole_file
 from sparse_autoencoder.losses import ExtraLoss
+from sparse_autoencoder.trainer import TrainingResult
 
 MOST_LOST = 0.1
 """Explained variance that fine-tuning may cost, and"""
@@ -40,6 +41,7 @@ MOST_ACTIVE = 2.0
 """by how much it may multiply L0, without a warning."""
 EPOCHS = 0.15
 """Epochs of the fine-tuning, as a share of those of the training, rounded up: Byrman et al. take 30 after 200."""
+messages = logging.getLogger(__name__)
 
 
 def names_loss(targets: Tensor, strength: float) -> ExtraLoss:
@@ -60,16 +62,17 @@ def names_loss(targets: Tensor, strength: float) -> ExtraLoss:
 def align_names(
     settings: Settings, run: SAERun, alignment: Alignment, *, device: str = "auto", overwrite: bool = False
 ) -> SAERun:
-    """Fine-tune a copy of an SAE towards the names of its latents, which are given first if they are missing.
+    """Fine-tune a copy of an SAE towards the names of its latents.
 
     The copy is another run, with `_align<strength>` appended to the suffix. The SAE and its names stay as they are. An
-    interrupted run resumes from its last saved state; Ctrl-C and SIGTERM save it at once.
+    interrupted run resumes from its last saved state; Ctrl-C and SIGTERM save it at once. With `overwrite`, a state that
+    cannot be used counts as absent.
 
     Returns:
         The run of the copy; without a strength, the run itself.
 
     Raises:
-        UserError: the SAE or its features are missing or do not fit each other, or a name is not in the vocabulary.
+        UserError: the SAE, its names or its features are missing or do not fit each other, or a name is not in the vocabulary.
         StaleArtifact: the SAE or its names are out of date, or a copy exists that was made from others.
         CheckpointError: the saved state cannot be used.
         NonFiniteError: the loss is NaN or infinite.
@@ -77,10 +80,8 @@ def align_names(
     """
     if alignment.strength is None:
         return run
-    aligned = replace(run, suffix=f"{run.suffix}_align{alignment.strength:g}")
+    aligned = replace(run, suffix=run.suffix + aligned_suffix(alignment.strength))
     artifacts, checkpoint = Artifacts(settings), sae_path(settings, run)
-    if not artifacts.concept_names_in_use(run).is_file():
-        assign_names(settings, run, device=device)
     words = [name.name for name in read_names(settings, run)]
     validation, data = (open_features(settings, run.dataset, run.encoder, run.hook, split) for split in SAE_SPLITS)
     embeddings, training = artifacts.embeddings_in_use(run.encoder), training_of(run)
@@ -104,19 +105,31 @@ def align_names(
         if work.needed:
             vocabulary, used = load_vocabulary(settings, run.encoder), resolve_device(device)
             targets = _embeddings_of(words, vocabulary, artifacts.concept_names_in_use(run))
-            model = _copy(settings, run, data)
-            before, cosine_before = sae_metrics(settings, run), _mean_cosine(model, targets)
-            result = train(
-                model,
-                data,
-                training,
-                validation=validation,
-                state_path=state,
-                log_path=artifacts.sae_log(aligned),
-                figure_path=artifacts.sae_figure(aligned),
-                device=used,
-                extra=names_loss(targets.to(used), alignment.strength),
-            )
+            before, cosine_before = sae_metrics(settings, run), _mean_cosine(load_sae(settings, run), targets)
+            extra = names_loss(targets.to(used), alignment.strength)
+
+            def fit() -> tuple[SparseAutoencoder, TrainingResult]:
+                model = _copy(settings, run, data)
+                return model, train(
+                    model,
+                    data,
+                    training,
+                    validation=validation,
+                    state_path=state,
+                    log_path=artifacts.sae_log(aligned),
+                    figure_path=artifacts.sae_figure(aligned),
+                    device=used,
+                    extra=extra,
+                )
+
+            try:
+                model, result = fit()
+            except CheckpointError as error:
+                if not overwrite:
+                    raise
+                messages.warning("%s; --overwrite starts from scratch", error)
+                state.unlink()
+                model, result = fit()
             if result.stopped_early:
                 print(f"stopped after {result.steps} steps: the same command resumes from {state}")
                 raise KeyboardInterrupt
@@ -196,7 +209,7 @@ def _warn_of_cost(strength: float, before: Mapping[str, float | None], after: Ma
     explained, now = (metrics["explained_variance"] or 0.0 for metrics in (before, after))
     active, now_active = (metrics["l0"] or 0.0 for metrics in (before, after))
     if explained - now > MOST_LOST or now_active > MOST_ACTIVE * active:
-        logging.getLogger(__name__).warning(
+        messages.warning(
             "--align_names %g outweighs the reconstruction: explained variance %.3f -> %.3f, L0 %.2f -> %.2f; lower it",
             *(strength, explained, now, active, now_active),
         )

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class NameTests:
     similarity: NDArray[np.float64]
     """Cosine of the name's embedding and the decoder column."""
     verdicts: list[str]
-    """One of VERDICTS."""
+    """One of VERDICTS; "" where its cell is blank."""
     q: NDArray[np.float64]
     """q-value of the test of whether the latent holds a word; NaN for a dead latent, and where nothing can be tested."""
     p: NDArray[np.float64]
@@ -169,24 +169,28 @@ def assign_names(
     embeddings = artifacts.embeddings_in_use(run.encoder)
     check_same_encoder(checkpoint, embeddings)
     inputs = {"SAE": checkpoint, "words": artifacts.words(), "word embeddings": embeddings}
+
+    @cache
+    def needed() -> tuple[torch.device, torch.Tensor, Vocabulary, NDArray[np.float64] | None]:
+        """All that the work needs. What cannot be used is refused before old names are removed."""
+        found = resolve_device(device), load_sae(settings, run).dictionary, load_vocabulary(settings, run.encoder)
+        _check_width(*found[1:])
+        return *found, firing_rates(settings, run)
+
     if overwrite and manifest_path(target).is_file() and not _is_tested(target):
-        resolve_device(device)  # before anything is removed
+        for source in inputs.values():
+            check_chain(source)
+        needed()
         target.unlink(missing_ok=True)  # the recipe is the same, so that nothing else says that there is something to do
     with making(
-        target,
-        NAMES.name,
-        recipe,
-        inputs,
-        overwrite=overwrite,
-        run=values(run) | values(naming),
-        before=partial(resolve_device, device),
+        target, NAMES.name, recipe, inputs, overwrite=overwrite, run=values(run) | values(naming), before=needed
     ) as work:
         if work.needed:
-            dictionary, vocabulary = load_sae(settings, run).dictionary, load_vocabulary(settings, run.encoder)
-            if (rates := firing_rates(settings, run)) is None:
+            torch_device, dictionary, vocabulary, rates = needed()
+            if rates is None:
                 print("no firing rates beside the SAE: all latents count as live")
             live = np.ones(len(dictionary), dtype=bool) if rates is None else rates > 0
-            tests = name_latents(dictionary, vocabulary, live, naming, device=resolve_device(device))
+            tests = name_latents(dictionary, vocabulary, live, naming, device=torch_device)
             write_csv(target, COLUMNS, _rows(tests))
             counts = {verdict: tests.verdicts.count(verdict) for verdict in VERDICTS}
             distinct, mean = len(set(tests.names)), sum(tests.similarity.tolist()) / len(tests.names)
@@ -258,6 +262,7 @@ def read_name_tests(settings: Settings, run: SAERun) -> NameTests | None:
         return None
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
+    times = Counter(name.name for name in names)
 
     def numbers(column: str) -> NDArray[np.float64]:
         return np.array([float(row[column] or "nan") for row in rows])
@@ -266,17 +271,18 @@ def read_name_tests(settings: Settings, run: SAERun) -> NameTests | None:
         places = range(1, N_NEAREST + 1)
         return NameTests(
             names=[name.name for name in names], similarity=numbers("similarity"),
-            verdicts=[row["verdict"] for row in rows], q=numbers("q"), p=numbers("p"), z=numbers("z"),
-            centred_names=[row["centred_name"] for row in rows], margin=numbers("margin"),
-            shared_by=numbers("shared_by").astype(np.int64),
+            verdicts=[name.verdict or "" for name in names], q=numbers("q"), p=numbers("p"), z=numbers("z"),
+            centred_names=[row["centred_name"] or "" for row in rows], margin=numbers("margin"),
+            shared_by=np.array([times[name.name] for name in names]),  # not the cells, which are those of names before edits
             near_synonyms=np.array([row["near_synonyms"] == "true" for row in rows]),
-            alternatives=[row["alternative"] for row in rows],
+            alternatives=[row["alternative"] or "" for row in rows],
             words=[[word for place in places if (word := row[f"word_{place}"])] for row in rows],
             similarities=np.stack([numbers(f"similarity_{place}") for place in places], axis=1),
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"cannot read the names {path}: {first_line(error)}; {NAMES.command('--overwrite')} makes it"
+            f"cannot read the names {path}: {first_line(error)}; correct it, or run {NAMES.command('--overwrite')} with the "
+            "SAE's flags, which makes all names again"
         ) from error
 
 
@@ -290,7 +296,7 @@ def read_names(settings: Settings, run: SAERun) -> list[ConceptName]:
     """
     path = Artifacts(settings).concept_names_in_use(run)
     if not path.is_file():
-        raise NAMES.missing("the names", path, "with the SAE's flags")
+        raise NAMES.missing("the names", path, beside="with the SAE's flags")
     check_chain(path)
     check_is_of_sae(settings, run, path)
     try:
@@ -357,8 +363,8 @@ def _label(name: ConceptName, times: int) -> str:
 
 
 def share_abstaining(names: Sequence[ConceptName]) -> float | None:
-    """The share of latents that abstain; None if names were not tested."""
-    if any(name.verdict is None for name in names):
+    """The share of latents that abstain; None if no name was tested. A latent with a blank verdict does not abstain."""
+    if all(name.verdict is None for name in names):
         return None
     return sum(name.verdict == ABSTAINS for name in names) / len(names)
 

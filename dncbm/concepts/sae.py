@@ -203,15 +203,15 @@ def load_sae(settings: Settings, run: SAERun, device: str | torch.device = "cpu"
 
 
 def firing_rates(settings: Settings, run: SAERun) -> NDArray[np.float64] | None:
-    """The share of the train images that each latent of a run fires on, F; None if the SAE was imported, or is of an older
-    version.
+    """The share of the train images that each latent of a run fires on, F; None if its manifest does not tell of them: it was
+    imported, is of an older version, or was replaced by hand.
 
     Raises UserError if the SAE is missing, or the rates are not those of its latents.
     """
     artifacts = Artifacts(settings)
     path, sae = artifacts.firing_rates(run), sae_path(settings, run)
-    if sae != artifacts.sae(run) or not path.is_file():
-        return None
+    if not manifest_path(sae).is_file() or path.name not in read_manifest(sae)["outputs"]:
+        return None  # rates without a record may be those of another SAE
     check_chain(sae)
     try:
         found: NDArray[np.float64] = np.load(path, allow_pickle=False)

@@ -283,7 +283,7 @@ def finished_strengths(settings: Settings, run: SAERun, dataset: str, split: str
     folder = Artifacts(settings).strengths(run, dataset, split)
     if not manifest_path(folder).is_file():
         raise STRENGTHS.missing(
-            "the concept strengths", folder, "--probe_dataset", dataset, "--probe_split", split, "with the SAE's flags"
+            "the concept strengths", folder, "--probe_dataset", dataset, "--probe_split", split, beside="with the SAE's flags"
         )
     check_chain(folder)
     check_is_of_sae(settings, run, folder)
@@ -364,5 +364,5 @@ STRENGTHS = commands.STRENGTHS.stage(
     ],
     makes="the concept strengths",
 )
-_AGAIN = STRENGTHS.command("--overwrite --verify", "with the SAE's flags")
+_AGAIN = STRENGTHS.command("--overwrite --verify", beside="with the SAE's flags")
 """How damaged strengths are made again: their sizes may be right, and are all that is compared without --verify."""

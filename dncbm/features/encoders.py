@@ -272,6 +272,19 @@ def check_same_encoder(first: Path, second: Path | Mapping[str, Any]) -> None:
         )
 
 
+def are_of_same_encoder(first: Path, second: Path) -> bool:
+    """Whether two artifacts are known to come from the same weights, whatever names they go by."""
+    one, other = encoder_behind(first), encoder_behind(second)
+    weights = [
+        {digest for file, digest in found.items() if not file.endswith(SMALL_FILES)} if isinstance(found, dict) else {found}
+        for found in (made.get("weights") for made in (one, other))
+        if found
+    ]
+    if len(weights) == 2 and all(weights):
+        return bool(weights[0] & weights[1])
+    return bool(one) and all(one.get(key) == other.get(key) for key in ("model", "pretrained"))
+
+
 def _differ(one: Any, other: Any) -> bool:
     """Whether a part of two recipes differs. Older ones name fewer of the files that an encoder is loaded from."""
     if not isinstance(one, dict) or not isinstance(other, dict):

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -109,6 +110,8 @@ class Flag:
                 raise ValueError(complaint)
             return number if unit == self.setting.units[0] else f"{number}{unit}"
         kind = typing.get_args(self.type)[0] if self.is_tuple else self.type
+        if kind is Path and not text.strip():  # which would be the working folder
+            raise ValueError(f"must be a path, not {_shown(text)}")
         split = self.is_tuple and not self.setting.separate
         texts = [part.strip() for part in text.split(",") if part.strip()] if split else [text]
         try:

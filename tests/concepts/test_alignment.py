@@ -21,8 +21,9 @@ import torch
 import dncbm.concepts.alignment
 from dncbm.cli import main
 from dncbm.concepts.alignment import align_names, names_loss, training_of
+from dncbm.concepts.evidence.images import evidence_datasets
 from dncbm.concepts.evidence.seeds import runs_to_compare
-from dncbm.concepts.naming import assign_names, read_names
+from dncbm.concepts.naming import ABSTAINS, assign_names, read_names
 from dncbm.concepts.sae import firing_rates, load_sae, sae_metrics, train_sae
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Alignment, SAERun, Seeds
@@ -31,6 +32,7 @@ from dncbm.runs.manifests import manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import (
     BatchTopK,
+    CheckpointError,
     JumpReLU,
     Matryoshka,
     ReLU,
@@ -211,6 +213,7 @@ def test_a_great_strength_is_warned_of(settings: Settings, caplog) -> None:
     """The names' loss is smallest for a code that is not sparse."""
     sparse = replace(RUN, sparsity=ReLU(0.1))
     train_sae(settings, sparse, device="cpu")
+    assign_names(settings, sparse)
     caplog.clear()
     aligned = align(settings, sparse, Alignment(1e-6))
     assert not caplog.text
@@ -240,6 +243,8 @@ def test_a_published_sae_is_aligned_with_the_loss_of_the_flags(settings: Setting
     heavy = replace(RUN, sparsity=ReLU(0.3))
     artifacts.sae(heavy).parent.mkdir(parents=True)
     artifacts.published_sae(heavy).write_bytes(artifacts.published_sae(RUN).read_bytes())
+    for run in (RUN, heavy):
+        assign_names(settings, run)
     light = load_sae(settings, align(settings, RUN))
     assert light.sparsity == RUN.sparsity
     sparser = load_sae(settings, align(settings, heavy))
@@ -368,13 +373,34 @@ def test_a_killed_run_leaves_no_half_artifact(trained: Settings, whole: dict[str
     assert set(made) == {*whole, "training_log.csv", "sparse_autoencoder_final.safetensors.manifest.json"}
 
 
+def test_a_damaged_state_does_not_survive_overwrite(trained: Settings, whole: dict[str, bytes], monkeypatch, caplog) -> None:
+    aligned = replace(RUN, suffix="_align0.1")
+    with monkeypatch.context() as patched:
+        act = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patched.setattr(dncbm.concepts.alignment, "names_loss", at_step(MIDDLE, act))
+        with pytest.raises(KeyboardInterrupt):
+            align(trained)
+    state = Artifacts(trained).sae_state(aligned)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError):
+        align(trained)
+    assert state.is_file()
+    align(trained, overwrite=True)
+    assert "--overwrite starts from scratch" in caplog.text
+    made = files_of(trained, aligned)
+    assert {name: made[name] for name in whole} == whole
+    assert not state.exists()
+
+
 # ------------------------------------------------------------------------------------------------------- the command
+
+FLAGS = shlex.split("--expansion_factor 2 --num_epochs 40 --train_sae_bs 16 --lr 1e-2 --l1_coeff 1e-3")
 
 
 def test_the_script_aligns_and_names_the_copy(settings: Settings, capsys) -> None:
     """The names of the SAE are made first. Later stages find the copy in both of the ways that are printed."""
     train_sae(settings, RUN, device="cpu")
-    flags = shlex.split("--expansion_factor 2 --num_epochs 40 --train_sae_bs 16 --lr 1e-2 --l1_coeff 1e-3")
+    flags = FLAGS
     main("names", [*flags, "--align_names", "0.1"])
     said = capsys.readouterr().out
     artifacts, aligned = Artifacts(settings), replace(RUN, suffix="_align0.1")
@@ -387,9 +413,63 @@ def test_the_script_aligns_and_names_the_copy(settings: Settings, capsys) -> Non
         assert f"already done: {artifacts.concept_names(aligned)}" in capsys.readouterr().out
 
 
+def test_the_script_names_the_sae_as_it_was_told_and_asks_its_images(settings: Settings, make_store, capsys) -> None:
+    train_sae(settings, RUN, device="cpu")
+    make_store(Artifacts(settings).features("cc3m", "enc", "out", "val"), [FEATURES["train"]])
+    main("names", [*FLAGS, "--names", "all", "--align_names", "0.1"])
+    capsys.readouterr()
+    for run, suffix in ((RUN, ""), (replace(RUN, suffix="_align0.1"), "_align0.1")):
+        assert ABSTAINS not in {name.verdict for name in read_names(settings, run)}
+        assert evidence_datasets(settings, run) == ["cc3m"]
+        main("names", [*FLAGS, "--names", "all", "--save_suffix", suffix])
+        assert capsys.readouterr().out.count("already done: ") == 2
+
+
+def test_the_script_keeps_names_that_were_edited(trained: Settings) -> None:
+    names = Artifacts(trained).concept_names(RUN)
+    manifest_path(names).unlink()
+    first = read_names(trained, RUN)[0].name
+    names.write_text(names.read_text().replace(f"\n0,{first},", "\n0,word 19," if first != "word 19" else "\n0,word 3,"))
+    edited = names.read_bytes()
+    for overwrite in ([], ["--overwrite"]):
+        main("names", [*FLAGS, "--align_names", "0.1", *overwrite])
+        assert names.read_bytes() == edited
+        assert not manifest_path(names).exists()
+    assert Artifacts(trained).sae(replace(RUN, suffix="_align0.1")).is_file()
+
+
+def test_of_other_words_one_command_makes_names_and_copy_again(trained: Settings) -> None:
+    """The command that the error names, too."""
+    align(trained)
+    Artifacts(trained).words().write_text("\n".join(f"{word}s" for word in WORDS))
+    with pytest.raises(SystemExit, match=r"words has changed.*--overwrite"):
+        main("names", [*FLAGS, "--align_names", "0.1"])
+    main("names", [*FLAGS, "--align_names", "0.1", "--overwrite"])
+    for suffix in ("", "_align0.1"):
+        assert all(name.name.endswith("s") for name in read_names(trained, replace(RUN, suffix=suffix)))
+    Artifacts(trained).words().write_text("\n".join(f"{word}x" for word in WORDS))
+    torch.save(torch.from_numpy(EMBEDDINGS[::-1].copy()), Artifacts(trained).published_embeddings("enc"))
+    with pytest.raises(StaleArtifact) as caught:
+        load_sae(trained, replace(RUN, suffix="_align0.1"))
+    command = re.search(r"`python scripts/04_assign_names.py (.*)`", str(caught.value))
+    assert command
+    main("names", shlex.split(command[1]))
+    assert read_names(trained, replace(RUN, suffix="_align0.1"))[0].name.endswith("x")
+
+
+def test_a_strength_of_any_size_has_a_folder(trained: Settings, refusal) -> None:
+    """`+`, which 1e+06 has, is not allowed in a suffix."""
+    main("names", [*FLAGS, "--align_names", "1e6"])
+    huge = replace(RUN, suffix="_align1e06")
+    assert len(read_names(trained, huge)) == 12
+    with refusal("--lr 0.01 --seed 50 --align_names 1000000.0`"):  # and no suffix
+        runs_to_compare(trained, huge, Seeds())
+
+
 def test_a_copy_is_not_an_sae_of_another_seed(trained: Settings, refusal: Callable) -> None:
     other = replace(RUN, training=replace(RUN.training, seed=50))
     train_sae(trained, other, device="cpu")
+    assign_names(trained, other)
     aligned = [align(trained, run) for run in (RUN, other)]
     assert runs_to_compare(trained, RUN, Seeds()) == {50: other}
     assert runs_to_compare(trained, aligned[0], Seeds()) == {50: aligned[1]}

@@ -35,8 +35,8 @@ from dncbm.concepts.naming import (
 from dncbm.concepts.vocabulary import Vocabulary, load_vocabulary
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Naming, SAERun
-from dncbm.runs.errors import StaleArtifact
-from dncbm.runs.manifests import Outcome, making, read_manifest
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.manifests import Outcome, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder, load_checkpoint, save_checkpoint
 
@@ -285,10 +285,13 @@ def held(make_settings: Callable[..., Settings]) -> Settings:
     model = SparseAutoencoder(64, 60, seed=1)
     with torch.no_grad():
         model.decoder_weight.copy_(torch.nn.functional.normalize(torch.from_numpy(decoder + 0.02).float(), dim=1))
-    save_checkpoint(model, artifacts.sae(RUN))
     rates = np.full(60, 0.1)
     rates[9] = 0
-    np.save(artifacts.firing_rates(RUN), rates)
+    target, rates_path = artifacts.sae(RUN), artifacts.firing_rates(RUN)
+    with making(target, "sae", {}, {}, overwrite=False) as work:
+        save_checkpoint(model, target)
+        np.save(rates_path, rates)
+        work.done([target, rates_path])
     return settings
 
 
@@ -365,8 +368,12 @@ def test_every_column_is_what_it_says(held: Settings) -> None:
     np.testing.assert_allclose(found.similarities, -np.sort(-cosines, axis=1)[:, :5], atol=2e-6)
 
 
-def test_without_firing_rates_every_latent_counts_as_live(held: Settings, capsys) -> None:
-    Artifacts(held).firing_rates(RUN).unlink()
+@pytest.mark.parametrize("remain", [False, True], ids=["none", "of another SAE"])
+def test_without_firing_rates_every_latent_counts_as_live(held: Settings, capsys, remain: bool) -> None:
+    """Those that are left beside an SAE that was put there by hand do not count."""
+    manifest_path(Artifacts(held).sae(RUN)).unlink()
+    if not remain:
+        Artifacts(held).firing_rates(RUN).unlink()
     assign_names(held, RUN, device="cpu")
     assert "no firing rates beside the SAE: all latents count as live" in capsys.readouterr().out
     rows = rows_of(held)
@@ -387,6 +394,8 @@ def test_the_rate_that_is_asked_for_decides(held: Settings) -> None:
         passed = q <= rate if flags.get("names") != "all" else np.ones(60, dtype=bool)
         assert [row["verdict"] != ABSTAINS for row in rows] == passed.tolist()
         assert assign_names(held, RUN, naming, device="cpu") is Outcome.ALREADY_DONE
+    with pytest.raises(StaleArtifact, match=r"move it away; to keep it, add .*--names all"):
+        assign_names(held, RUN, device="cpu")
 
 
 def test_the_script_names_all(held: Settings, monkeypatch) -> None:
@@ -403,14 +412,21 @@ def test_the_script_names_all(held: Settings, monkeypatch) -> None:
     assert concept_labels(names) == concept_labels([replace(name, verdict=None) for name in names])
 
 
-def test_names_of_an_older_version_stay_valid(held: Settings, capsys, refusal) -> None:
-    artifacts = Artifacts(held)
+def write_untested_names(settings: Settings) -> list[ConceptName]:
+    """As an older version did."""
+    artifacts = Artifacts(settings)
     target = artifacts.concept_names(RUN)
     inputs = {"SAE": artifacts.sae(RUN), "words": artifacts.words(), "word embeddings": artifacts.published_embeddings("enc")}
-    names = nearest_words(load_checkpoint(artifacts.sae(RUN)).decoder_weight.detach(), load_vocabulary(held, "enc"))
+    names = nearest_words(load_checkpoint(artifacts.sae(RUN)).decoder_weight.detach(), load_vocabulary(settings, "enc"))
     with making(target, "names", {"vocabulary": "words"}, inputs, overwrite=False) as work:
         write_names(target, names)
         work.done([target])
+    return names
+
+
+def test_names_of_an_older_version_stay_valid(held: Settings, capsys, refusal) -> None:
+    target = Artifacts(held).concept_names(RUN)
+    names = write_untested_names(held)
     before = target.read_bytes()
     assert before.startswith(b"index,name,similarity\r\n0,word 0,")
     capsys.readouterr()
@@ -429,6 +445,90 @@ def test_names_of_an_older_version_stay_valid(held: Settings, capsys, refusal) -
     assert [row["name"] for row in rows_of(held)] == [name.name for name in names]
     assert rows_of(held)[0]["verdict"] == COLLISION
     assert assign_names(held, RUN, device="cpu", overwrite=True) is Outcome.ALREADY_DONE
+
+
+def spoil_sae(artifacts: Artifacts) -> None:
+    artifacts.sae(RUN).write_bytes(artifacts.sae(RUN).read_bytes()[:-1])
+
+
+def spoil_sae_by_hand(artifacts: Artifacts) -> None:
+    manifest_path(artifacts.sae(RUN)).unlink()
+    artifacts.sae(RUN).write_bytes(b"no tensors")
+
+
+def spoil_rates(artifacts: Artifacts) -> None:
+    artifacts.firing_rates(RUN).write_bytes(b"")
+
+
+def spoil_embeddings(artifacts: Artifacts) -> None:
+    torch.save(torch.ones(3, 64), artifacts.published_embeddings("enc"))
+
+
+def narrow_embeddings(artifacts: Artifacts) -> None:
+    torch.save(torch.ones(150, 63), artifacts.published_embeddings("enc"))
+
+
+@pytest.mark.parametrize("are_tested", [False, True])
+@pytest.mark.parametrize("spoil", [spoil_sae, spoil_sae_by_hand, spoil_rates, spoil_embeddings, narrow_embeddings])
+def test_names_are_not_removed_before_new_ones_can_be_made(held: Settings, spoil: Callable, are_tested: bool) -> None:
+    if are_tested:
+        assign_names(held, RUN, Naming(names="all"), device="cpu")
+    else:
+        write_untested_names(held)
+    target = Artifacts(held).concept_names(RUN)
+    before = target.read_bytes()
+    spoil(Artifacts(held))
+    with pytest.raises(UserError):
+        assign_names(held, RUN, device="cpu", overwrite=True)
+    assert target.read_bytes() == before
+    assert manifest_path(target).is_file()
+
+
+def edit(settings: Settings, changes: dict[int, dict[str, str]]) -> None:
+    """Change cells of the names by hand, as the documentation says."""
+    rows, path = rows_of(settings), Artifacts(settings).concept_names(RUN)
+    for index, cells in changes.items():
+        rows[index] |= cells
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    manifest_path(path).unlink(missing_ok=True)
+
+
+def test_a_corrected_name_is_shown_if_its_verdict_is_corrected_too(held: Settings) -> None:
+    assign_names(held, RUN, device="cpu")
+    edit(held, {9: {"name": "ball"}})
+    assert concept_labels(read_names(held, RUN))[9] == "latent 9 (ball?)"
+    edit(held, {9: {"verdict": NAMED}})
+    assert concept_labels(read_names(held, RUN))[9] == "ball"
+    assert assign_names(held, RUN, device="cpu") is Outcome.PROVIDED
+
+
+@pytest.mark.filterwarnings("error")
+def test_blank_cells_are_unknown(held: Settings, refusal) -> None:
+    assign_names(held, RUN, device="cpu")
+    tested = read_name_tests(held, RUN)
+    abstaining = share_abstaining(read_names(held, RUN))
+    assert tested is not None
+    assert abstaining is not None
+    assert tested.shared_by[0] == 2
+    edit(held, {0: dict.fromkeys(COLUMNS[2:], ""), 2: {"name": tested.names[0], "shared_by": ""}})
+    names, found = read_names(held, RUN), read_name_tests(held, RUN)
+    assert found is not None
+    assert (names[0].verdict, found.verdicts[0]) == (None, "")
+    assert found.verdicts[1:] == tested.verdicts[1:]
+    assert share_abstaining(names) == abstaining  # one latent of unknown verdict does not make all unknown
+    texts = [name.name for name in names]
+    assert found.shared_by.tolist() == [texts.count(text) for text in texts]  # in the names as they are now
+    assert found.shared_by[0] == 3
+    for column in ("similarity", "q", "p", "z", "margin"):
+        assert np.isnan(getattr(found, column)[0])
+        np.testing.assert_array_equal(getattr(found, column)[1:], getattr(tested, column)[1:])
+    assert (found.words[0], found.alternatives[0], found.centred_names[0]) == ([], "", "")
+    edit(held, {0: {"z": "far"}})
+    with refusal("'far'", "correct it, or run `python scripts/04_assign_names.py --overwrite`"):
+        read_name_tests(held, RUN)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dncbm.concepts.sae import firing_rates, load_sae, sae_metrics, train_sae
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun, Tracking
 from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.manifests import Outcome, read_manifest, verifying_hashes
+from dncbm.runs.manifests import Outcome, making, manifest_path, read_manifest, verifying_hashes
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import (
     BatchTopK,
@@ -256,11 +256,29 @@ def test_firing_rates_are_those_of_the_final_model_on_train(settings: Settings, 
     ids=["length", "type", "nan", "empty", "text"],
 )
 def test_firing_rates_of_another_sae_are_refused(settings: Settings, refusal, damage, said: str) -> None:
-    save_checkpoint(SparseAutoencoder(4, 8, seed=1), Artifacts(settings).sae(RUN))
-    assert firing_rates(settings, RUN) is None  # as in an SAE of an older version
-    damage(Artifacts(settings).firing_rates(RUN))
-    with refusal(Artifacts(settings).firing_rates(RUN), said, "02_train_sae_img.py --overwrite"):
+    target, rates = Artifacts(settings).sae(RUN), Artifacts(settings).firing_rates(RUN)
+    with making(target, "sae", {}, {}, overwrite=False) as work:
+        save_checkpoint(SparseAutoencoder(4, 8, seed=1), target)
+        damage(rates)
+        work.done([target, rates])
+    with refusal(rates, said, "02_train_sae_img.py --overwrite"):
         firing_rates(settings, RUN)
+
+
+def test_firing_rates_that_no_manifest_tells_of_are_not_used(settings: Settings) -> None:
+    """Nobody knows whether they are those of an SAE that was put in the place of the one that was trained."""
+    fit(settings)
+    artifacts = Artifacts(settings)
+    assert firing_rates(settings, RUN) is not None
+    save_checkpoint(SparseAutoencoder(4, 8, seed=1), artifacts.sae(RUN))
+    manifest_path(artifacts.sae(RUN)).unlink()
+    assert artifacts.firing_rates(RUN).is_file()
+    assert firing_rates(settings, RUN) is None
+    with making(artifacts.sae(RUN), "sae", {}, {}, overwrite=True) as work:  # of an older version
+        save_checkpoint(SparseAutoencoder(4, 8, seed=1), artifacts.sae(RUN))
+        work.done([artifacts.sae(RUN)])
+    np.save(artifacts.firing_rates(RUN), np.zeros(8))
+    assert firing_rates(settings, RUN) is None
 
 
 def test_nothing_is_trained_twice(settings: Settings, monkeypatch) -> None:

@@ -419,7 +419,7 @@ def test_a_train_val_that_is_added_to_the_config_makes_the_split_stale(
     save_probe(held_out)
     assert len(open_features(held_out, "mine", "enc", "out", "train_val")) == 3
     own["splits"]["train_val"] = "dev"
-    with pytest.raises(StaleArtifact, match="train_val images of mine has changed"):
+    with pytest.raises(StaleArtifact, match="train_val images of mine is new"):
         save_probe(make_settings(probe_datasets={"mine": own}))
     (held_out.path.parent / "images/dev/b/30.png").unlink()
     save_probe(make_settings(probe_datasets={"mine": own}), overwrite=True)

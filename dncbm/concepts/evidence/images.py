@@ -1,7 +1,7 @@
 """What the images of a data set's val say about each latent and its name, in one table (METHOD section 3).
 
 Three measures, none of which decides a verdict: whether the name predicts the images (`prediction`), whether a second method
-gives the same name (`dissect`), and whether the latent is one thing (`monosemanticity`).
+gives the same name (`dissect`), and whether the images are more alike than those of a random direction (`monosemanticity`).
 """
 
 import csv
@@ -18,21 +18,23 @@ from numpy.typing import NDArray
 
 from dncbm.concepts.evidence.dissect import Dissected, dissect
 from dncbm.concepts.evidence.monosemanticity import MonoScores, monosemanticity
-from dncbm.concepts.evidence.prediction import Prediction, predict
+from dncbm.concepts.evidence.name_test import benjamini_hochberg, nearest
+from dncbm.concepts.evidence.prediction import FDR, Prediction, predict
+from dncbm.concepts.evidence.random_directions import decoder_like, random_codes, random_sae
 from dncbm.concepts.naming import NAMED, VERDICTS, ConceptName, read_names
 from dncbm.concepts.sae import firing_rates, load_sae, sae_path
 from dncbm.concepts.strengths import encode_in_memory
 from dncbm.concepts.vocabulary import Vocabulary, load_vocabulary
 from dncbm.features.datasets import counted
-from dncbm.features.encoders import check_same_encoder
+from dncbm.features.encoders import are_of_same_encoder, check_same_encoder
 from dncbm.features.stage import open_features
 from dncbm.features.store import FeatureStore
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import NAMES
 from dncbm.runs.declarations import Evidence, SAERun
 from dncbm.runs.devices import resolve_device
-from dncbm.runs.errors import UserError, first_line
-from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest
+from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.manifests import Outcome, check_chain, making, manifest_path, read_manifest, read_recipe
 from dncbm.runs.results import write_csv
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
@@ -41,7 +43,7 @@ SPLIT = "val"
 TESTED, TOO_FEW, DEAD, UNKNOWN = "tested", "too few images", "dead", "not in the vocabulary"
 COLUMNS = (
     "index", "name", "n_active", "evidence", "auc", "auc_p", "wpmi_name", "wpmi_score", "wpmi_agrees", "wpmi_similarity",
-    "monoscore", "monoscore_pairs",
+    "monoscore", "monoscore_pairs", "monoscore_random",
 )  # fmt: skip
 
 
@@ -71,19 +73,19 @@ class NameEvidence:
     """MonoScore, divided by the sum of weights."""
     monoscore_pairs: NDArray[np.float64]
     """MonoScore, divided by the number of pairs."""
+    monoscore_random: NDArray[np.float64]
+    """MonoScore, divided by the sum of weights, of a random direction that is active on as many images."""
     details: Mapping[str, Any]
     """The summary in the manifest, as `summary_of` makes it."""
 
 
-def name_evidence(
-    settings: Settings, run: SAERun, evidence: Evidence, *, device: str = "auto", overwrite: bool = False
-) -> Outcome | None:
+def name_evidence(settings: Settings, run: SAERun, evidence: Evidence, *, device: str = "auto") -> Outcome | None:
     """What the val images of a data set say about the latents of an SAE and their names, as a CSV with COLUMNS.
 
     The data set is one of the SAE or of the probe; by default the SAE's own. Another encoder's features of the same images may
     judge whether a latent is one thing; the encoder that judged last stays the judge until another is named. Prediction and
-    soft-WPMI always use the encoder of the names, because they need its texts. A table that is out of date is made again
-    without `overwrite`, which would also replace names that were edited by hand.
+    soft-WPMI always use the encoder of the names, because they need its texts. A table that is out of date, damaged or
+    unfinished is always made again: nobody edits it, and --overwrite would also replace names that were edited by hand.
 
     Returns None, after one line, if nothing was asked for by name and the default's features or word embeddings are missing:
     imported SAEs often come without.
@@ -105,6 +107,8 @@ def name_evidence(
             f"--evidence_dataset {dataset!r} is neither in `sae_datasets` nor in `probe_datasets` of {settings.path}, which "
             f"have: {known}"
         )
+    if evidence.encoder is not None and not artifacts.features(dataset, evidence.encoder, run.hook, SPLIT).is_dir():
+        settings.encoder(evidence.encoder)  # refuses an unknown name
     names, vocabulary = read_names(settings, run), load_vocabulary(settings, run.encoder)
     store = open_features(settings, dataset, run.encoder, run.hook, SPLIT)
     check_same_encoder(sae_path(settings, run), store.folder)
@@ -121,10 +125,9 @@ def name_evidence(
     }
     inputs |= {f"{SPLIT} features of {encoder}": judge.folder} if judge is not store else {}
     inputs |= {"firing rates": rates} if rates.is_file() else {}
-    recipe = {"evidence_dataset": dataset, "evidence_encoder": encoder}
-    overwrite |= manifest_path(target).is_file()  # a file without a manifest was not made here
+    recipe = {"evidence_dataset": dataset, "evidence_encoder": encoder, "seed_of_random": run.training.seed}
     with making(
-        target, NAMES.name, recipe, inputs, overwrite=overwrite, run=values(run) | values(evidence),
+        target, NAMES.name, recipe, inputs, overwrite=True, run=values(run) | values(evidence),
         before=partial(resolve_device, device),
     ) as work:  # fmt: skip
         if work.needed:
@@ -139,9 +142,17 @@ def name_evidence(
             codes = encode_in_memory(sae, store).tocsc()
             rates_of = firing_rates(settings, run)
             dead = np.zeros(len(names), dtype=bool) if rates_of is None else rates_of == 0
-            found = judged(codes, store, judge, vocabulary, names, dead, dataset, where)
+            shares, seed = codes.getnnz(axis=0) / len(store), run.training.seed
+            random = random_codes(random_sae(sae, store, shares, seed), store)
+            like = decoder_like(sae, ~dead | (shares > 0), seed)
+            like_codes = random_codes(random_sae(sae, store, shares, seed, like), store)
+            found, of_random = judged(
+                codes, random, like_codes, like, store, judge, vocabulary, names, dead, dataset, where
+            )  # fmt: skip
+            circular = judge is store or are_of_same_encoder(judge.folder, store.folder)
             details = summary_of(found, names) | {
-                "dataset": dataset, "images": len(store), "judging_encoder": encoder, "circular": judge is store,
+                "dataset": dataset, "images": len(store), "judging_encoder": encoder, "circular": circular,
+                "random_names": of_random,
             }  # fmt: skip
             write_csv(target, COLUMNS, _rows(found, names))
             work.done([target], _said(details), **details)
@@ -149,10 +160,10 @@ def name_evidence(
 
 
 def _last_judge(settings: Settings, run: SAERun, dataset: str) -> str:
-    """The encoder whose features judged last, if they are still there; else the SAE's own."""
+    """The encoder whose features judged last, or began to, if they are still there; else the SAE's own."""
     artifacts = Artifacts(settings)
     try:
-        last = str(read_manifest(artifacts.name_evidence(run, dataset))["settings"].get("evidence_encoder", run.encoder))
+        last = str(read_recipe(artifacts.name_evidence(run, dataset))["settings"].get("evidence_encoder", run.encoder))
     except UserError:  # missing or damaged
         return run.encoder
     return last if manifest_path(artifacts.features(dataset, last, run.hook, SPLIT)).is_file() else run.encoder
@@ -176,13 +187,18 @@ def _with_float64(device: torch.device) -> torch.device:
 
 
 def judged(
-    codes: scipy.sparse.csc_matrix, store: FeatureStore, judge: FeatureStore, vocabulary: Vocabulary,
-    names: Sequence[ConceptName], dead: NDArray[np.bool_], dataset: str, device: torch.device,
-) -> NameEvidence:  # fmt: skip
-    """All three measures, without details.
+    codes: scipy.sparse.csc_matrix, random: scipy.sparse.csc_matrix, like_codes: scipy.sparse.csc_matrix, like: torch.Tensor,
+    store: FeatureStore, judge: FeatureStore, vocabulary: Vocabulary, names: Sequence[ConceptName], dead: NDArray[np.bool_],
+    dataset: str, device: torch.device,
+) -> tuple[NameEvidence, dict[str, Any]]:  # fmt: skip
+    """All three measures, without details; and how well the names of random directions predict images: the number of
+    `latents` tested, the share that `passed` at FDR, and their mean `auc`.
 
     Args:
         codes: N x F, the latents of every image.
+        random: N x F, random directions on the same images.
+        like_codes: N x F, random directions like the decoder's on the same images, and
+        like: F x D, these directions, of unit norm.
         store: features of the images by the encoder of the names.
         judge: features of the same images by which MonoScore compares them.
         vocabulary: the words, embedded by the encoder of the names.
@@ -193,9 +209,17 @@ def judged(
     """
     place = {word: number for number, word in enumerate(vocabulary.words)}
     words = np.array([place.get(name.name, -1) for name in names])
-    prediction: Prediction = predict(codes, store, vocabulary.embeddings, words, device=device)
+    like_words = nearest(like, vocabulary.embeddings, 1)[0][:, 0]
+    # Together, since ranking the images by each word takes longest.
+    both_codes = scipy.sparse.hstack([codes, like_codes], format="csc")
+    both_found = predict(both_codes, store, vocabulary.embeddings, np.concatenate([words, like_words]), device=device)
+    prediction = Prediction(both_found.auc[: len(words)], both_found.p[: len(words)])
+    compared = ~np.isnan(both_found.p).reshape(2, -1).any(axis=0)
+    like_auc, like_q = both_found.auc[len(words) :][compared], benjamini_hochberg(both_found.p[len(words) :][compared])
+    of_random = {"latents": int(compared.sum()), "passed": _share(like_q <= FDR), "auc": _mean(like_auc)}
     second: Dissected = dissect(codes, store, vocabulary.embeddings, device=device)
     mono: MonoScores = monosemanticity(codes, judge, device=device)
+    mono_random = np.where(np.isnan(mono.by_weights), np.nan, monosemanticity(random, judge, device=device).by_weights)
     n_active = np.diff(codes.indptr).astype(np.int64)
     both = (words >= 0) & (second.word >= 0)
     similarity = np.full(len(words), np.nan)
@@ -207,17 +231,18 @@ def judged(
         for is_dead, n, word, auc in zip(dead, n_active, words, prediction.auc, strict=True)
     )
     agrees = np.array([name.name == other for name, other in zip(names, second_names, strict=True)])
-    return NameEvidence(
+    found = NameEvidence(
         dataset, n_active, evidence, prediction.auc, prediction.p, second_names, second.score, agrees, similarity,
-        mono.by_weights, mono.by_pairs, {},
+        mono.by_weights, mono.by_pairs, mono_random, {},
     )  # fmt: skip
+    return found, of_random
 
 
 def summary_of(found: NameEvidence, names: Sequence[ConceptName]) -> dict[str, Any]:
     """The evidence in short, for the manifest.
 
-    It holds the number of latents of each kind of evidence; mean and quartiles of `auc`, `monoscore` and `monoscore_pairs`
-    over the latents that have one; how often soft-WPMI gives the same name, among all latents and among those whose name is
+    It holds the number of latents of each kind of evidence; mean and quartiles of `auc` and of each kind of `monoscore` over
+    the latents that have one; how often soft-WPMI gives the same name, among all latents and among those whose name is
     NAMED (None if there is none); and the means of these figures for each verdict.
     """
     verdicts = np.array([name.verdict or "" for name in names])
@@ -239,6 +264,7 @@ def summary_of(found: NameEvidence, names: Sequence[ConceptName]) -> dict[str, A
         },
         "monoscore": _distribution(found.monoscore),
         "monoscore_pairs": _distribution(found.monoscore_pairs),
+        "monoscore_random": _distribution(found.monoscore_random),
         "by_verdict": {
             verdict: {
                 "latents": int(of.sum()),
@@ -270,15 +296,14 @@ def _distribution(numbers: NDArray[np.float64]) -> dict[str, Any]:
 
 def _said(details: Mapping[str, Any]) -> str:
     """The summary for people."""
-    wpmi, mono = details["wpmi"], details["monoscore"]
+    wpmi, mono, random = details["wpmi"], details["monoscore"], details["monoscore_random"]
     parts = [f"{details['tested']:.0%} of latents tested"]
     if wpmi["agreement"] is not None:
         named = "" if wpmi["agreement_named"] is None else f" ({wpmi['agreement_named']:.1%} of those named)"
         parts.append(f"soft-WPMI agrees on {wpmi['agreement']:.1%}{named}")
-    if mono["mean"] is not None:
-        parts.append(
-            f"mean MonoScore {mono['mean']:.3f}" + (" (circular: the SAE's own encoder)" if details["circular"] else "")
-        )
+    if mono["mean"] is not None and random["mean"] is not None:
+        of_random = f"random directions {random['mean']:.3f}" + ("; circular: the SAE's own encoder" * details["circular"])
+        parts.append(f"mean MonoScore {mono['mean']:.3f} ({of_random})")
     return f"evidence from {counted(details['images'], 'image')} of {details['dataset']}: {', '.join(parts)}"
 
 
@@ -293,6 +318,7 @@ def _rows(found: NameEvidence, names: Sequence[ConceptName]) -> list[list[Any]]:
             name.index, name.name, int(found.n_active[f]), found.evidence[f], shown(found.auc[f]), shown(found.auc_p[f]),
             found.wpmi_name[f], shown(found.wpmi_score[f]), int(found.wpmi_agrees[f]) if found.wpmi_name[f] else "",
             shown(found.wpmi_similarity[f]), shown(found.monoscore[f]), shown(found.monoscore_pairs[f]),
+            shown(found.monoscore_random[f]),
         ]
         for f, name in enumerate(names)
     ]  # fmt: skip
@@ -308,21 +334,22 @@ def evidence_datasets(settings: Settings, run: SAERun) -> list[str]:
 def read_evidence(settings: Settings, run: SAERun, dataset: str | None = None) -> NameEvidence:
     """The evidence from a data set's images, by default those of the SAE's own.
 
-    Raises UserError, which names the command, if it is missing or malformed; StaleArtifact if names, SAE or features have
-    changed since.
+    Raises UserError, which names the command, if it or its manifest is missing or malformed; StaleArtifact if names, SAE or
+    features have changed since. No command has --overwrite, which would replace names that were edited by hand.
     """
     wanted = dataset or run.dataset
     path = Artifacts(settings).name_evidence(run, wanted)
-    flags = ("--evidence_dataset", wanted) if dataset else ()
-    again = NAMES.command(*flags, "--overwrite")
-    if not manifest_path(path).is_file():
-        raise UserError(f"the evidence {path} is missing: run {NAMES.command(*flags, 'with the SAEs flags')}")
-    check_chain(path)
+    again = f"{NAMES.command('--evidence_dataset', wanted)} with the SAE's flags"
+    if absent := [one for one in (path, manifest_path(path)) if not one.is_file()]:
+        raise UserError(f"the evidence {absent[0]} is missing: run {again}")
     try:
+        check_chain(path)
         return _parsed(path, wanted, read_manifest(path)["details"])
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        again = NAMES.command("--overwrite", *flags)
-        raise UserError(f"cannot read the evidence {path}: {first_line(error)}; run {again}") from error
+    except StaleArtifact as error:
+        said = f"the evidence {path} is out of date ({'; '.join(error.differences)}): run {again}"
+        raise StaleArtifact(said, error.differences) from error
+    except (UserError, OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read the evidence {path}: {first_line(error)}; remove it and run {again}") from error
 
 
 def _parsed(path: Path, dataset: str, details: Mapping[str, Any]) -> NameEvidence:
@@ -331,6 +358,8 @@ def _parsed(path: Path, dataset: str, details: Mapping[str, Any]) -> NameEvidenc
 
     def numbers(column: str) -> NDArray[np.float64]:
         return np.array([float(row[column] or "nan") for row in rows])
+
+    has_random = bool(rows) and "monoscore_random" in rows[0]  # older versions have not
 
     return NameEvidence(
         dataset,
@@ -344,5 +373,6 @@ def _parsed(path: Path, dataset: str, details: Mapping[str, Any]) -> NameEvidenc
         numbers("wpmi_similarity"),
         numbers("monoscore"),
         numbers("monoscore_pairs"),
+        numbers("monoscore_random") if has_random else np.full(len(rows), np.nan),
         details,
     )

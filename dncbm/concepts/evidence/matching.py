@@ -89,7 +89,7 @@ def n_own_index(first: torch.Tensor, second: torch.Tensor) -> int:
 
 
 def share_start(n_own: int, n_groups: int = 1) -> bool:
-    """Whether two decoders with so many equal indices (`n_own_index`) share a start.
+    """Whether two decoders with this many equal indices (`n_own_index`) share a start.
 
     With separate starts the order of latents is arbitrary: whichever of F latents is nearest, it has any index with a
     probability of 1 / F. So about one latent has its own index, by Poisson's law. Decoders that were copied, or trained from

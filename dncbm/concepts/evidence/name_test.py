@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 N_NEAREST = 5
 """Words that are listed for each latent."""
-N_NULL = 10_000
-"""Directions that hold no word, which every latent is compared with."""
+N_NULL, NULL_PER_LATENT = 10_000, 20
+"""Directions that hold no word, which every latent is compared with: this many, or this many for each live latent if that is more.
+With n of them no p is below 1 / (n + 1). Of m latents, at least m / (q (n + 1)) must therefore reach it before one has the
+q-value q: with 20 m directions a single one is enough at q = 0.05."""
 NULL_SEED = 0
 NEAR_SYNONYMS = 0.6
 """Cosine of two centred words from which they mean nearly the same, so that a small margin between them is no doubt."""
@@ -73,7 +75,7 @@ def run_name_test(
     words: torch.Tensor,
     live: NDArray[np.bool_],
     *,
-    n_null: int = N_NULL,
+    n_null: int | None = None,
     seed: int = NULL_SEED,
     device: str | torch.device = "cpu",
 ) -> NameTest:
@@ -87,7 +89,7 @@ def run_name_test(
         dictionary: F x D; its rows may have any norm.
         words: V x D of unit norm.
         live: which latents any image activates, F. Only these are tested; z and p of the others are those of a live latent.
-        n_null: number of random directions.
+        n_null: number of random directions; by default as N_NULL and NULL_PER_LATENT say.
         seed: theirs.
         device: where directions and words are compared.
     """
@@ -100,6 +102,7 @@ def run_name_test(
     alive = directions[torch.from_numpy(live)]
     mean = alive.mean(dim=0)
     z, word = _best(directions - mean, centred)
+    n_null = max(N_NULL, NULL_PER_LATENT * len(alive)) if n_null is None else n_null
     is_short = n_null * len(words) < _SHORT
     chunks = tqdm(_null(alive, n_null, seed), "test of names", -(-n_null // CHUNK), unit="chunk", disable=is_short)
     null = np.concatenate([_best(drawn - mean, centred)[0] for drawn in chunks])

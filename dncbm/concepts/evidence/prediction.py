@@ -18,6 +18,8 @@ from tqdm import tqdm
 from dncbm.features.store import FeatureStore
 from sparse_autoencoder import DEFAULT_SEED
 
+FDR = 0.05
+"""False discovery rate of the tests of names in claims, whatever verdicts are given at."""
 LEAST = 5
 """Images with a latent, and without it, below which nothing is said about it."""
 DRAWS = 1000

@@ -9,7 +9,7 @@ from typing import Any
 
 from dncbm.concepts.naming import NAMES
 from dncbm.concepts.sae import SAE
-from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.artifacts import Artifacts, aligned_suffix
 from dncbm.runs.declarations import SAERun, Seeds
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import ALIGNED, manifest_path, read_manifest
@@ -109,9 +109,9 @@ def training_commands(settings: Settings, run: SAERun, seeds: Iterable[int], *mo
     stage, aligned = SAE, list[str]()
     path = Artifacts(settings).sae_in_use(run)
     if manifest_path(path).is_file() and (made := read_manifest(path))["stage"] == ALIGNED:
-        strength = f"{made['settings'][ALIGNED]:g}"
-        stage, aligned = NAMES, ["--align_names", strength]
-        run = replace(run, suffix=run.suffix.removesuffix(f"_align{strength}"))
+        strength = made["settings"][ALIGNED]
+        stage, aligned = NAMES, ["--align_names", str(strength)]
+        run = replace(run, suffix=run.suffix.removesuffix(aligned_suffix(strength)))
     words, known = list[str](), flags(SAERun)
     for name, value in values(run).items():
         flag, configured = known[name], settings.defaults.get(name)

@@ -8,21 +8,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 from sklearn.metrics import roc_auc_score
 
 from dncbm.concepts.evidence import images
 from dncbm.concepts.evidence.images import COLUMNS, SPLIT, evidence_datasets, name_evidence, read_evidence
+from dncbm.concepts.evidence.random_directions import decoder_like, random_sae
 from dncbm.concepts.naming import ABSTAINS, NAMED, ConceptName, write_names
+from dncbm.concepts.sae import load_sae
+from dncbm.concepts.strengths import encode_in_memory
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Evidence, SAERun
-from dncbm.runs.errors import StaleArtifact
-from dncbm.runs.manifests import Outcome, making, read_manifest
+from dncbm.runs.errors import StaleArtifact, UserError
+from dncbm.runs.manifests import Outcome, file_hash, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
-from sparse_autoencoder import SparseAutoencoder, save_checkpoint
+from sparse_autoencoder import SparseAutoencoder, load_checkpoint, save_checkpoint
 
 RUN = SAERun(encoder="enc", dataset="pictures")
 WORDS = [f"word {i}" for i in range(30)]
 N, D, F = 120, 6, 16
+ENCODERS = {"judge": ("RN50", "openai")}
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,14 @@ class Setting:
     def write_names(self, names: list[ConceptName]) -> None:
         write_names(self.artifacts.concept_names(RUN), names)
 
-    def run(self, *given: str | None, overwrite: bool = False) -> Outcome | None:
-        return name_evidence(self.settings, RUN, Evidence(*given), device="cpu", overwrite=overwrite)
+    def run(self, *given: str | None) -> Outcome | None:
+        return name_evidence(self.settings, RUN, Evidence(*given), device="cpu")
 
 
 @pytest.fixture
 def there(make_settings, make_store) -> Setting:
     rng = np.random.default_rng(0)
-    settings = make_settings(sae_datasets={"pictures": "pictures"}, probe_datasets={"birds": "birds"})
+    settings = make_settings(sae_datasets={"pictures": "pictures"}, probe_datasets={"birds": "birds"}, encoders=ENCODERS)
     artifacts = Artifacts(settings)
     model = SparseAutoencoder(D, F, seed=3)
     with torch.no_grad():
@@ -109,7 +114,7 @@ def test_the_table_holds_what_images_say(there, capsys) -> None:
     with there.artifacts.name_evidence(RUN, "pictures").open() as file:
         rows = list(csv.reader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert rows[1] == ["0", "word 0", "0", "too few images", *[""] * 8]  # blank, not NaN
+    assert rows[1] == ["0", "word 0", "0", "too few images", *[""] * 9]  # blank, not NaN
 
 
 def test_the_manifest_sums_it_up(there) -> None:
@@ -133,7 +138,7 @@ def test_the_manifest_sums_it_up(there) -> None:
             "agreement": pytest.approx(found.wpmi_agrees[has & of].mean()),
             "monoscore": pytest.approx(np.nanmean(found.monoscore[of]), rel=1e-4),
         }
-    for column in ("auc", "monoscore", "monoscore_pairs"):
+    for column in ("auc", "monoscore", "monoscore_pairs", "monoscore_random"):
         numbers = getattr(found, column)
         kept = numbers[~np.isnan(numbers)]
         assert details[column]["left_out"] == F - len(kept) > 0
@@ -160,9 +165,12 @@ def test_untested_and_published_names_work_too(there) -> None:
 
 def test_a_latent_that_never_fires_is_dead(there) -> None:
     """On these images and, as training has recorded, on those."""
-    rates = np.full(F, 0.1)
+    rates, target, path = np.full(F, 0.1), there.artifacts.sae(RUN), there.artifacts.firing_rates(RUN)
     rates[0] = 0
-    np.save(there.artifacts.firing_rates(RUN), rates)
+    with making(target, "sae", {}, {}, overwrite=True) as work:
+        save_checkpoint(load_checkpoint(target), target)
+        np.save(path, rates)
+        work.done([target, path])
     there.run()
     found = read_evidence(there.settings, RUN)
     assert found.evidence[0] == "dead"
@@ -177,6 +185,12 @@ def test_another_encoder_may_judge_whether_a_latent_is_one_thing(there) -> None:
     assert (found.details["judging_encoder"], found.details["circular"]) == ("judge", False)
     for latent in np.flatnonzero(found.n_active >= 2):
         assert found.monoscore[latent] == pytest.approx(monoscore(there.codes[:, latent], other), abs=1e-5)
+    # Random directions, active on as many images each, are judged by the same encoder.
+    store, model = there.make_store(there.settings.path.parent / "same", [there.x]), load_sae(there.settings, RUN)
+    random = encode_in_memory(random_sae(model, store, (there.codes > 0).mean(axis=0), RUN.training.seed), store).toarray()
+    assert (random > 1e-6).sum(axis=0).tolist() == found.n_active.tolist()
+    expected = [monoscore(code, other) if n >= 2 else np.nan for code, n in zip(random.T, found.n_active, strict=True)]
+    np.testing.assert_allclose(found.monoscore_random, expected, atol=1e-5)
     assert there.run(None, "judge") is Outcome.ALREADY_DONE
     assert there.run() is Outcome.ALREADY_DONE  # it stays the judge
     change_names(there)
@@ -185,6 +199,40 @@ def test_another_encoder_may_judge_whether_a_latent_is_one_thing(there) -> None:
     assert there.run(None, "enc") is Outcome.RAN  # the SAE's own, by name
     assert read_evidence(there.settings, RUN).details["circular"]
     assert there.run() is Outcome.ALREADY_DONE
+
+
+def test_names_of_random_directions_are_tested_too(there) -> None:
+    """By hand: one direction per live latent, active on as many images, with the word nearest to it."""
+    there.run()
+    found = read_evidence(there.settings, RUN)
+    store, model = there.make_store(there.settings.path.parent / "same", [there.x]), load_sae(there.settings, RUN)
+    like = decoder_like(model, np.ones(F, dtype=bool), RUN.training.seed)  # training recorded no dead ones
+    codes = encode_in_memory(random_sae(model, store, found.n_active / N, RUN.training.seed, like), store).toarray() > 1e-6
+    assert codes.sum(axis=0).tolist() == found.n_active.tolist()
+    cosines = there.words @ (there.x / np.linalg.norm(there.x, axis=1, keepdims=True)).T
+    nearest = (like.numpy() @ there.words.T).argmax(axis=1)
+    tested = ~np.isnan(found.auc)
+    aucs = np.array([[roc_auc_score(codes[:, f], word) for word in cosines] for f in np.flatnonzero(tested)])
+    own = aucs[np.arange(len(aucs)), nearest[tested]]
+    p = (1 + (aucs > own[:, None] - 1e-9).sum(axis=1)) / 31
+    expected = {
+        "latents": tested.sum(),
+        "passed": (false_discovery_control(p) <= 0.05).mean(),
+        "auc": pytest.approx(own.mean(), abs=1e-5),
+    }
+    assert found.details["random_names"] == expected
+    assert expected["latents"] > 5
+
+
+def test_a_judge_of_the_same_weights_is_circular_whatever_its_name(there) -> None:
+    for judge, weights, circular in (("judge", "abc", True), ("other", "xyz", False)):
+        there.write_features("pictures", there.x, judge)
+        for encoder, digest in (("enc", "abc"), (judge, weights)):
+            path = manifest_path(there.artifacts.features("pictures", encoder, "out", SPLIT))
+            made = json.loads(path.read_text())
+            path.write_text(json.dumps(made | {"settings": {"model": encoder, "weights": {f"{encoder}.pt": digest}}}))
+        there.run(None, judge)
+        assert read_evidence(there.settings, RUN).details["circular"] is circular
 
 
 def test_a_judge_whose_features_were_removed_no_longer_judges(there) -> None:
@@ -234,6 +282,8 @@ def test_what_was_asked_for_and_is_missing_names_its_command(there, refusal) -> 
         there.run("birds")
     with refusal("01_save_cc3m_features.py", "--img_enc_name judge", "--sae_dataset pictures"):
         there.run(None, "judge")
+    with refusal("encoder 'nope' is not in `encoders`", "judge"):
+        there.run(None, "nope")
     with refusal("--evidence_dataset 'fish'", "pictures, birds"):
         there.run("fish")
     there.artifacts.embeddings("enc").unlink()
@@ -269,9 +319,11 @@ def test_it_is_made_again_of_other_names_latents_or_images(there, change) -> Non
     assert there.run() is Outcome.ALREADY_DONE
     before = there.artifacts.name_evidence(RUN, "pictures").read_bytes()
     change(there)
-    with pytest.raises(StaleArtifact):
+    with pytest.raises(StaleArtifact) as caught:
         read_evidence(there.settings, RUN)
-    assert there.run() is Outcome.RAN  # without --overwrite, which would put names that were edited in danger
+    assert "run `python scripts/04_assign_names.py --evidence_dataset pictures` with the SAE's flags" in str(caught.value)
+    assert "--overwrite" not in str(caught.value)  # which would replace names that were edited
+    assert there.run("pictures") is Outcome.RAN
     assert there.artifacts.name_evidence(RUN, "pictures").read_bytes() != before
     read_evidence(there.settings, RUN)
 
@@ -281,7 +333,7 @@ def test_a_stale_table_is_not_lost_if_what_is_asked_for_cannot_be_made(there, re
     path = there.artifacts.name_evidence(RUN, "pictures")
     before = path.read_bytes()
     with refusal("judge"):
-        there.run(None, "judge", overwrite=True)
+        there.run(None, "judge")
     assert path.read_bytes() == before
     assert there.run() is Outcome.ALREADY_DONE
 
@@ -290,12 +342,16 @@ def test_an_interrupted_run_starts_again(there, monkeypatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(images, "monosemanticity", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            there.run()
-    assert evidence_datasets(there.settings, RUN) == []
-    assert there.run() is Outcome.RAN
+    there.write_features("pictures", np.random.default_rng(9).normal(size=(N, 11)), "judge")
+    for judge in (None, "judge"):  # for the first time, and again
+        with monkeypatch.context() as patched:
+            patched.setattr(images, "monosemanticity", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                there.run(None, judge)
+        assert evidence_datasets(there.settings, RUN) == []
+        there.write_names([replace(there.names[0], name=f"word {9 if judge else 7}"), *there.names[1:]])  # by hand
+        assert there.run() is Outcome.RAN
+        assert read_evidence(there.settings, RUN).details["judging_encoder"] == (judge or "enc")
 
 
 @pytest.mark.parametrize(("cell", "value"), [("auc", "high"), ("n_active", ""), ("index", None)])
@@ -311,8 +367,42 @@ def test_a_damaged_table_names_the_command(there, refusal, cell: str, value: str
         path.write_text("\n".join(",".join(row) for row in rows))
         work.done([path])
     assert read_manifest(path)["outputs"]
-    with refusal(path, "04_assign_names.py --overwrite"):
+    made_again_as_said(there)
+
+
+def made_again_as_said(there: Setting) -> None:
+    """What the error of a damaged table says helps."""
+    path = there.artifacts.name_evidence(RUN, "pictures")
+    with pytest.raises(UserError) as caught:
         read_evidence(there.settings, RUN)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert str(path) in said
+    assert "--overwrite" not in said
+    assert "run `python scripts/04_assign_names.py --evidence_dataset pictures` with the SAE's flags" in said
+    if "remove it and" in said:
+        path.unlink()
+    assert there.run("pictures") is Outcome.RAN
+    assert read_evidence(there.settings, RUN).details["images"] == N
+
+
+@pytest.mark.parametrize("way", ["table removed", "manifest removed", "manifest damaged", "table edited", "row cut"])
+def test_what_the_error_says_makes_the_table_again(there, way: str) -> None:
+    there.run()
+    path = there.artifacts.name_evidence(RUN, "pictures")
+    manifest = manifest_path(path)
+    if way.endswith("removed"):
+        (path if way.startswith("table") else manifest).unlink()
+    elif way == "manifest damaged":
+        manifest.write_text("{")
+    elif way == "table edited":
+        path.write_text(path.read_text().replace("tested", "dead"))
+    else:  # of the same recipe, as another version may have written it
+        path.write_text(path.read_text()[:-30].rpartition(",")[0].rpartition("\n")[0] + "\n15\n")
+        made = json.loads(manifest.read_text())
+        made["outputs"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        manifest.write_text(json.dumps(made))
+    made_again_as_said(there)
 
 
 def test_what_does_not_belong_together_is_refused(there, refusal) -> None:

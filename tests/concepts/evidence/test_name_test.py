@@ -168,26 +168,43 @@ def test_controls_hold_no_word() -> None:
     assert (tried(like, WORDS).q <= 0.05).sum() <= 2
 
 
-N_SIMULATIONS = 200
+N_SIMULATIONS = 300
 
 
-@pytest.mark.parametrize("n_with", [0, 15])
-def test_false_names_stay_below_the_rate_that_was_asked_for(n_with: int) -> None:
-    """Without planted words every name is false: the share of simulations with any name must be at most q, up to the 99.9 %
-    quantile of the binomial distribution of 200 draws (21 for 10, 34 for 20). With some, the mean share of false names among
-    the named must be, up to the same: such shares lie between 0 and 1, so that their sum varies no more than that of draws."""
-    words, false, found = words_of(150, 64), {0.05: 0.0, 0.1: 0.0}, []
+@pytest.mark.parametrize(("n_with", "inflation"), [(0, 1.0), (15, 1.35), (40, 1.0)])
+def test_false_names_are_as_rare_as_method_says(n_with: int, inflation: float) -> None:
+    """The mean share of false names among the named, over simulations, is at most q, or 1.35 q if a few latents hold words and
+    spread differently from the others (METHOD section 3), within two standard errors of the shares themselves. Without
+    planted words every name is false."""
+    words, found = words_of(150, 64), []
+    shares: dict[float, list[float]] = {0.05: [], 0.1: []}
     for simulation in range(N_SIMULATIONS):
         directions, _ = planted(words, 80, n_with, 0.6, np.random.default_rng([simulation, n_with]))
         q = tried(directions, words, n_null=2000, seed=simulation).q
-        for rate in false:
+        for rate, of_rate in shares.items():
             named = q <= rate
-            false[rate] += named[n_with:].sum() / max(1, named.sum())
+            of_rate.append(named[n_with:].sum() / max(1, named.sum()))
         found.append(named[:n_with])
-    for rate, n in false.items():
-        assert 0 < n <= scipy.stats.binom.ppf(0.999, N_SIMULATIONS, rate)
+    for rate, of_rate in shares.items():
+        limit = inflation * rate + 2 * float(np.std(of_rate)) / N_SIMULATIONS**0.5
+        assert 0 < np.mean(of_rate) <= limit
+        assert limit < 1.6 * rate  # or a test that names half as much again would pass
     if n_with:
         assert np.mean(found) > 0.9
+
+
+def test_a_few_words_are_found_among_many_latents() -> None:
+    """12 exact words among 8192 latents. With a null of 10,000, at least 17 would have to exceed all of it to be named."""
+    n, n_with, words = 8192, 12, words_of(60, 32)
+    directions, chosen = planted(words, n, n_with, 1.0, np.random.default_rng(6))
+    found = tried(directions, words)
+    named = np.flatnonzero(found.q <= 0.05)
+    assert set(range(n_with)) <= set(named)
+    assert len(named) <= n_with + 3
+    np.testing.assert_array_equal(found.centred[:n_with], chosen)
+    assert not (tried(directions, words, n_null=10_000).q <= 0.05).any()
+    few = directions[:400]  # those of the demo: their null stays what it was
+    np.testing.assert_array_equal(tried(few, words).p, tried(few, words, n_null=10_000).p)
 
 
 # -------------------------------------------------------------------------------------------------------------- odd sizes

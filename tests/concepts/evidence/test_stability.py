@@ -254,7 +254,7 @@ def test_without_a_vocabulary_names_are_blank(planted: Planted) -> None:
     assert found.centred.trained.names_agree is None
     assert {(row["name"], row["name_agrees"]) for row in planted.rows()} == {("", "")}
     planted.embed(directions(3, 20))
-    with pytest.raises(StaleArtifact, match="word embeddings has changed"):
+    with pytest.raises(StaleArtifact, match="word embeddings is new"):
         planted.measure()
     assert planted.measure(overwrite=True) is Outcome.RAN
     assert planted.rows()[0]["name"].startswith("word ")
@@ -303,7 +303,7 @@ def test_by_default_all_seeds_are_compared_and_else_those_asked_for(planted: Pla
     assert [text for text in caplog.messages if "seed 52" in text and "lr" in text]
     assert planted.measure(51, 50) is Outcome.ALREADY_DONE
     assert planted.measure(49, 50, 51) is Outcome.ALREADY_DONE
-    with pytest.raises(StaleArtifact, match=r"seeds was \[49, 50, 51\], now \[49, 51\]"):
+    with pytest.raises(StaleArtifact, match=r"seeds was \[49, 50, 51\], now \[49, 51\]; SAE of seed 50 is left out\)"):
         planted.measure(51)
     before = planted.rows()
     with pytest.raises(UserError, match="seed 53"):
