@@ -9,7 +9,7 @@ from typing import Any
 
 from dncbm.runs.declarations import Execution, NamedProbe, NamedSAE, Preset, ProbeRun, SAERun, Unused, paper_preset
 from dncbm.runs.errors import UserError
-from dncbm.runs.find import RUNS, find, require_inputs
+from dncbm.runs.find import RUNS, NotMade, find, require_inputs
 from dncbm.runs.manifests import Outcome
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Command, Stage
@@ -109,9 +109,22 @@ def complete(settings: Settings, stage: Stage, values: Mapping[str, Any], given:
         if stage.explains is not None:
             raise UserError("--probe_on_features: features have no names, so only probes on concepts are explained")
     elif stage.reads_run is not None:
-        found = find(settings, stage.reads_run, found, given)
+        try:
+            found = find(settings, stage.reads_run, found, given)
+        except NotMade:
+            if stage.else_explains is None or given & _only_of(stage.reads_run, stage.else_explains):
+                raise
+            found = find(settings, stage.else_explains, found, given)
     require_inputs(settings, stage, found)
     return found
+
+
+def _only_of(stage: Stage, other: Stage) -> set[str]:
+    """The flags that tell the outputs of a stage apart, and are not those of the other's or of where both lie."""
+    own, others = stage.flags(), other.flags()
+    return {name for name, flag in own.items() if name not in others and flag.setting.in_name != ""} | {
+        name for name, cls in RUNS.items() if cls in stage.trains
+    }
 
 
 def run_stage(settings: Settings, stage: Stage, given: Mapping[str, Any], *, device: str, overwrite: bool) -> Outcome:

@@ -26,13 +26,16 @@ from dncbm.features.stage import PROBE_FEATURES
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import (
     SPLITS,
+    Alignment,
     BestRuns,
     Compact,
+    Evidence,
     Execution,
     Extraction,
     Grid,
     NamedEncoder,
     NamedSAE,
+    Naming,
     Partition,
     ProbeDataset,
     ProbeFeatures,
@@ -120,7 +123,7 @@ def stage(monkeypatch, write_config: Callable[..., Path]) -> Callable[..., tuple
         ("save_cc3m_features.py --img_enc_name clip_RN50", (SAEFeatures(), Extraction(), Partition())),
         (f"train_sae_img.py {SAE_FLAGS} --ckpt_freq 0 --val_freq 1", (PAPER, Tracking(False, None))),
         ("save_vocab_embeddings.py --img_enc_name clip_RN50", (NamedEncoder("clip_RN50"),)),
-        (f"assign_names.py {SAE_FLAGS}", (PAPER,)),
+        (f"assign_names.py {SAE_FLAGS}", (PAPER, Naming(), Evidence(), Alignment())),
         (
             "save_probe_features.py --img_enc_name clip_RN50 --probe_dataset places365",
             (PLACES, Splits(None), Extraction(), Partition()),

@@ -7,11 +7,13 @@ if there are enough of them. Only `train` is looked at for a choice, so accuraci
 
 import csv
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,7 +273,8 @@ def measure_compact(
     table, state = artifacts.compact_table(run, dataset), artifacts.compact_state(run, dataset)
     with making(
         artifacts.compact(run, dataset), commands.NEC.name, recipe, inputs, overwrite=overwrite,
-        run=values(run) | values(images), scratch=[state], before=partial(resolve_device, device),
+        run=values(run) | values(images), files=lambda: [table, artifacts.compact_figure(run, dataset), state],
+        scratch=[state], before=partial(resolve_device, device),
     ) as work:  # fmt: skip
         if not work.needed:
             return work.outcome
@@ -343,22 +346,46 @@ def _names(settings: Settings, run: SAERun) -> list[ConceptName] | None:
     return read_names(settings, run) if exist else None
 
 
-def write_concepts(settings: Settings, run: SAERun, dataset: str, curve: CompactCurve, *, replace_other: bool) -> None:
+def write_concepts(settings: Settings, run: SAERun, dataset: str, curve: CompactCurve, *, is_new: bool) -> None:
     """Write the chosen concepts, the most needed first, as a list that `intervene --keep` reads.
 
-    By their labels, or by their indices where latents have no names. Unless `replace_other`, a list that differs, because it
-    was edited or names have changed since, stays, which is said.
+    By their labels, or by their indices where latents have no names. A list that was edited stays, which is said; that of a
+    new choice (`is_new`) is then written beside it. Whether it was edited is told by the checksum in its first line.
     """
-    path, names = Artifacts(settings).compact_concepts(run, dataset), _names(settings, run)
-    about = f"the {counted(len(curve.concepts), 'concept')} that a probe on {dataset} needs most, the most needed first"
-    content = "\n".join([f"{COMMENT} {about}", *map(str, curve.concepts), ""])
-    if names is not None:
-        content = list_of(curve.concepts, names, about)
-    written = content.encode(errors="backslashreplace")
-    if path.is_file() and not replace_other:
-        if path.read_bytes() != written:
-            print(f"{path} stays as it is: it was edited, or names have changed since; move it away to have it written again")
-        return
-    with whole_file(path) as temporary:
-        temporary.write_bytes(written)
-    print(f"a list for --keep or --remove: {path}")
+    artifacts, names = Artifacts(settings), _names(settings, run)
+    n = len(curve.concepts)
+    about = f"the {counted(n, 'concept')} that a probe on {dataset} needs most, the most needed first"
+    if names is None:
+        text = "\n".join([f"{COMMENT} {about}", *map(str, curve.concepts), ""])
+    else:
+        text = list_of(curve.concepts, names, about)
+    first, _, lines = text.encode(errors="backslashreplace").partition(b"\n")
+    written = first + CHECKSUM + _checksum(lines) + b"\n" + lines
+    for path in (artifacts.compact_concepts(run, dataset), artifacts.compact_concepts(run, dataset, n)):
+        if not _was_edited(path):
+            if not path.is_file() or path.read_bytes() != written:
+                with whole_file(path) as temporary:
+                    temporary.write_bytes(written)
+                print(f"a list for --keep or --remove: {path}")
+            return
+        print(
+            f"{path} stays as it is, since it was edited or an older version wrote it: move it away to have it written again"
+        )
+        if not is_new:
+            return
+
+
+CHECKSUM = b"; checksum "
+"""Stands before the checksum in the first line of a list."""
+
+
+def _checksum(lines: bytes) -> bytes:
+    return f"{zlib.crc32(lines):08x}".encode()
+
+
+def _was_edited(path: Path) -> bool:
+    """Whether a list is not as it was written; one without a checksum counts as edited."""
+    if not path.is_file():
+        return False
+    first, _, lines = path.read_bytes().partition(b"\n")
+    return not first.endswith(CHECKSUM + _checksum(lines))

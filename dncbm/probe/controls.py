@@ -11,45 +11,22 @@ import scipy.sparse
 import torch
 from numpy.typing import NDArray
 
+from dncbm.concepts.evidence.random_directions import random_sae
 from dncbm.concepts.naming import ABSTAINS, ConceptName
 from dncbm.concepts.strengths import BATCH, encode_in_memory, to_csr
 from dncbm.features.store import FeatureStore
 from dncbm.probe.model import ProbeData
 from dncbm.runs.errors import UserError
-from sparse_autoencoder import ReLU, SparseAutoencoder
+from sparse_autoencoder import SparseAutoencoder
 
 Splits = dict[str, ProbeData]
 """train, train_val and val."""
-SAMPLE = 4096
-"""Images from which the thresholds of random directions are set."""
 
 
 def strengths_of(data: ProbeData) -> scipy.sparse.csr_matrix:
     """The inputs of a probe on concepts."""
     assert not isinstance(data.inputs, FeatureStore)
     return data.inputs
-
-
-@torch.inference_mode()
-def random_sae(sae: SparseAutoencoder, store: FeatureStore, share: float, seed: int) -> SparseAutoencoder:
-    """An SAE with random directions, each of which is active on a share of the images.
-
-    Its inputs, input transform, tied bias and number of latents are those of `sae`. Its encoder biases are set by a sample of
-    the features in `store`.
-    """
-    model = SparseAutoencoder(sae.n_inputs, sae.n_latents, sparsity=ReLU(), input_transform=sae.input_transform)
-    model = model.to(sae.encoder_weight.device)
-    model.tied_bias.copy_(sae.tied_bias)
-    if sae.input_transform == "centre":
-        model.input_centre.copy_(sae.input_centre)
-    directions = torch.randn(sae.n_latents, sae.n_inputs, generator=torch.Generator().manual_seed(seed))
-    model.encoder_weight.copy_(directions / directions.norm(dim=1, keepdim=True))
-    model.encoder_bias.zero_()
-    rows: NDArray[np.int64] = np.random.default_rng(seed).permutation(len(store))[:SAMPLE]
-    x, _ = model.transform(store.gather(rows).to(model.encoder_weight.device))
-    rank = min(max(round(len(rows) * (1 - share)), 1), len(rows))
-    model.encoder_bias.copy_(-model.pre_activations(x).kthvalue(rank, dim=0).values)
-    return model.requires_grad_(False)
 
 
 def random_directions(sae: SparseAutoencoder, concepts: Splits, stores: Mapping[str, FeatureStore], seed: int) -> Splits:
@@ -150,7 +127,7 @@ def named_columns(names: list[ConceptName], n_latents: int) -> NDArray[np.int64]
     """
     if len(names) != n_latents:
         raise UserError(f"there are {len(names)} names, but {n_latents} latents: they do not belong together")
-    if any(name.verdict is None for name in names):
+    if all(name.verdict is None for name in names):
         return None
     return np.flatnonzero([name.verdict != ABSTAINS for name in names])
 

@@ -56,7 +56,7 @@ def measure_intervention(
     factors = factors_asked(edit, names)
     name, weights, seed = edit_name(edit, factors), artifacts.probe(run, probe), run.training.seed
     if not weights.is_file():
-        raise PROBE.missing("the probe", weights, "with these flags")
+        raise PROBE.missing("the probe", weights, beside="with these flags")
     target = artifacts.intervention(run, probe, name)
     inputs = {"probe": weights, "names": artifacts.concept_names_in_use(run), "split": artifacts.probe_split(probe.dataset)}
     inputs |= {f"{split} concepts": finished_strengths(settings, run, probe.dataset, split) for split in ("train", "val")}

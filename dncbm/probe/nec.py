@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dncbm.concepts.naming import NAMES, read_names
+from dncbm.concepts.naming import NAMES, ConceptName, read_names
 from dncbm.concepts.sae import SAE, load_sae, sae_path
 from dncbm.concepts.strengths import STRENGTHS, finished_strengths
 from dncbm.features.stage import PROBE_FEATURES, open_features, probe_class_names
@@ -36,10 +36,12 @@ from dncbm.probe.controls import (
     with_columns,
 )
 from dncbm.probe.ncc import Decisions, concept_efficient_accuracy, decisions
+from dncbm.probe.nec_names import NAMED_SET, check_named_set, input_of_names, named_set, unchanged_by_names
 from dncbm.probe.nec_table import (
     INPUTS,
     MAJORITY,
     MEASURES,
+    OF_TABLE,
     Curve,
     Point,
     comparisons_in,
@@ -142,7 +144,7 @@ def curve_on(
         m = int((weight != 0).any(dim=1).sum())
         cea = [concept_efficient_accuracy(val.top1, n_concepts, n_classes) for n_concepts in (m, len(weight))]
         nonzero = float((weight != 0).sum()) / n_classes
-        found = Point(on, measure, target, nonzero, val.ncc, val.effective, m, cea[0], cea[1], *of_path)
+        found = Point(on, measure, target, nonzero, val.ncc, val.effective, m, firing, cea[0], cea[1], *of_path)
         return replace(found, train_val_ncc=train_val.ncc, train_val_top1=train_val.top1, val_top1=val.top1)
 
     def take(weight: torch.Tensor, of_path: tuple[float, float], train_val: Decisions, val: Decisions | None = None) -> None:
@@ -163,11 +165,12 @@ def curve_on(
         closing(CrossEntropy(train, device, scale)) as loss,
         tqdm(desc=f"NEC on {on}", initial=step - 1, total=most, unit="lambda") as bar,
     ):
-        first = largest_lambda(loss, n_classes)
+        first, curvature = largest_lambda(loss, n_classes), loss.curvature()
+        firing = int((curvature > 0).sum())
         if not ncc:
             none = torch.zeros_like(progress.weight)
             take(none, (first, 0.0), decisions(none, splits["train_val"]))
-        solve = partial(minimise, loss, loss.curvature(), max_passes=MAX_PASSES, tolerance=TOLERANCE)
+        solve = partial(minimise, loss, curvature, max_passes=MAX_PASSES, tolerance=TOLERANCE)
         while not finished:
             path_lambda = first * PATH_RATIO**step
             progress = solve(progress, path_lambda, on_pass=keep)
@@ -207,25 +210,26 @@ def accuracy_at_nec(
 
     The kinds of inputs are INPUTS (METHOD section 4); `named` is left out if the names were not tested. Writes a table, a
     comparison of the concepts with random and untrained directions, and a row per kind of `probe_results.csv`. An interrupted
-    run resumes. A table of an older version, without the newer controls, stays valid.
+    run resumes. Of the names, only the set of latents that do not abstain counts; if nothing but that has changed, `overwrite`
+    measures the named concepts alone. A table of an older version, without the newer controls, stays valid.
 
     Raises UserError if the SAE, its names, its concept strengths, the features or the labels are missing or damaged, or rows
     cannot be written; StaleArtifact if a table from other inputs exists.
     """
     artifacts, dataset = Artifacts(settings), images.dataset
     folder, seed, shown = artifacts.nec(run, dataset), run.training.seed, values(run) | values(images)
-    stores = {split: open_features(settings, dataset, run.encoder, run.hook, split) for split in SPLITS}
-    inputs = {"SAE": sae_path(settings, run), "split": artifacts.probe_split(dataset)}
-    for split, store in stores.items():
-        inputs[f"{split} concepts"] = finished_strengths(settings, run, dataset, split)
-        inputs[f"{split} features"] = store.folder
-    is_old = not overwrite and _is_of_older_version(artifacts.nec_table(run, dataset))
-    if not is_old:
-        names = artifacts.concept_names_in_use(run)
-        if not names.is_file():
-            raise NAMES.missing("the names", names, "with the SAE's flags")
-        inputs["names"] = names
     check_results(artifacts.probe_results())
+    stores = {split: open_features(settings, dataset, run.encoder, run.hook, split) for split in SPLITS}
+    sources = {"SAE": sae_path(settings, run), "split": artifacts.probe_split(dataset)}
+    for split, store in stores.items():
+        sources[f"{split} concepts"] = finished_strengths(settings, run, dataset, split)
+        sources[f"{split} features"] = store.folder
+    inputs, names = dict[str, Path | str](sources), list[ConceptName]()
+    of_names = NAMED_SET if overwrite else input_of_names(artifacts.nec_table(run, dataset))
+    if of_names is not None:
+        names = read_names(settings, run)
+        inputs[of_names] = named_set(names) if of_names == NAMED_SET else artifacts.concept_names_in_use(run)
+    kept = unchanged_by_names(artifacts, run, dataset, sources) if overwrite else None
     with making(
         folder,
         NEC.name,
@@ -237,50 +241,57 @@ def accuracy_at_nec(
         before=partial(resolve_device, device),
     ) as work:
         if not work.needed:
-            if is_old:
+            if of_names is None:
                 print("it was measured by an older version, without NCC and the newer controls: --overwrite measures all")
             return work.outcome
         torch_device = resolve_device(device)
         n_classes = len(probe_class_names(settings, dataset))
         curves: dict[str, Curve] = {}
         concepts = {split: load_probe_data(settings, run, ProbeRun(dataset), split) for split in SPLITS}
-        columns = _named(settings, run, concepts)
-        for on, splits in _inputs(settings, run, dataset, concepts, columns, stores, torch_device):
-            if splits is None:
-                curves[on] = curves["concepts"].called(on)
-                continue
-            state = StateFile.of_work(artifacts.nec_state(run, dataset, on), {"on": on, "seed": seed}, inputs, overwrite)
+        width = strengths_of(concepts["train"]).shape[1]
+        columns = _named(names, width)
+        are_all = columns is not None and len(columns) == width
+        if are_all:
+            print("no name abstains: the named concepts are all concepts")
+            columns = None
+        if kept is not None:
+            print("nothing has changed but which latents are named: all other kinds of inputs keep their accuracies")
+        for on, splits in _inputs(
+            settings, run, dataset, concepts, columns, stores, torch_device, named_only=kept is not None
+        ):
+            of_kind = {"on": on, "seed": seed} | ({NAMED_SET: named_set(names)} if on == "named" else {})
+            state = StateFile.of_work(artifacts.nec_state(run, dataset, on), of_kind, sources, overwrite)
             try:
                 curves[on] = curve_on(on, splits, n_classes, torch_device, state)
             except Terminated:
                 print(f"stopped: the same command resumes from {state.path}")
                 return Outcome.STOPPED
-        is_right = of_majority(concepts["train"], concepts["val"])
-        curves[MAJORITY] = Curve((Point(MAJORITY, val_top1=float(is_right.double().mean())),), is_right[None])
+        if kept is None:
+            is_right = of_majority(concepts["train"], concepts["val"])
+            curves[MAJORITY] = Curve((Point(MAJORITY, val_top1=float(is_right.double().mean())),), is_right[None])
         points, samples = with_bands(curves, seed)
-        top1 = {(point.on, f"{point.measure}_{point.target}"): point.val_top1 for point in points}
-        compared = compare(FIGURES, samples, top1, CONTROLS)
+        if kept is None:
+            top1 = {(point.on, f"{point.measure}_{point.target}"): point.val_top1 for point in points}
+            compared = compare(FIGURES, samples, top1, CONTROLS)
+        else:
+            points, compared = [*kept[0], *points], kept[1]
+        if are_all:
+            points += [replace(point, on="named") for point in points if point.on == "concepts"]
+        points.sort(key=lambda point: (*INPUTS, MAJORITY).index(point.on))
         outputs = [artifacts.nec_table(run, dataset), artifacts.nec_leakage(run, dataset)]
         write_points(outputs[0], points)
         write_comparisons(outputs[1], compared)
-        save_results(artifacts.probe_results(), *result_rows(run, dataset, points))
+        rows = list(result_rows(run, dataset, points))
+        save_results(artifacts.probe_results(), *rows, replaces={column: rows[0][column] for column in OF_TABLE})
         print("\n".join([*map(said_of, compared), *([LEAKS] if leaks(compared) else [])]))
         said = f"accuracy at {NECS[0]} to {NECS[-1]} effective and contributing concepts"
         work.done(outputs, said, device=str(torch_device), classes=n_classes)
     return work.outcome
 
 
-def _is_of_older_version(table: Path) -> bool:
-    """Whether a finished table is of a version that did not read names."""
-    try:
-        return table.is_file() and "names" not in read_manifest(table.parent)["inputs"]
-    except UserError:  # unfinished or damaged
-        return False
-
-
-def _named(settings: Settings, run: SAERun, concepts: Splits) -> NDArray[np.int64] | None:
+def _named(names: list[ConceptName], width: int) -> NDArray[np.int64] | None:
     """The concepts whose names do not abstain; None, which is said, if that leaves nothing to measure."""
-    columns = named_columns(read_names(settings, run), strengths_of(concepts["train"]).shape[1])
+    columns = named_columns(names, width)
     if columns is None:
         print(f"named concepts are left out: the names were not tested, which {NAMES.command('--overwrite')} does")
     elif len(columns) == 0:
@@ -297,14 +308,16 @@ def _inputs(
     columns: NDArray[np.int64] | None,
     stores: dict[str, FeatureStore],
     device: torch.device,
-) -> Iterator[tuple[str, Splits | None]]:
-    """Each kind of inputs, one in memory at a time beside the concepts; None for named concepts that are all concepts."""
-    yield "concepts", concepts
-    if columns is not None and len(columns) == strengths_of(concepts["train"]).shape[1]:
-        print("no name abstains: the named concepts are all concepts")
-        yield "named", None
-    elif columns is not None:
+    *,
+    named_only: bool,
+) -> Iterator[tuple[str, Splits]]:
+    """Each kind of inputs, one in memory at a time beside the concepts; `columns` are the named concepts, if any."""
+    if not named_only:
+        yield "concepts", concepts
+    if columns is not None:
         yield "named", with_columns(concepts, columns)
+    if named_only:
+        return
     yield "features", {split: load_probe_data(settings, run, ProbeRun(dataset, on_features=True), split) for split in SPLITS}
     sae, seed = load_sae(settings, run, device), run.training.seed
     yield "random", random_directions(sae, concepts, stores, seed)
@@ -323,8 +336,9 @@ def read_points(settings: Settings, run: SAERun, dataset: str) -> list[Point]:
     """
     path = Artifacts(settings).nec_table(run, dataset)
     if not manifest_path(path.parent).is_file():
-        raise NEC.missing("the accuracy at NEC", path.parent, "with the SAE's flags")
+        raise NEC.missing("the accuracy at NEC", path.parent, beside="with the SAE's flags")
     check_chain(path.parent)
+    check_named_set(settings, run, path.parent)
     try:
         return points_in(path)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:

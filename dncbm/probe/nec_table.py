@@ -21,6 +21,8 @@ MAJORITY = "majority"
 MEASURES = ("nec", "ncc")
 ALWAYS = ("concepts", "features", "random")
 """The kinds that every table has."""
+OF_TABLE = ("probe_dataset", "method", "encoder", "hook", "sae_dataset", "sae", "seed")
+"""Columns of the results that all rows of a table share, and no other rows."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Point:
     """Mean participation ratio of the contributions to the predicted class of val's images."""
     in_use: int | None = None
     """Number of concepts that have a weight other than 0."""
+    firing: int | None = None
+    """Number of concepts that are not 0 on every image of train; None in a table of an older version."""
     cea: float | None = None
     """CEA on val, with the concepts in use."""
     cea_all: float | None = None
@@ -70,10 +74,6 @@ class Curve:
     """NEC at each of NECS, then NCC."""
     correct: torch.Tensor
     """bool, points x images of val: what is classified correctly."""
-
-    def called(self, on: str) -> "Curve":
-        """The same as another kind of inputs."""
-        return Curve(tuple(replace(point, on=on) for point in self.points), self.correct)
 
 
 def with_bands(curves: Mapping[str, Curve], seed: int) -> tuple[list[Point], dict[tuple[str, str], Samples]]:
@@ -184,7 +184,7 @@ def _point(row: Mapping[str, str]) -> Point:
     for name in COLUMNS[2:]:
         text = row.get(name)
         if text and text != AVERAGE:
-            values[name] = int(text) if name in ("target", "in_use") else float(text)
+            values[name] = int(text) if name in ("target", "in_use", "firing") else float(text)
     if "val_top1" not in values:
         raise ValueError("a row lacks its accuracy")
     return Point(**values)  # type: ignore[arg-type]

@@ -238,7 +238,7 @@ def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor
     """
     path = Artifacts(settings).probe(run, probe)
     if not path.is_file():
-        raise PROBE.missing("the probe", path, "with these flags")
+        raise PROBE.missing("the probe", path, beside="with these flags")
     check_chain(path)
     try:
         weight = load_file(path)["weight"]

@@ -117,6 +117,20 @@ def published_name(kind: str, split: str = "*") -> str:
     return called[kind]
 
 
+_ALIGNED_SUFFIX = re.compile(r"_align(?P<strength>\d[\d.]*(e-?\d+)?)$")
+
+
+def aligned_suffix(strength: float) -> str:
+    """What a copy that is fine-tuned towards its names adds to the suffix of its SAE, where a `+` (1e+06) is not allowed."""
+    return f"_align{strength:g}".replace("+", "")
+
+
+def strength_in(suffix: str) -> str | None:
+    """The strength that a suffix ends with, as `aligned_suffix` writes it; None if it ends otherwise."""
+    found = _ALIGNED_SUFFIX.search(suffix)
+    return found and found["strength"]
+
+
 _SAE_NAME = re.compile(
     r"lr(?P<lr>[^_]+)_l1coeff(?P<l1_coeff>[^_]+)_ef(?P<expansion_factor>[^_]+)_rf(?P<resample_freq>[^_]+)"
     r"_hook(?P<hook_points>[^_]+)_bs(?P<train_sae_bs>[^_]+)_epo(?P<num_epochs>\d+)(?P<save_suffix>[\w.-]*)"
@@ -383,9 +397,9 @@ class Artifacts:
     def compact_table(self, run: SAERun, probe_dataset: str) -> Path:
         return self.compact(run, probe_dataset) / "compact.csv"
 
-    def compact_concepts(self, run: SAERun, probe_dataset: str) -> Path:
-        """The concepts that were chosen, as a list that `intervene --keep` reads."""
-        return self.compact(run, probe_dataset) / "concepts.txt"
+    def compact_concepts(self, run: SAERun, probe_dataset: str, size: int | None = None) -> Path:
+        """The concepts that were chosen, as a list that `intervene --keep` reads; with a size, beside an edited one."""
+        return self.compact(run, probe_dataset) / ("concepts.txt" if size is None else f"concepts_{size}.txt")
 
     def compact_figure(self, run: SAERun, probe_dataset: str) -> Path:
         return self.compact(run, probe_dataset) / "compact.png"

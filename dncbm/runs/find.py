@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.artifacts import Artifacts, strength_in
+from dncbm.runs.commands import NAMES
 from dncbm.runs.declarations import ProbeRun, SAERun
 from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import manifest_path, read_manifest
@@ -24,6 +25,10 @@ LISTED = 12
 """At most this many runs are listed in an error."""
 
 Values = dict[str, Any]
+
+
+class NotMade(UserError):
+    """No finished output agrees with the flags."""
 
 
 def find(settings: Settings, stage: Stage, values: Mapping[str, Any], given: Collection[str]) -> Values:
@@ -42,8 +47,8 @@ def find(settings: Settings, stage: Stage, values: Mapping[str, Any], given: Col
         Flag -> value of that output.
 
     Raises:
-        UserError: there is none, and the error names the first thing in its chain that is missing; or there are several; or
-            a flag contradicts --sae or --probe.
+        NotMade: there is none; the error names the first thing in its chain that is missing.
+        UserError: there are several, or a flag contradicts --sae or --probe.
     """
     path, found, only = _find(settings, stage, values, given)
     shown = path.parent if path.name == "data" else path
@@ -168,7 +173,7 @@ def _missing(
     stage: Stage,
     values: Mapping[str, Any],
     others: Sequence[Values] = (),
-) -> UserError:
+) -> NotMade:
     """The error for the output of a stage that is missing, with the steps that make it; `others` are runs that exist."""
     outputs = _outputs(settings, stage, values)
     path = next((path for path in outputs if not path.is_file() and not manifest_path(path).is_file()), outputs[0])
@@ -180,9 +185,16 @@ def _missing(
         if names
         else f"{noun} {path} {'are' if noun.endswith('s') else 'is'} {state}"
     )
-    run = ", then ".join(one.command() for one, _ in steps)
+    run = ", then ".join(_command(one, told) for one, told in steps)
     choose = f", or add {_ways(stage, others)}" if others else ""
-    return UserError(f"{what}: run {run} with the same flags{choose}")
+    return NotMade(f"{what}: run {run} with the same flags{choose}")
+
+
+def _command(stage: Stage, values: Mapping[str, Any]) -> str:
+    """The command of a step. Training would not make the copy of an SAE that is fine-tuned towards its names."""
+    if SAERun in stage.trains and (strength := strength_in(build(SAERun, values).suffix)):
+        return f"{NAMES.command('--align_names', strength)} (without the _align{strength} of --save_suffix)"
+    return stage.command()
 
 
 def _unknown(stage: Stage, name: str, cls: Run, here: Mapping[Path, Values], made: Mapping[Path, Values]) -> UserError:

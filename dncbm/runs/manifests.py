@@ -241,10 +241,11 @@ def _begin(
             return Outcome.RAN
         # An unfinished run that failed at once has nothing to lose.
         if not overwrite and (found == finished or any(_parts(artifact, files))):
+            assert made is not None  # one that cannot be read was refused above
             what = "was made from" if found == finished else "is unfinished and was begun with"
             raise StaleArtifact(
                 f"{artifact} {what} other inputs or settings ({'; '.join(differences)}): "
-                "pass --overwrite to replace it, or move it away",
+                f"pass --overwrite to replace it, or move it away{_to_keep(made, recipe)}",
                 differences,
             )
         take_alone()
@@ -281,7 +282,21 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
             return f"{key} was {was}, now {now}"
         return f"{key} of {', '.join(sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k)))} changed"
 
-    return [*map(phrase, differing("settings")), *(f"{key} has changed" for key in differing("inputs"))]
+    def change(key: str) -> str:
+        return "is left out" if key not in wanted["inputs"] else "is new" if key not in made["inputs"] else "has changed"
+
+    return [*map(phrase, differing("settings")), *(f"{key} {change(key)}" for key in differing("inputs"))]
+
+
+def _to_keep(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The flags with which an artifact stays as it is, if flags alone differ."""
+    was, now, run = made["settings"], wanted["settings"], made.get("run", {})
+    differing = [key for key in was.keys() | now.keys() if was.get(key) != now.get(key)]
+    known = all(type(run.get(key)) in (str, int, float) and was.get(key, run[key]) == run[key] for key in differing)
+    if made["inputs"] != wanted["inputs"] or not known:
+        return ""
+    told = " ".join(f"--{key} {shlex.quote(str(run[key]))}" for key in sorted(differing))
+    return told and f"; to keep it, add {told}"
 
 
 def _parts(artifact: Path, files: Callable[[], Iterable[Path]] | None) -> list[Path]:
@@ -418,6 +433,12 @@ def unfinished_path(artifact: Path) -> Path:
 def read_manifest(artifact: Path) -> dict[str, Any]:
     """The manifest of an artifact. Raises UserError if it is missing or damaged."""
     return _read(manifest_path(artifact))
+
+
+def read_recipe(artifact: Path) -> dict[str, Any]:
+    """Stage, settings and inputs of an artifact, finished or not. Raises UserError if they are missing or damaged."""
+    finished = manifest_path(artifact)
+    return _read(finished if finished.is_file() else unfinished_path(artifact))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -72,18 +72,19 @@ def result_row(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> Row
     return dict.fromkeys(COLUMNS, "") | texts
 
 
-def save_results(path: Path, *rows: Row) -> None:
+def save_results(path: Path, *rows: Row, replaces: Mapping[str, str] | None = None) -> None:
     """Add rows, each in the place of an earlier row of the same run (KEY), whole or not at all.
 
     The file is rewritten under a lock, so that jobs of a cluster can share it. What an older version wrote gets the columns
-    that it lacks, blank; rows that are damaged are dropped with a warning.
+    that it lacks, blank; rows that are damaged are dropped with a warning. Earlier rows that have all values of `replaces`
+    (column -> text, of SETTINGS) are dropped: an evaluation of several rows may have fewer than last time.
 
     Raises UserError if the file is not one of results.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         remove_leftovers(path.parent)
-        kept = {_key(row): row for row in (_read(path) if path.is_file() else [])}
+        kept = {_key(row): row for row in (_read(path) if path.is_file() else []) if not _has(row, replaces)}
         for row in rows:
             kept.pop(_key(row), None)  # so that the last row is that of the last run
             kept[_key(row)] = row
@@ -124,6 +125,10 @@ def read_results(path: Path) -> list[Row]:
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[column] for column in KEY)
+
+
+def _has(row: Mapping[str, str], values: Mapping[str, str] | None) -> bool:
+    return values is not None and all(row[column] == value for column, value in values.items())
 
 
 def _read(path: Path, *, said: bool = True) -> list[Row]:

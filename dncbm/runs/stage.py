@@ -32,9 +32,9 @@ class Command:
     place: str = ""
     """`module:NAME` of the stage itself."""
 
-    def command(self, *flags: str) -> str:
-        """The command line that runs it."""
-        return " ".join(["`python", f"scripts/{self.script}", *flags]) + "`"
+    def command(self, *flags: str, beside: str = "") -> str:
+        """The command line that runs it, and in words what to add."""
+        return " ".join(["`python", f"scripts/{self.script}", *flags]) + "`" + (beside and f" {beside}")
 
     def flags(self) -> dict[str, Any]:
         """Every flag of the stage, by name; where two declarations share one, the first counts."""
@@ -71,11 +71,14 @@ class Stage(Command):
     """Artifacts -> everything of this kind that was ever made."""
     explains: "Stage | None" = None
     """The stage whose finished output is meant, if the flags leave open which."""
+    else_explains: "Stage | None" = None
+    """The one that is meant if there is no such output and no flag asks for one in particular."""
 
-    def missing(self, what: str, path: Path, *flags: str) -> UserError:
+    def missing(self, what: str, path: Path, *flags: str, beside: str = "") -> UserError:
         """The error for an output that is missing or unfinished, with the command that makes it."""
         state = "unfinished" if path.is_dir() and not manifest_path(path).is_file() else "missing"
-        return UserError(f"{what} {path} {'are' if what.endswith('s') else 'is'} {state}: run {self.command(*flags)}")
+        command = self.command(*flags, beside=beside)
+        return UserError(f"{what} {path} {'are' if what.endswith('s') else 'is'} {state}: run {command}")
 
     @property
     def reads_run(self) -> "Stage | None":

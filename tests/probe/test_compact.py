@@ -55,7 +55,7 @@ def solved(x: np.ndarray, labels: np.ndarray, share: float) -> tuple[np.ndarray,
     data = ProbeData(scipy.sparse.csr_matrix(x), torch.from_numpy(labels))
     with closing(CrossEntropy(data, CPU)) as loss:
         penalty = share * largest_lambda(loss, C, by_input=True)
-        start = Progress.at(torch.zeros(F, C))
+        start = Progress.at(torch.zeros(x.shape[1], C))
         found = minimise(loss, loss.curvature(), start, penalty, max_passes=5000, tolerance=0, by_input=True)
     return found.weight.double().numpy(), penalty, found.objectives[-1]
 
@@ -240,14 +240,17 @@ def test_with_more_concepts_than_fire_all_that_fire_are_used(splits: dict[str, P
 def test_where_the_path_ends_too_early_those_follow_that_it_would_take_next(
     splits: dict[str, ProbeData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first solution uses the needed concepts alone, whose gradients are the largest at 0, too."""
+    """The first solution uses the needed concepts alone. The others follow by their gradients there, in float64."""
     monkeypatch.setattr(dncbm.probe.compact, "PATH_END", 0.9)
     steps: list[int] = []
     curve = measured(splits, tmp_path, n=20, on_step=steps.append)
     assert len(steps) == 1 + len(curve.points)
-    assert len(set(curve.concepts)) == 20
-    assert not set(curve.concepts) & set(DEAD)
-    assert set(curve.concepts[:3]) == set(NEEDED)
+    x, labels = splits["train"].inputs.toarray().astype(np.float64), splits["train"].labels.numpy()
+    x /= np.maximum(np.sqrt((x**2).mean(axis=0)), 1e-30)
+    weight, _, _ = solved(x.astype(np.float32), labels, 0.8)
+    assert set(np.flatnonzero(weight.any(axis=1))) == set(NEEDED)
+    norms, slopes = (np.linalg.norm(of, axis=1) for of in (weight, slope(weight, x, labels)))
+    assert list(curve.concepts) == np.lexsort((-slopes, -norms))[:20].tolist()
 
 
 def test_one_class_leaves_nothing_to_choose_by(splits: dict[str, ProbeData], tmp_path: Path) -> None:
@@ -331,10 +334,10 @@ def read(mine) -> CompactCurve | None:
     return read_compact(mine.settings, mine.run, "mine")
 
 
-def write(mine, *, replace_other: bool = False) -> None:
+def write(mine, *, is_new: bool = False) -> None:
     found = read(mine)
     assert found is not None
-    write_concepts(mine.settings, mine.run, "mine", found, replace_other=replace_other)
+    write_concepts(mine.settings, mine.run, "mine", found, is_new=is_new)
 
 
 def give_names(mine, names: list[tuple[str, str | None]]) -> None:
@@ -453,18 +456,38 @@ def test_without_names_the_list_holds_indices(mine) -> None:
 def test_a_list_that_was_edited_is_kept(mine, capsys: pytest.CaptureFixture[str]) -> None:
     measure(mine)
     write(mine)
-    path = mine.artifacts.compact_concepts(mine.run, "mine")
+    path, beside = (mine.artifacts.compact_concepts(mine.run, "mine", size) for size in (None, 8))
     whole = path.read_text()
     capsys.readouterr()
     write(mine)
     assert not capsys.readouterr().out, "nothing has changed"
-    path.write_text("7\n")
+    path.write_text(whole.replace("\n", "\n7\n", 1))
+    edited = path.read_text()
     write(mine)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path} stays as it is")
-    assert path.read_text() == "7\n"
-    write(mine, replace_other=True)
-    assert path.read_text() == whole
+    assert measure(mine, 8, overwrite=True) is Outcome.RAN
+    write(mine, is_new=True)
+    assert f"{path} stays as it is" in capsys.readouterr().out
+    assert path.read_text() == edited
+    found = read(mine)
+    assert beside.read_text().splitlines()[1:] == [str(index) for index in found.concepts]
+    beside.write_text("7\n")
+    write(mine, is_new=True)
+    assert (path.read_text(), beside.read_text()) == (edited, "7\n"), "both were edited"
+
+
+def test_a_list_that_was_not_edited_follows_the_choice_and_the_names(mine) -> None:
+    measure(mine)
+    write(mine)
+    path = mine.artifacts.compact_concepts(mine.run, "mine")
+    measure(mine, 8, overwrite=True)
+    write(mine, is_new=True)
+    assert path.read_text().splitlines()[1:] == [str(index) for index in read(mine).concepts]
+    give_names(mine, [(word, None) for word in "abcdefghijkl"])
+    write(mine)
+    assert path.read_text().splitlines()[1:] == ["abcdefghijkl"[index] for index in read(mine).concepts]
+    assert sorted(one.name for one in path.parent.glob("*.txt")) == ["concepts.txt"]
 
 
 def test_names_of_another_sae_are_refused_before_the_work(mine, refusal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ import scipy.sparse
 import scipy.stats
 import torch
 
+from dncbm.concepts.evidence.random_directions import random_sae
 from dncbm.concepts.naming import ABSTAINS, COLLISION, NAMED, ConceptName
 from dncbm.concepts.strengths import encode_in_memory
 from dncbm.probe.controls import (
     largest_latents,
     named_columns,
     of_majority,
-    random_sae,
     shuffled,
     untrained_latents,
     untrained_sae,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,18 +13,18 @@ import pytest
 import torch
 
 import dncbm.probe.nec
+from dncbm.concepts.evidence.random_directions import random_sae
 from dncbm.concepts.naming import ABSTAINS, COLLISION, NAMED, ConceptName, write_names
 from dncbm.concepts.strengths import encode_in_memory, load_concept_strengths, save_concept_strengths
 from dncbm.features.stage import open_features
 from dncbm.probe.bands import leaks
-from dncbm.probe.controls import random_sae
 from dncbm.probe.model import ProbeData
 from dncbm.probe.nec import accuracy_at_nec, read_leakage, read_nec, read_points
 from dncbm.probe.nec_seeds import banded_points
 from dncbm.probe.nec_table import INPUTS, MAJORITY, MEASURES, Curve, Point, mean_of
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ProbeDataset, SAERun, Splits
-from dncbm.runs.manifests import Outcome, file_hash, read_manifest
+from dncbm.runs.manifests import Outcome, file_hash, fingerprint, read_manifest
 from dncbm.runs.results import NECS, read_results
 from dncbm.runs.settings import Settings
 from sparse_autoencoder import SparseAutoencoder, TrainingSettings, save_checkpoint
@@ -41,6 +42,7 @@ def sae(seed: int = 4) -> SparseAutoencoder:
     with torch.no_grad():
         model.encoder_weight.normal_(generator=torch.Generator().manual_seed(seed))
         model.encoder_bias.fill_(-2)
+        model.encoder_bias[7] = -100  # it is dead
         model.tied_bias.fill_(0.1)
     return model
 
@@ -113,7 +115,13 @@ def test_the_stage_writes_a_table_and_rows(settings: Settings) -> None:
     manifest = read_manifest(artifacts.nec(RUN, "mine"))
     assert manifest["run"]["sae_type"] == "relu"
     of_splits = {f"{split} {kind}" for split in SPLITS for kind in ("concepts", "features")}
-    assert manifest["inputs"].keys() == {"SAE", "names", "split", *of_splits}
+    assert manifest["inputs"].keys() == {"SAE", "set of named latents", "split", *of_splits}
+    fires = load_concept_strengths(settings, RUN, "mine", "train").matrix.toarray().any(axis=0)
+    named = np.arange(40) % 8 != 0
+    firing = {point.on: point.firing for point in points if point.target}
+    assert 0 < firing.pop("random") <= 40
+    assert 0 < firing.pop("untrained") <= 40
+    assert firing == {"concepts": fires.sum(), "named": (fires & named).sum(), "features": 5, "shuffled": fires.sum()}
 
 
 @pytest.fixture
@@ -156,7 +164,7 @@ def test_the_controls_are_of_the_same_images(settings: Settings, given: dict[str
             assert torch.equal(given[on][split].labels, given["concepts"][split].labels)
         active = np.diff(given["untrained"][split].inputs.indptr)
         assert active.max() <= round(concepts.nnz / len(stores["train"]))
-    assert given["random"]["train"].inputs.nnz == pytest.approx(concepts.nnz, rel=0.01)
+    assert given["random"]["train"].inputs.nnz == pytest.approx(concepts.nnz, abs=40 / 2), "a direction's images are whole"
     assert list(given) == list(INPUTS)
 
 
@@ -241,6 +249,97 @@ def test_an_interrupted_stage_ends_with_the_same_table(settings: Settings, monke
     assert measure(settings) is Outcome.RAN
     assert artifacts.nec_table(RUN, "mine").read_bytes() == whole
 
+
+# --------------------------------------------------------------------------------------------------------- other names
+
+OTHERS = {
+    "other latents": [NAMED if index % 4 else ABSTAINS for index in range(40)],
+    "all": [NAMED] * 40,
+    "none": [ABSTAINS] * 40,
+    "not tested": [None] * 40,
+}
+
+
+def test_other_words_of_the_same_latents_change_nothing(settings: Settings, given: dict) -> None:
+    measure(settings)
+    found = read_points(settings, RUN, "mine")
+    verdicts = [ABSTAINS if index % 8 == 0 else NAMED for index in range(40)]  # no longer in collision
+    write_names(
+        Artifacts(settings).concept_names(RUN), [ConceptName(i, f"other {i}", 0.4, of) for i, of in enumerate(verdicts)]
+    )
+    assert read_points(settings, RUN, "mine") == found
+    assert measure(settings) is Outcome.ALREADY_DONE
+
+
+@pytest.mark.parametrize("verdicts", OTHERS.values(), ids=OTHERS)
+def test_if_other_latents_are_named_only_these_are_measured_again(
+    settings: Settings, refusal, monkeypatch: pytest.MonkeyPatch, verdicts: list
+) -> None:
+    """With the same files as if all were measured."""
+    monkeypatch.setattr(dncbm.probe.nec, "PATH_END", 0.5)
+    monkeypatch.setattr(dncbm.probe.nec, "MAX_PASSES", 5)
+    measure(settings)
+    name(settings, verdicts)
+    for ask in (lambda: read_nec(settings, RUN, "mine"), lambda: measure(settings)):
+        with refusal("set of named latents has changed", "--overwrite"):
+            ask()
+    solve, solved = dncbm.probe.nec.curve_on, list[str]()
+    monkeypatch.setattr(dncbm.probe.nec, "curve_on", lambda on, *rest: solved.append(on) or solve(on, *rest))
+    assert measure(settings, overwrite=True) is Outcome.RAN
+    assert solved == (["named"] if verdicts == OTHERS["other latents"] else [])
+    artifacts = Artifacts(settings)
+    outputs = [artifacts.nec_table(RUN, "mine"), artifacts.nec_leakage(RUN, "mine")]
+    found, results = [path.read_bytes() for path in outputs], read_results(artifacts.probe_results())
+    for path in artifacts.nec(RUN, "mine").iterdir():
+        path.unlink()
+    artifacts.probe_results().unlink()
+    measure(settings)
+    assert [path.read_bytes() for path in outputs] == found
+    expected = read_results(artifacts.probe_results())
+    assert [row | {"time": ""} for row in results] == [row | {"time": ""} for row in expected], "no row of before is left"
+
+
+@pytest.mark.parametrize("also", ["SAE", "SAE of another path", "seed", "table"])
+def test_if_more_has_changed_all_are_measured_again(settings: Settings, given: dict, also: str) -> None:
+    measure(settings)
+    name(settings, OTHERS["other latents"])
+    run, manifest = RUN, Artifacts(settings).nec(RUN, "mine") / "manifest.json"
+    if also == "SAE of another path":  # as if the one that was read had been moved away, so that it is not compared
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sources": {}}))
+    if also.startswith("SAE"):
+        save_checkpoint(sae(seed=8), Artifacts(settings).sae(RUN))
+        save_concept_strengths(settings, RUN, MINE, Splits(), device="cpu", overwrite=True)
+    elif also == "seed":
+        run = SAERun(encoder="enc", suffix="_seed5")  # at the same path
+    else:
+        path = Artifacts(settings).nec_table(RUN, "mine")
+        path.write_text(path.read_text().replace("0.5", "0.6"))
+    given.clear()
+    assert measure(settings, run, overwrite=True) is Outcome.RAN
+    assert list(given) == list(INPUTS)
+
+
+def test_a_table_that_was_made_from_the_file_of_names_stays_valid(settings: Settings, given: dict, refusal) -> None:
+    measure(settings)
+    names, manifest = Artifacts(settings).concept_names(RUN), Artifacts(settings).nec(RUN, "mine") / "manifest.json"
+    made = json.loads(manifest.read_text())
+    del made["inputs"]["set of named latents"]
+    made["inputs"]["names"] = fingerprint(names)
+    made["sources"]["names"] = os.path.relpath(names, manifest.parent)
+    manifest.write_text(json.dumps(made))
+    given.clear()
+    assert set(read_nec(settings, RUN, "mine")) == set(INPUTS)
+    assert measure(settings) is Outcome.ALREADY_DONE
+    names.write_text(names.read_text().replace("word 3", "sea"))
+    for ask in (lambda: read_nec(settings, RUN, "mine"), lambda: measure(settings)):
+        with refusal("names", "has changed", "--overwrite"):
+            ask()
+    assert measure(settings, overwrite=True) is Outcome.RAN
+    assert set(given) == set(INPUTS)
+    assert set(read_nec(settings, RUN, "mine")) == set(INPUTS)
+
+
+# ------------------------------------------------------------------------------------------------- damaged and missing
 
 DAMAGES: dict[str, Callable[[str], str]] = {
     "truncated": lambda text: text[: len(text) // 2],
@@ -338,8 +437,7 @@ def made_before(settings: Settings) -> Path:
     path.with_name("leakage.csv").unlink()
     manifest = path.with_name("manifest.json")
     made = json.loads(manifest.read_text())
-    for part in ("inputs", "sources"):
-        del made[part]["names"]
+    del made["inputs"]["set of named latents"]
     made["outputs"] = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}}
     manifest.write_text(json.dumps(made))
     return path
@@ -397,6 +495,18 @@ def test_accuracies_over_seeds(settings: Settings, given: dict, capsys, monkeypa
     assert point.val_top1 == pytest.approx(0.5 + 0.4 / 3)
     reach = 4.302653 * np.std([0.5, 0.6, 0.8], ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
     assert (point.val_low, point.val_high) == (pytest.approx(0.5 + 0.4 / 3 - reach, rel=1e-5), 1.0)
+    assert found.named_seeds == (5, 6, 7)
+    for seed in (6, 7):
+        names = Artifacts(settings).concept_names(others[seed])
+        names.parent.mkdir(parents=True)
+        naming = {"stage": "names", "settings": {"name_fdr": 0.2}, "inputs": {}, "outputs": {"a": {"bytes": 1, "sha256": ""}}}
+        names.with_name(f"{names.name}.manifest.json").write_text(json.dumps(naming))
+        found = banded_points(settings, RUN, "mine")
+        assert f"named concepts: seed {seed}, whose names differ in name_fdr" in capsys.readouterr().out
+        assert (found.seeds, found.named_seeds) == ((5, 6, 7), (5, 7) if seed == 6 else (5,))
+        assert next(one for one in found.points if (one.on, one.measure, one.target) == ("random", "ncc", 10)) == point
+    own_named, named = ([one for one in points if one.on == "named"] for points in (own, found.points))
+    assert named == own_named, "intervals over draws of the images"
     features = [point for point in found.points if point.on == "features"]
     assert features == [point for point in own if point.on == "features"], "no seed changes them"
 

@@ -16,7 +16,7 @@ from dncbm.probe.nec import NEC
 from dncbm.probe.results_table import RESULTS_TABLE
 from dncbm.probe.stage import PROBE
 from dncbm.probe.zero_shot import ZERO_SHOT
-from dncbm.runs.artifacts import Artifacts
+from dncbm.runs.artifacts import Artifacts, aligned_suffix, strength_in
 from dncbm.runs.declarations import Clusters, Explained, ProbeDataset, ProbeFeatures, ProbeRun, SAERun
 from dncbm.runs.find import find, require_inputs
 from dncbm.runs.manifests import making, manifest_path
@@ -92,6 +92,19 @@ class TestSAE:
         assert build(SAERun, find(settings, SAE, given, {"sae_type"})) == RUNS[2]
         with refusal("no SAE", "topk5", f"--sae {RUNS[2].config_name}", "02_train_sae_img.py"):
             find(settings, SAE, given | {"k": 5}, {"sae_type", "k"})
+
+    @pytest.mark.parametrize("strength", [0.1, 5.0, 1e6, 1e-05])
+    def test_a_missing_copy_that_was_fine_tuned_is_made_by_another_command(self, settings, refusal, strength: float) -> None:
+        """Training would make an ordinary SAE of its name."""
+        suffix = aligned_suffix(strength)
+        assert float(strength_in("_mine" + suffix) or 0) == strength
+        asked = wanted(SAE) | {"save_suffix": "_mine" + suffix}
+        way = f"`python scripts/04_assign_names.py --align_names {strength_in(suffix)}`"
+        way += f" (without the {suffix} of --save_suffix)"
+        with refusal(f"01_save_cc3m_features.py`, then {way} with the same flags"):
+            find(settings, SAE, asked, {"save_suffix"})
+        with refusal("02_train_sae_img.py"):
+            find(settings, SAE, asked | {"save_suffix": "_aligned"}, {"save_suffix"})
 
     def test_several_or_none_are_refused(self, settings, refusal) -> None:
         with refusal(SAERun().config_name, "01_save_cc3m_features.py`, then `python scripts/02_train_sae_img.py"):
@@ -169,7 +182,8 @@ STAGES_WITH_INPUTS = [
     (PROBE, [SAE], ["05", "06"]),
     (PROBE, [SAE, PROBE_FEATURES], ["06"]),
     (PROBE, [PROBE_FEATURES], ["01", "02", "06"]),
-    (NEC, [SAE, STRENGTHS], ["05"]),
+    (NEC, [SAE, STRENGTHS], ["04", "05"]),
+    (NEC, [SAE, NAMES, STRENGTHS], ["05"]),
     (ZERO_SHOT, [], ["05"]),
     (local_explanations.DUMP, [SAE, PROBE_FEATURES], ["06", "04", "07"]),
     (local_explanations.DUMP, [SAE, STRENGTHS, PROBE], ["04"]),

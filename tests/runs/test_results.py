@@ -54,6 +54,20 @@ def test_a_run_has_one_row(tmp_path: Path, column: str) -> None:
     assert found[0][column] == 'other, "x"'
 
 
+def test_rows_of_an_evaluation_that_it_no_longer_has_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "probe_results.csv"
+    kinds = ("concepts", "named", "features")
+    others = [row(0.5, method="probe"), row(0.5, method="nec", on="named", seed="50"), row(0.5, method="nec", sae="other")]
+    save_results(path, *(row(0.1, method="nec", on=on) for on in kinds), *others, replaces={"method": "no such"})
+    assert len(read_results(path)) == 6
+    save_results(
+        path, *(row(0.2, method="nec", on=on) for on in kinds[::2]), replaces={"method": "nec", "sae": "ef8", "seed": "49"}
+    )
+    found = read_results(path)
+    assert found[:3] == others
+    assert short(found[3:], "on", "val_top1") == [("concepts", "0.2"), ("features", "0.2")]
+
+
 def save_many(path: Path, job: int) -> None:
     for i in range(50):
         save_results(path, row(job, probe=f"{job}, {i}"))

@@ -58,7 +58,7 @@ def compact_and_figure(
     curve = None if outcome is Outcome.STOPPED else read_compact(settings, run, images.dataset)
     if curve is not None:
         path = Artifacts(settings).compact_figure(run, images.dataset)
-        write_concepts(settings, run, images.dataset, curve, replace_other=outcome is Outcome.RAN)
+        write_concepts(settings, run, images.dataset, curve, is_new=outcome is Outcome.RAN)
         if outcome is Outcome.RAN or not path.is_file():
             compact_curve(curve, f"{images.dataset}, {run.encoder}", path)
             print(f"figure: {path}")

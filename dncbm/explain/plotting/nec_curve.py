@@ -88,33 +88,43 @@ def draw_nec(settings: Settings, run: SAERun, images: ProbeDataset) -> None:
     path = Artifacts(settings).nec_figure(run, images.dataset)
     found = banded_points(settings, run, images.dataset)
     print(accuracy_table(found, images.dataset))
-    nec_curve(found.points, f"{images.dataset}, {run.encoder}", path, _what_bands_are(found))
+    nec_curve(found.points, f"{images.dataset}, {run.encoder}", path, what_bands_are(found))
     print(f"figure: {path}")
 
 
-def _what_bands_are(found: Banded) -> str:
+def what_bands_are(found: Banded) -> str:
+    """What accuracies are means over, and what their intervals are of; blank for a single SAE without intervals."""
     if len(found.seeds) > 1:
-        seeds = ", ".join(map(str, found.seeds))
-        return f"mean over seeds {seeds}; bands: 95 % interval of the mean (t), for raw features over draws of the images"
+        fewer = f" (named concepts: {_listed(found.named_seeds)})" if 0 < len(found.named_seeds) < len(found.seeds) else ""
+        single = "raw features and named concepts" if len(found.named_seeds) == 1 else "raw features"
+        means = f"mean over seeds {_listed(found.seeds)}{fewer}; bands: 95 % interval of the mean (t)"
+        return f"{means}, for {single} over draws of the images"
     return "bands: 95 % interval over draws of the images" if any(point.val_low is not None for point in found.points) else ""
 
 
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
 def accuracy_table(found: Banded, dataset: str) -> str:
-    """The summaries of every kind of inputs, as text."""
+    """The summaries of every kind of inputs, as text, and how many of its inputs fire on train, where that is known."""
     rows = []
     for inputs in INPUTS:
         cells = []
         for measure in MEASURES:
             curves = curves_of(found.points, measure)
             if inputs in curves:
+                firing = curves[inputs][0].firing
                 cells += [_cell(curves[inputs][0]), _cell(mean_of(found.points, inputs, measure))]
         if cells:
-            rows.append([STYLES[inputs][0], *cells, *[""] * (4 - len(cells))])
+            rows.append([STYLES[inputs][0], *cells, *[""] * (4 - len(cells)), "" if firing is None else str(firing)])
     for point in found.points:
         if point.on == MAJORITY:
-            rows.append(["commonest class", _cell(point), "", "", ""])
-    header = [f"top-1 on val of {dataset}, %", "NEC 5", "mean of 5 to 30", "NCC 5", "mean of 5 to 30"]
-    return "\n".join(filter(None, [text_table(header, rows), _what_bands_are(found).replace("bands:", "in brackets:")]))
+            rows.append(["commonest class", _cell(point), *[""] * 4])
+    header = [f"top-1 on val of {dataset}, %", "NEC 5", "mean of 5 to 30", "NCC 5", "mean of 5 to 30", "inputs that fire"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return "\n".join(filter(None, [text_table(header, rows), what_bands_are(found).replace("bands:", "in brackets:")]))
 
 
 def _cell(point: Point) -> str:
@@ -134,8 +144,7 @@ def accuracy_and_figure(
 ) -> Outcome:
     """Stage 10 and its figure; with `compact.max_concepts`, also the accuracies of a compact bottleneck and theirs."""
     outcome = accuracy_at_nec(settings, run, images, device=device, overwrite=overwrite)
-    drawn = Artifacts(settings).nec_figure(run, images.dataset).is_file()
-    if outcome is Outcome.RAN or (outcome is Outcome.ALREADY_DONE and not drawn):
+    if outcome is not Outcome.STOPPED:  # even if nothing was measured: another seed may have been measured since
         draw_nec(settings, run, images)
     if compact.max_concepts is None or outcome is Outcome.STOPPED:
         return outcome

@@ -66,7 +66,7 @@ def plot_stage(kind: Kind, dump: Stage, draw: Draw, summary: str, *options: type
         found = Dump(kind.files(artifacts, *declared), kind, dump.command("--overwrite"))
         files = found.files
         if not manifest_path(files.dump).is_file():
-            raise dump.missing("the dump", files.dump, "with the same flags")
+            raise dump.missing("the dump", files.dump, beside="with the same flags")
         check_chain(files.dump)
         pages = kind.pages(found, _to_draw(found, kind, dump, selection), *options)
         with locked(files.figures):
