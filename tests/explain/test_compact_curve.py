@@ -110,7 +110,7 @@ def test_figure_and_list_are_of_finished_accuracies_alone(
     monkeypatch.setattr(drawing, "measure_compact", lambda *_, **__: outcome)
     monkeypatch.setattr(drawing, "read_compact", lambda *_: curve_of(4))
     monkeypatch.setattr(drawing, "compact_curve", lambda *_: calls.append(1))
-    monkeypatch.setattr(drawing, "write_concepts", lambda *_, replace_other: lists.append(replace_other))
+    monkeypatch.setattr(drawing, "write_concepts", lambda *_, is_new: lists.append(is_new))
     assert drawing.compact_and_figure(settings, run, images, Compact(4), device="cpu") is outcome
     assert len(calls) == drawn
-    assert lists == listed, "only new accuracies replace a list that was edited"
+    assert lists == listed, "only new accuracies have another list beside one that was edited"

@@ -14,7 +14,6 @@ from dncbm.explain.plotting import nec_curve as draw_nec
 from dncbm.explain.plotting.fonts import quiet
 from dncbm.probe.nec_seeds import Banded
 from dncbm.probe.nec_table import INPUTS, MAJORITY, MEASURES, Point
-from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Compact, ProbeDataset, SAERun
 from dncbm.runs.manifests import Outcome
 
@@ -120,8 +119,23 @@ def test_the_printed_table_says_what_its_intervals_are() -> None:
     assert lines[2].split() == ["named", "concepts", *["20.0", "[18.0,", "22.0]"] * 4]
     assert lines[len(INPUTS) + 1].split() == ["commonest", "class", "5.0", "[4.0,", "6.0]"]
     assert lines[-1] == "in brackets: 95 % interval over draws of the images"
-    seeds = draw_nec.accuracy_table(Banded(tuple(table()), (49, 50)), "mine").splitlines()
-    assert seeds[-1].startswith("mean over seeds 49, 50; in brackets: 95 % interval of the mean")
+    of_seeds = {
+        (): "mean over seeds 49, 50, 51; in brackets: 95 % interval of the mean (t), for raw features over",
+        (49, 50, 51): "mean over seeds 49, 50, 51; in brackets: 95 % interval of the mean (t), for raw features over",
+        (49, 51): "mean over seeds 49, 50, 51 (named concepts: 49, 51); in brackets: 95 % interval of the mean (t), for raw f",
+        (
+            50,
+        ): "mean over seeds 49, 50, 51 (named concepts: 50); in brackets: 95 % interval of the mean (t), for raw features and "
+        "named concepts over",
+    }
+    for named, expected in of_seeds.items():
+        seeds = draw_nec.accuracy_table(Banded(tuple(table()), (49, 50, 51), named), "mine").splitlines()
+        assert seeds[-1].startswith(expected)
+        assert seeds[-1].endswith("draws of the images")
+    firing = [replace(point, firing=7 if point.target and point.on == "untrained" else None) for point in table()]
+    lines = draw_nec.accuracy_table(Banded(tuple(firing), (49,)), "mine").splitlines()
+    assert lines[0].endswith("inputs that fire")
+    assert [line.split()[-1] for line in lines if line.startswith("untrained")] == ["7"]
     old = [Point("concepts", "nec", target, val_top1=0.5) for target in (5, None)]
     assert [line.split()[-1] for line in draw_nec.accuracy_table(Banded(tuple(old), (49,)), "mine").splitlines()[1:]] == [
         "50.0"
@@ -157,19 +171,12 @@ def test_a_compact_bottleneck_follows_where_it_is_asked_for(
         assert asked == [((settings, run, images, compact), {"device": "cpu", "overwrite": False})]
 
 
-@pytest.mark.parametrize(
-    ("outcome", "exists", "drawn"),
-    [(Outcome.RAN, True, 1), (Outcome.ALREADY_DONE, True, 0), (Outcome.ALREADY_DONE, False, 1), (Outcome.STOPPED, False, 0)],
-    ids=str,
-)
+@pytest.mark.parametrize(("outcome", "drawn"), [(Outcome.RAN, 1), (Outcome.ALREADY_DONE, 1), (Outcome.STOPPED, 0)], ids=str)
 def test_the_figure_is_drawn_of_finished_accuracies_alone(
-    make_settings, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, exists: bool, drawn: int
+    make_settings, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, drawn: int
 ) -> None:
+    """Also if nothing was measured: it shows all seeds, and another may have been measured since."""
     settings, run, images = make_settings(), SAERun(encoder="enc"), ProbeDataset("mine")
-    if exists:
-        figure = Artifacts(settings).nec_figure(run, "mine")
-        figure.parent.mkdir(parents=True)
-        figure.touch()
     calls: list[object] = []
     monkeypatch.setattr(draw_nec, "accuracy_at_nec", lambda *_, **__: outcome)
     monkeypatch.setattr(draw_nec, "draw_nec", lambda *_: calls.append(1))

@@ -24,7 +24,6 @@ from dncbm.explain.plotting import fonts
 from dncbm.explain.plotting import global_explanations as draw_global
 from dncbm.explain.plotting import local_explanations as draw_local
 from dncbm.explain.plotting import meta_clusters as draw_clusters
-from dncbm.explain.plotting import nec_curve as draw_nec
 from dncbm.explain.plotting import task_agnosticity as draw_latents
 from dncbm.explain.plotting.canvas import LEAST_BAR, Bars, Canvas, decimals, latex_escaped, signed
 from dncbm.explain.plotting.fonts import text_width, wrapped
@@ -309,29 +308,6 @@ class TestLatents:
                 expected = [colour(10 * d + 3 * place + i) for i in range(3 - place)]
                 assert shown_images(canvas, **cell) == expected, (latent.label, page.datasets[d])
         assert len(canvas.axes.images) == n_datasets * (3 + 2 + 1)
-
-
-def test_curves_of_accuracy(tmp_path: Path, monkeypatch) -> None:
-    """The style of each input is its own; values become per cent."""
-    figures = []
-    real = draw_nec.Figure
-    monkeypatch.setattr(draw_nec, "Figure", lambda **kwargs: figures.append(real(**kwargs)) or figures[-1])
-    curves = {"random": [0.1, 0.2], "concepts": [0.5, 0.75], "features": [0.4, 0.6]}
-    draw_nec.nec_curve([5, 10], curves, "a title", tmp_path / "nec.png")
-    (axes,) = figures[0].axes
-    found = {line.get_label(): line for line in axes.lines}
-    for key, label, wanted in (
-        ("concepts", "SAE concepts", "#1b6ca8"),
-        ("features", "raw features", "#c8553d"),
-        ("random", "random directions", "#777777"),
-    ):
-        np.testing.assert_allclose(found[label].get_ydata(), [100 * value for value in curves[key]])
-        assert list(found[label].get_xdata()) == [5, 10]
-        assert found[label].get_color() == wanted
-    assert axes.get_title() == "a title"
-    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
-    with Image.open(tmp_path / "nec.png") as image:
-        assert image.size == (624, 442)
 
 
 def test_images_of_the_pdf_are_whole_and_opaque(pictures, tmp_path: Path) -> None:

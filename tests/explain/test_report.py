@@ -1,5 +1,6 @@
 """The report: its claims from planted figures, what both of its files hold, and that nothing in a name gets out of hand."""
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from dncbm.cli import parse
+from dncbm.concepts.evidence.images import name_evidence
 from dncbm.concepts.evidence.stability import seed_stability
 from dncbm.concepts.naming_stage import names_and_evidence
 from dncbm.concepts.sae import train_sae
@@ -37,29 +39,30 @@ from dncbm.explain.report.document import (
     Section,
     Small,
     Status,
-    Strong,
     Table,
     note,
     said,
 )
 from dncbm.explain.report.figures import Line, curves, histogram
-from dncbm.explain.report.findings import mean_interval
+from dncbm.explain.report.findings import Few, independent_difference, mean_interval
 from dncbm.explain.report.html import as_html
+from dncbm.explain.report.interventions import read_edits
 from dncbm.explain.report.markdown import as_markdown
-from dncbm.explain.report.names import read_images_of_names
+from dncbm.explain.report.names import read_images_of_names, read_named
 from dncbm.explain.report.probe import read_probed
 from dncbm.explain.report.stage import write_report
+from dncbm.flags import run_stage
 from dncbm.probe.intervention_stage import measure_intervention
 from dncbm.probe.stage import load_probe, train_linear_probe
 from dncbm.runs import declarations as asked
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, Compact, Intervention, ProbeDataset, ProbeRun, Report, SAERun, Seeds, Splits
 from dncbm.runs.find import find
-from dncbm.runs.manifests import making, write_json
+from dncbm.runs.manifests import file_hash, making, write_json
 from dncbm.runs.settings import Settings, load_settings
 from dncbm.stages import STAGES
 from sparse_autoencoder import TopK, TrainingSettings
-from sparse_autoencoder.declare import build
+from sparse_autoencoder.declare import build, flags
 
 SECTIONS = ["supports", "run", "sae", "names", "one-thing", "stability", "probe", "few", "interventions"]
 BIDI = "\u202e"
@@ -163,7 +166,7 @@ def document(name: str) -> Document:
     )
     stacked = replace(table, stacks=True, numbers=False)
     blocks = (
-        said(name, " ", Code(name), Strong(name), Link(name, "one")), note(name), Heading(name), table, stacked, figure,
+        said(name, " ", Code(name), Link(name, "one")), note(name), Heading(name), table, stacked, figure,
         Cards(name, (card, replace(card, jpeg=b""))),
     )  # fmt: skip
     return Document(name, (name, Name(name)), (Section("one", name, blocks), Section("two", name, ())))
@@ -202,7 +205,7 @@ def test_markdown_shows_pictures_as_files_and_code_as_it_is() -> None:
 def test_charts_of_few_values(values: list[float]) -> None:
     groups = {"a": np.array(values), "none": np.array([])}
     for log in (False, True):
-        svg = histogram(groups, "x", log=log, marks={"here": 0.5}).decode()
+        svg = histogram(groups, "x", log=log).decode()
         assert svg.count("<svg") == 1
     line = Line(values, values, values, values)
     assert curves({"a": line}, "x", "y", step=True) == curves({"a": line}, "x", "y", step=True)
@@ -299,7 +302,8 @@ def test_both_files_hold_every_section_and_the_same_numbers(whole: Settings) -> 
     assert len(found.images) == len(shown)
     assert all((folder / path).stat().st_size > 100 for path in shown)
     commands = [one for one in found.code if one.startswith("python")]
-    assert [one.split("/")[1].split(" ")[0] for one in commands] == ["08_zero_shot.py"], "only that was not run"
+    assert [one.split("/")[1].split(" ")[0] for one in commands] == ["04_assign_names.py", "08_zero_shot.py"]
+    assert "--evidence_encoder NAME" in commands[0], "the rest was run"
     assert NOT_TESTED in text
     assert SUPPORTED in text
     words = [one for one in HOSTILE if one in " ".join(found.text)]
@@ -307,15 +311,8 @@ def test_both_files_hold_every_section_and_the_same_numbers(whole: Settings) -> 
     assert len(words) >= 5
 
 
-def test_pairs_and_probes_are_compared_as_by_hand(whole: Settings) -> None:
-    x = np.load(next(Artifacts(whole).features("photos", "enc", "out", "val").glob("00000.npy"))).astype(np.float64)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    cosines = (x @ x.T)[np.triu_indices(len(x), 1)]
-    found = read_images_of_names(whole, RUN)
-    assert found is not None
-    assert found.circular
-    assert found.pair_similarity == pytest.approx(cosines.mean(), abs=1e-9)
-
+def test_probes_are_compared_as_by_hand(whole: Settings, tmp_path: Path) -> None:
+    """On the same images; or as if on others, if the inputs of a probe were deleted."""
     features = np.load(next(Artifacts(whole).features("mine", "enc", "out", "val").glob("00000.npy")))
     labels = np.load(Artifacts(whole).labels("mine", "val"))
     z = load_concept_strengths(whole, RUN, "mine", "val").matrix.toarray()
@@ -326,7 +323,36 @@ def test_pairs_and_probes_are_compared_as_by_hand(whole: Settings) -> None:
     each = right[0].astype(float) - right[1]
     assert probed.probed.paired
     assert probed.probed.difference == pytest.approx(mean_interval(each))
-    assert (probed.probed.top1, probed.probed.features) == pytest.approx((right[0].mean(), right[1].mean()), abs=1e-6)
+    accuracies = right[0].mean(), right[1].mean()
+    assert (probed.probed.top1, probed.probed.features) == pytest.approx(accuracies, abs=1e-6)
+    for inputs in ("strengths", "features"):
+        settings = copied(whole, tmp_path / inputs)
+        artifacts = Artifacts(settings)
+        missing = artifacts.strengths(RUN, "mine", "val"), artifacts.features("mine", "enc", "out", "val")
+        shutil.rmtree(missing[inputs == "features"])
+        write_report(settings, RUN, PROBE, device="cpu")
+        found = read_probed(settings, RUN, PROBE, "cpu")
+        assert found is not None
+        assert found.probed.images == 60
+        assert not found.probed.paired
+        assert found.probed.difference == pytest.approx(independent_difference(*accuracies, 60), abs=1e-5)
+
+
+def test_edits_are_told_by_their_concepts_and_everything_has_its_provenance(whole: Settings) -> None:
+    names = read_named(whole, RUN, None)
+    (edit,), _ = read_edits(whole, RUN, PROBE, names.labels)
+    assert edit.what == "remove"
+    assert edit.concepts == [label for label, name in zip(names.labels, names.names, strict=True) if name == HOSTILE[0]]
+    assert edit.images == 60
+    shown = parsed(files(whole)[0])
+    after = " ".join(shown.text[max(i for i, text in enumerate(shown.text) if text == "Interventions") :])
+    assert re.sub(r"\s+", " ", f"remove {' , '.join(edit.concepts[:5])}") in re.sub(r"\s+", " ", after)
+    text = " ".join(shown.text)
+    for title in (
+        "probe on raw features", "compact bottleneck", "SAE of seed 50", "what images of photos say of names", "edit remove",
+        "features of photos, val", "stability over seeds",
+    ):  # fmt: skip
+        assert title in text, title
 
 
 def test_a_report_goes_where_it_is_asked_to(whole: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,34 +369,150 @@ def test_a_report_goes_where_it_is_asked_to(whole: Settings, tmp_path: Path, cap
     assert again.partition("<footer>")[0] == page.partition("<footer>")[0], "the same, but for the time"
 
 
-@pytest.mark.parametrize("damage", ["edited", "unreadable", "stale", "outdated edit"])
-def test_damaged_and_stale_inputs_are_refused(whole: Settings, tmp_path: Path, refusal: Callable, damage: str) -> None:
-    shutil.copytree(whole.path.parent, tmp_path, dirs_exist_ok=True)
-    settings = load_settings(tmp_path / "config.py")
+def test_a_file_that_is_no_report_is_not_replaced(whole: Settings, tmp_path: Path, refusal: Callable) -> None:
+    (tmp_path / "report.html").write_text("<p>mine</p>")
+    (tmp_path / "a file").write_text("mine")
+    for folder, why in ((tmp_path, "report.html is not a report"), (tmp_path / "a file" / "below", "is a file")):
+        with refusal(why, "--report_folder"):
+            write_report(whole, RUN, PROBE, Report(folder), device="cpu")
+    assert (tmp_path / "report.html").read_text() == "<p>mine</p>"
+    assert [one.name for one in tmp_path.iterdir()] != [], "nothing was lost"
+    write_report(whole, RUN, PROBE, Report(tmp_path / "new"), device="cpu")
+    write_report(whole, RUN, PROBE, Report(tmp_path / "new"), device="cpu")
+    with pytest.raises(ValueError, match="must be a path, not ''"):
+        flags(Report)["report_folder"].parse("")
+
+
+def copied(settings: Settings, root: Path) -> Settings:
+    shutil.copytree(settings.path.parent, root, dirs_exist_ok=True)
+    return load_settings(root / "config.py")
+
+
+def test_damaged_inputs_are_refused(whole: Settings, tmp_path: Path, refusal: Callable) -> None:
+    settings = copied(whole, tmp_path)
+    names, stability = Artifacts(settings).concept_names(RUN), Artifacts(settings).seed_stability(RUN)
+    sound = names.read_bytes()
+    names.write_bytes(sound.replace(b"a|b", b"a|c"))
+    with refusal(names):
+        write_report(settings, RUN, PROBE, device="cpu")
+    names.write_bytes(sound)
+    stability.with_name(stability.name + ".manifest.json").write_text("{")
+    with refusal(stability):
+        write_report(settings, RUN, PROBE, device="cpu")
+
+
+def test_results_that_are_out_of_date_are_left_out_with_a_command(whole: Settings, tmp_path: Path) -> None:
+    settings = copied(whole, tmp_path)
     artifacts = Artifacts(settings)
-    if damage == "edited":
-        path = artifacts.nec_table(RUN, "mine")
-        path.write_text(path.read_text().replace("concepts", "nothing", 1))
-    elif damage == "unreadable":
-        path = artifacts.seed_stability(RUN)
-        path.with_name(path.name + ".manifest.json").write_text("{")
-    elif damage == "stale":
-        path = artifacts.concept_names(RUN)
-        path.write_text(path.read_text(encoding="utf-8").replace("a|b", "a|c"), encoding="utf-8")
-    else:
-        (path,) = artifacts.interventions(RUN, PROBE)
-        path.write_text(path.read_text() + "\n")
-        write_report(settings, RUN, PROBE, device="cpu")
-        assert f"changed since: {path.stem}" in " ".join(parsed(files(settings)[0]).text)
-        return
-    with refusal(path):
-        write_report(settings, RUN, PROBE, device="cpu")
+    (edit,) = artifacts.interventions(RUN, PROBE)
+    paths = {
+        "stability": artifacts.seed_stability(RUN), "one-thing": artifacts.name_evidence(RUN, "photos"), "interventions": edit,
+        "few": artifacts.nec_table(RUN, "mine"), "compact": artifacts.compact_table(RUN, "mine"),
+    }  # fmt: skip
+    for path in paths.values():
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    write_report(settings, RUN, PROBE, device="cpu")
+    page, text = files(settings)
+    found = parsed(page)
+    assert numbers_of_html(page) == numbers_of_markdown(text)
+    shown = " ".join(found.text)
+    assert f"changed since: {edit.stem}" in shown
+    for section in ("stability", "one-thing", "few"):
+        assert f"out of date and left out: {paths[section].name} has changed" in shown
+    commands = {one.split("/")[1].split(" ")[0] for one in found.code if one.startswith("python")}
+    assert commands >= {"04_assign_names.py", "10_accuracy_at_nec.py", "14_seed_stability.py", "13_intervene.py"}
+
+
+def test_names_that_all_count_have_no_false_discovery_rate(whole: Settings, tmp_path: Path) -> None:
+    settings = copied(whole, tmp_path)
+    naming = asked.Naming(names="all")
+    names_and_evidence(settings, RUN, naming, asked.Evidence(), asked.Alignment(), device="cpu", overwrite=True)
+    write_report(settings, RUN, PROBE, device="cpu")
+    text = " ".join(parsed(files(settings)[0]).text)
+    assert "Verdicts (--names all: no name abstains)" in text
+    assert "Verdicts at" not in text
+    found = claims(Findings(names=read_named(settings, RUN, None), few=Few({}, own={"named": 0.5, "concepts": 0.5})))
+    assert (found[8].status, found[8].rests_on) == (NOT_TESTED, "No name abstains.")
+
+
+def test_names_that_are_no_words_have_no_similarity(whole: Settings, tmp_path: Path) -> None:
+    settings = copied(whole, tmp_path)
+    names = Artifacts(settings).concept_names(RUN)
+    names.with_name(names.name + ".manifest.json").unlink()
+    names.write_text("\n".join(f"{i},my concept {i}" for i in range(16)))
+    write_report(settings, RUN, PROBE, device="cpu")
+    assert "my concept 3" in files(settings)[1]
+    assert np.isnan(read_named(settings, RUN, None).similarity).all()
+
+
+def test_every_data_set_with_evidence_is_shown_and_the_one_that_tests_most_is_judged(whole: Settings, tmp_path: Path) -> None:
+    settings = copied(whole, tmp_path)
+    name_evidence(settings, RUN, asked.Evidence("mine"), device="cpu")
+    found = read_images_of_names(settings, RUN)
+    assert {one.dataset for one in found} == {"photos", "mine"}
+    assert found[0].n_tested >= found[1].n_tested
+    write_report(settings, RUN, PROBE, device="cpu")
+    text = files(settings)[1]
+    assert "| photos | mine |" in text or "| mine | photos |" in text
+    assert f"Claims are judged by {found[0].dataset}" in text
+    stale = Artifacts(settings).name_evidence(RUN, found[0].dataset)
+    stale.write_text(stale.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert [one.dataset for one in read_images_of_names(settings, RUN)] == [found[1].dataset]
+
+
+def test_an_aligned_sae_says_so_and_its_names_are_not_judged(whole: Settings, tmp_path: Path) -> None:
+    settings = copied(whole, tmp_path)
+    names_and_evidence(settings, RUN, asked.Naming(), asked.Evidence(), asked.Alignment(0.01), device="cpu", overwrite=True)
+    write_report(settings, replace(RUN, suffix="_align0.01"), PROBE, device="cpu")
+    text = files(settings, replace(RUN, suffix="_align0.01"))[1]
+    assert "fine-tuned towards its names" in text
+    assert "--align_names 0.01" in text
+    assert RUN.config_name in text
+    assert text.count("The SAE was fine-tuned towards these names.") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"shared": 0.9}, "random edits share 90"),
+        ({"concepts": 0}, "it changes nothing"),
+        ({}, "all random edits do the same"),
+    ],
+)
+def test_edits_that_random_ones_are_nothing_to_compare_to(
+    whole: Settings, tmp_path: Path, change: dict[str, float], why: str
+) -> None:
+    settings = copied(whole, tmp_path)
+    (path,) = Artifacts(settings).interventions(RUN, PROBE)
+    if not change:
+        lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+        place = lines[0].index("deviation")
+        lines[1:] = [[*line[:place], "", *line[place + 1 :]] if line[0] == "random" else line for line in lines[1:]]
+        path.write_text("\n".join(map(",".join, lines)), encoding="utf-8")
+    manifest = path.with_name(path.name + ".manifest.json")
+    made = json.loads(manifest.read_text())
+    made["details"]["rows"]["random"] |= {"shared": 0.1} | change
+    made["outputs"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    manifest.write_text(json.dumps(made))
+    (edit,), _ = read_edits(settings, RUN, PROBE, [f"{i}" for i in range(16)])
+    assert edit.incomparable.startswith(why)
+    write_report(settings, RUN, PROBE, device="cpu")
+    assert f"not comparable: {why}" in " ".join(parsed(files(settings)[0]).text)
+
+
+def test_names_edited_by_hand_are_reported(whole: Settings, tmp_path: Path) -> None:
+    """They have no manifest, which alone knows the rate that they were tested at."""
+    settings = copied(whole, tmp_path)
+    names = Artifacts(settings).concept_names(RUN)
+    names.with_name(names.name + ".manifest.json").unlink()
+    names.write_bytes(names.read_bytes().replace(b"a|b", b"edited"))
+    write_report(settings, RUN, PROBE, device="cpu")
+    assert "edited" in files(settings)[1]
 
 
 def test_pictures_are_not_needed(whole: Settings, tmp_path: Path) -> None:
     """The images were moved away; and one of them cannot be read."""
-    shutil.copytree(whole.path.parent, tmp_path, dirs_exist_ok=True)
-    settings = load_settings(tmp_path / "config.py")
+    settings = copied(whole, tmp_path)
     for path in (tmp_path / "images" / "train").glob("a/*"):
         path.write_bytes(b"no image")
     write_report(settings, RUN, PROBE, device="cpu")
@@ -412,6 +554,23 @@ def test_what_was_not_run_is_said_with_a_command_that_finds_the_run(world: Any, 
     assert sum("--sae" in words for words in commands) >= 5
     assert sum("--probe" in words for words in commands) == 1
     assert SUPPORTED not in [line.strip("* ") for line in re.findall(r"\*\*[a-z ]+\*\*", text)]
+
+
+def test_a_report_needs_no_probe(world: Any, script: Callable, refusal: Callable) -> None:
+    """Flags that ask for one in particular still do."""
+    probe = world.artifacts.probe(world.run, world.probe)
+    shutil.rmtree(probe.parent)
+    script("report")
+    found = parsed(files(world.settings, world.run, world.probe)[0])
+    assert "No probe was trained on these concepts." in " ".join(found.text)
+    script("report", f"--seed {world.run.training.seed}")
+    script("report", "--probe_dataset cifar10")
+    with refusal("there is no probe", "07_train_linear_probe.py"):
+        run_stage(world.settings, STAGES["report"], {"probe_lr": 3.0}, device="cpu", overwrite=False)
+    with refusal("there is no probe mine"):
+        run_stage(world.settings, STAGES["report"], {"probe": "mine"}, device="cpu", overwrite=False)
+    with refusal("there is no SAE"):
+        run_stage(world.settings, STAGES["report"], {"expansion_factor": 77}, device="cpu", overwrite=False)
 
 
 def test_published_names_have_no_similarity_and_need_no_vocabulary(world: Any, script: Callable) -> None:

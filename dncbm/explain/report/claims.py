@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dncbm.concepts.evidence.prediction import FDR
+from dncbm.concepts.naming import ABSTAINS
 from dncbm.explain.report.document import (
     NOT_SUPPORTED,
     NOT_TESTED,
@@ -26,6 +28,7 @@ from dncbm.explain.report.findings import (
     Probed,
     SAEFound,
     Stable,
+    independent_difference,
     mean_interval,
     share_interval,
 )
@@ -34,12 +37,12 @@ LEAST_VARIANCE, MOST_GAP = 0.5, 0.1
 """Explained variance on images that the SAE has not seen, and how far below that on its training images."""
 MOST = 0.5
 """A share of latents that is called most of them; the lower end of its 95 % interval has to reach it."""
-FDR = 0.05
-"""False discovery rate of the tests of names, whatever verdicts are given at."""
 STABLE = 0.9
 """Cosine from which two seeds found the same latent."""
 COSTS = 0.01
 """A loss of accuracy up to this is small: one percentage point."""
+MORE_ALIKE = 0.01
+"""A mean cosine of images that is higher by less than this is no difference to speak of."""
 DEVIATIONS = 2.0
 """An edit does more than random edits if it lies this many of their standard deviations from their mean."""
 CONTROLS = {"random": "random directions", "untrained": "an untrained SAE"}
@@ -71,6 +74,10 @@ class Findings:
     probed: Probed | None = None
     few: Few | None = None
     edits: Sequence[Edit] = ()
+    outdated_edits: bool = False
+    """Whether there are others, which are out of date."""
+    alike: Evidence | None = None
+    """The evidence whose MonoScore is judged, if it is not that of the names."""
 
 
 Verdict = tuple[bool | None, str]
@@ -101,14 +108,15 @@ def claims_table(found: Sequence[Claim]) -> Table:
     )
 
 
-NOT_RUN = "Its stage was not run."
+NOT_RUN = "Its stage was not run, or its result is out of date."
+ALIGNED_SAE = "The SAE was fine-tuned towards these names."
 
 
 def _reconstructs(found: Findings) -> Verdict:
     if found.sae is None or not found.sae.metrics:
         return None, "Training recorded no figures, and there are no features to measure them on."
     unseen, seen = (found.sae.metrics[split]["explained_variance"] for split in ("train_val", "train"))
-    if unseen is None or seen is None:
+    if unseen is None or seen is None or np.isnan([unseen, seen]).any():
         return None, "Explained variance is undefined here."
     said = f"Explained variance {unseen:.2f} on train_val, {seen:.2f} on train."
     return unseen >= LEAST_VARIANCE and seen - unseen <= MOST_GAP, said
@@ -116,27 +124,39 @@ def _reconstructs(found: Findings) -> Verdict:
 
 def _hold_words(found: Findings) -> Verdict:
     names = found.names
+    if found.sae is not None and found.sae.aligned_from:
+        return None, ALIGNED_SAE
     if names is None or names.q is None:
         return None, "The names were not tested." if names else NOT_RUN
     tested = ~np.isnan(names.q)
     n, n_tested = int((names.q[tested] <= FDR).sum()), int(tested.sum())
     share = share_interval(n, n_tested)
+    if not n_tested:
+        return None, "No latent was tested."
     return _most(share), (
-        f"{_of(share)} of {n_tested} live latents pass; about {FDR * n:.0f} of these {n} are expected to hold no word."
+        f"{_of(share)} of {n_tested} live latents pass; at most about {FDR * n:.0f} of these {n} are expected to hold no word."
     )
 
 
 def _predict_images(found: Findings) -> Verdict:
     evidence = found.evidence
+    if found.sae is not None and found.sae.aligned_from:
+        return None, ALIGNED_SAE
     if evidence is None:
         return None, NOT_RUN
     tested = ~np.isnan(evidence.q)
-    share = share_interval(int((evidence.q[tested] <= FDR).sum()), int(tested.sum()))
     if not tested.any():
         return None, "No latent has enough images."
-    return _most(share), (
-        f"{_of(share)} of {tested.sum()} tested latents pass, mean AUC {np.nanmean(evidence.auc[tested]):.2f}; "
-        f"{(~tested).sum()} have too few images or are dead."
+    share = share_interval(int((evidence.q[tested] <= FDR).sum()), int(tested.sum()))
+    said = (
+        f"{_of(share)} of {tested.sum()} tested latents pass, mean AUC {np.nanmean(evidence.auc[tested]):.2f}, on images of "
+        f"{evidence.dataset}; {(~tested).sum()} have too few images or are dead."
+    )
+    if np.isnan(evidence.random_passed):
+        return None, f"{said} Random directions were not tested."
+    return _most(share) and share.low > evidence.random_passed, (
+        f"{said} Of random directions like the decoder's {percent(evidence.random_passed)} pass, mean AUC "
+        f"{evidence.random_auc:.2f}. {_OWN_EMBEDDING}"
     )
 
 
@@ -144,40 +164,47 @@ def _methods_agree(found: Findings) -> Verdict:
     evidence, names = found.evidence, found.names
     if evidence is None:
         return None, NOT_RUN
-    asked = ~np.isnan(evidence.agrees)
-    if names is not None and names.q is not None:
-        asked &= names.q <= FDR
+    if names is None or names.q is None:
+        return None, "The names were not tested, so it is not known which latents hold a word."
+    asked = ~np.isnan(evidence.agrees) & (names.q <= FDR)
     if not asked.any():
         return None, "CLIP-Dissect names none of these latents."
     share = share_interval(int(evidence.agrees[asked].sum()), int(asked.sum()))
-    return _most(share), f"{_of(share)} of {asked.sum()} latents that hold a word get the same name."
+    return _most(share), (
+        f"{_of(share)} of {asked.sum()} latents that hold a word get the same name, on images of {evidence.dataset}. "
+        f"{_OWN_EMBEDDING}"
+    )
 
 
 def _one_thing(found: Findings) -> Verdict:
-    evidence = found.evidence
+    evidence = found.alike or found.evidence
     if evidence is None:
         return None, NOT_RUN
-    known = evidence.mono[~np.isnan(evidence.mono)]
-    if not len(known):
-        return None, "No latent is active on two images."
-    mean = mean_interval(known)
-    said = f"Mean MonoScore {_between(mean)} of {len(known)} latents"
-    if np.isnan(evidence.pair_similarity):
-        return None, f"{said}; the mean similarity of two images is not known."
-    said += f"; mean similarity of two images {evidence.pair_similarity:.3f}."
+    more = evidence.mono - evidence.mono_random
+    known = ~np.isnan(more)
+    difference = mean_interval(more[known])
+    if np.isnan(difference.low):
+        return None, "Fewer than two latents were compared with random directions."
+    said = (
+        f"Mean MonoScore {evidence.mono[known].mean():.3f} of {known.sum()} latents, {evidence.mono_random[known].mean():.3f} "
+        f"of random directions: a difference of {difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})."
+    ).replace("-", "\u2212")
     if evidence.circular:
         return None, f"{said} Circular: the SAE was trained on these embeddings."
-    return mean.low > evidence.pair_similarity, said
+    return difference.low > MORE_ALIKE, said
 
 
 def _stable(found: Findings) -> Verdict:
     stable = found.stable
     if stable is None:
         return None, NOT_RUN
-    known = stable.cosine[~np.isnan(stable.cosine)]
-    share = share_interval(int((known > STABLE).sum()), len(known))
+    known = stable.above[~np.isnan(stable.above)]
+    if not len(known):
+        return None, "No latent was compared."
+    share = share_interval(float(known.sum()), len(known))
     return _most(share) and share.low > stable.random_above, (
-        f"{_of(share)} of {len(known)} live latents; of random decoders {percent(stable.random_above)}."
+        f"{_of(share)} of the matches of {len(known)} live latents in {len(stable.seeds)} other SAEs; of random decoders "
+        f"{percent(stable.random_above)}."
     )
 
 
@@ -185,6 +212,8 @@ def _as_good(found: Findings) -> Verdict:
     probed = found.probed
     if probed is None or probed.features is None or probed.difference is None:
         return None, "There is no probe on raw features." if probed else NOT_RUN
+    if np.isnan(probed.difference.low):
+        return None, "There are too few images."
     return probed.difference.low >= -COSTS, (
         f"{percent(probed.top1)} on concepts, {percent(probed.features)} on raw features: {_points(probed.difference)} points"
         f"{', on the same images' if probed.paired else ''}."
@@ -203,39 +232,62 @@ def _not_width(found: Findings) -> Verdict:
         + listed([f"{_points(one.difference)} above {CONTROLS[one.against]}" for one in judged if one.figure == figure])
         for figure in dict.fromkeys(one.figure for one in judged)
     ]
-    return all(one.difference.low > 0 for one in judged), f"In points, {'; '.join(said)}."
+    return all(one.difference.low > 0 for one in judged), f"Of this SAE, in points, {'; '.join(said)}."
 
 
 def _abstaining(found: Findings) -> Verdict:
     if found.few is None:
         return None, NOT_RUN
-    nec = found.few.nec
-    if not nec.get("named") or not nec.get("concepts"):
+    if found.names is not None and found.names.q is not None and ABSTAINS not in found.names.verdicts:
+        return None, "No name abstains."
+    if not {"named", "concepts"} <= found.few.own.keys():
         return None, "Named concepts alone were not measured."
-    named, every = (found.few.average(kind).top1 for kind in ("named", "concepts"))
-    return every - named <= COSTS, f"ANEC-avg {percent(named)} with named concepts alone, {percent(every)} with all."
+    named, every = (found.few.own[kind] for kind in ("named", "concepts"))
+    return every - named <= COSTS, (
+        f"ANEC-avg of this SAE {percent(named)} with named concepts alone, {percent(every)} with all."
+    )
 
 
 def _edits(found: Findings) -> Verdict:
     judged = [(edit, _stands_out(edit)) for edit in found.edits]
     known = [(edit, met) for edit, met in judged if met is not None]
+    if not known and not found.edits:
+        return None, "The edits are out of date." if found.outdated_edits else NOT_RUN
     if not known:
-        return None, "The edits have no random edits to compare with." if found.edits else NOT_RUN
-    first, n = known[0][0], sum(met for _, met in known)
+        return (
+            None,
+            f"No edit can be compared with random ones ({next(filter(None, _reasons(found.edits)), 'there are none')}).",
+        )
+    first, n, left_out = known[0][0], sum(met for _, met in known), len(judged) - len(known)
     shown = ", ".join(f"{row} {percent(first.overall[row][0])}" for row in ("unedited", "edited", "random"))
     of_all = "The edit differs" if n == len(known) == 1 else f"{n} of {len(known)} edits differ"
-    return n == len(known), f"{of_all} from random ones, overall or for the worst {first.worst_of} ({first.name}: {shown})."
+    return n == len(known), (
+        f"{of_all} from random ones, overall or for the worst {first.worst_of} (the first: {shown})."
+        + (f" Not comparable and left out: {left_out}." if left_out else "")
+    )
+
+
+def _reasons(edits: Sequence[Edit]) -> list[str]:
+    return [edit.incomparable for edit in edits]
 
 
 def _stands_out(edit: Edit) -> bool | None:
-    """Whether an edit does what random edits do not, overall or to the worst class or group; None: it has no random edits."""
-    measures = [measure for measure in (edit.overall, edit.worst) if {"edited", "random"} <= measure.keys()]
-    if not measures:
+    """Whether an edit does what random edits do not, overall or to the worst class or group; None: it has no random edits to
+    compare it with."""
+    if edit.incomparable:
         return None
-    return any(abs(of["edited"][0] - of["random"][0]) > DEVIATIONS * of["random"][1] for of in measures)
+    judged = list[bool]()
+    for measure, n in ((edit.overall, edit.images), (edit.worst, edit.worst_images)):
+        if n and {"edited", "random"} <= measure.keys():
+            (edited, _), (random, deviation) = measure["edited"], measure["random"]
+            difference, low, high = independent_difference(edited, random, n)
+            judged.append(abs(difference) > max(COSTS, DEVIATIONS * deviation, (high - low) / 2))
+    return any(judged) if judged else None
 
 
 # --------------------------------------------------------------------------------------------------------- in words
+
+_OWN_EMBEDDING = "By the embedding that the names come from."
 
 
 def _most(share: Interval) -> bool:
@@ -245,10 +297,6 @@ def _most(share: Interval) -> bool:
 def _of(share: Interval) -> str:
     """`62.0 % (57.1 to 66.7 %)`."""
     return f"{percent(share.mean)} ({100 * share.low:.1f} to {percent(share.high)})"
-
-
-def _between(mean: Interval) -> str:
-    return f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})"
 
 
 def _points(difference: Interval) -> str:
@@ -272,7 +320,8 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[Findings], Verdict]], ...] = (
     ),
     (
         "The names of most latents predict the held-out images that they fire on.",
-        f"{_mostly(f'latents with enough images whose name separates them better than random words do, at q {FDR},')}.",
+        f"{_mostly(f'latents with enough images whose name separates them better than random words do, at q {FDR},')}, and "
+        "above that share of random directions like the decoder's, active on as many images, with their nearest words.",
         "names", _predict_images,
     ),
     (
@@ -281,14 +330,15 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[Findings], Verdict]], ...] = (
         "names", _methods_agree,
     ),
     (
-        "Latents are one thing each.",
-        "by the embeddings of another encoder than the SAE's own, the 95 % interval of the mean MonoScore is above the mean "
-        "similarity of two images.",
+        "Images that activate a latent are more alike than those of random directions.",
+        "by the embeddings of another encoder than the SAE's own, the 95 % interval of the mean difference in MonoScore "
+        f"between a latent and a random direction that is active on as many images is above {MORE_ALIKE}.",
         "one-thing", _one_thing,
     ),
     (
         "Most latents are found again with another seed.",
-        f"{_mostly(f'live latents with a matched cosine above {STABLE}')}, and above the share of random decoders.",
+        f"{_mostly(f'matches of live latents, over all other seeds, with a centred cosine above {STABLE}')}, and above the "
+        "share of random decoders.",
         "stability", _stable,
     ),
     (
@@ -298,8 +348,8 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[Findings], Verdict]], ...] = (
     ),
     (
         "Accuracy with few concepts does not come from width alone.",
-        "at ANEC-5 and ANEC-avg, the 95 % intervals of the differences to random directions and to an untrained SAE are above "
-        "0.",
+        "at ANEC-5 and ANEC-avg, the 95 % intervals of this SAE's differences to random directions and to an untrained SAE "
+        "are above 0.",
         "few", _not_width,
     ),
     (
@@ -309,8 +359,9 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[Findings], Verdict]], ...] = (
     ),
     (
         "Editing concepts does what editing random ones does not.",
-        f"every edit lies more than {DEVIATIONS:g} standard deviations of the random edits from their mean, overall or for "
-        "the worst class or group.",
+        f"every edit differs from the mean of the random edits by more than {DEVIATIONS:g} of their standard deviations, the "
+        f"95 % interval of a difference on this many images, and {100 * COSTS:g} point, overall or for the worst class or "
+        "group; edits to which random ones are nothing to compare do not count.",
         "interventions", _edits,
     ),
 )  # fmt: skip

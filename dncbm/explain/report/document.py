@@ -25,11 +25,6 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Strong:
-    text: str
-
-
-@dataclass(frozen=True)
 class Small:
     """A remark on a line of its own, below what it follows."""
 
@@ -52,7 +47,7 @@ class Status:
     text: str
 
 
-Part = str | Code | Name | Strong | Small | Link | Status
+Part = str | Code | Name | Small | Link | Status
 Cell = Part | tuple[Part, ...]
 
 

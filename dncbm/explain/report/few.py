@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from dncbm.explain.plotting.nec_curve import STYLES
-from dncbm.explain.report.document import Block, Figure, Heading, Section, Table, listed, note, percent, points, said
+from dncbm.explain.plotting.nec_curve import STYLES, what_bands_are
+from dncbm.explain.report.document import Block, Figure, Heading, Section, Table, percent, points, said
 from dncbm.explain.report.figures import Line, curves
 from dncbm.explain.report.findings import Advantage, Curves, Few, Interval, Point
 from dncbm.probe.compact import CompactCurve
-from dncbm.probe.nec import read_leakage
+from dncbm.probe.nec import read_leakage, read_points
 from dncbm.probe.nec_seeds import banded_points
-from dncbm.probe.nec_table import MAJORITY
+from dncbm.probe.nec_table import MAJORITY, curves_of
 from dncbm.probe.results_table import marker, published_figures
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
@@ -18,7 +18,13 @@ from dncbm.runs.manifests import manifest_path
 from dncbm.runs.settings import Settings
 
 MEASURES = {"nec": "NEC, non-zero weights per class", "ncc": "NCC, contributing concepts per decision"}
-DETAILS = {"in_use": "concepts in use", "ncc": "NCC", "effective": "effective number of concepts", "cea": "CEA"}
+DETAILS = {
+    "firing": "inputs that fire",
+    "in_use": "in use",
+    "ncc": "NCC",
+    "effective": "effective number of concepts",
+    "cea": "CEA",
+}
 FIGURES = {"anec_5": "ANEC-5", "anec_avg": "ANEC-avg"}
 
 
@@ -29,6 +35,7 @@ def read_few(settings: Settings, run: SAERun, dataset: str) -> Few | None:
     banded = banded_points(settings, run, dataset)
     of: dict[str, dict[str, dict[int, Point]]] = {measure: {} for measure in MEASURES}
     averages, details, majority = dict[tuple[str, str], Point](), dict[str, dict[str, float]](), None
+    reached = dict[str, float]()
     for one in banded.points:
         shown = Point(one.val_top1, _number(one.val_low), _number(one.val_high))
         if one.on == MAJORITY:
@@ -39,11 +46,15 @@ def read_few(settings: Settings, run: SAERun, dataset: str) -> Few | None:
             of[one.measure].setdefault(one.on, {})[one.target] = shown
             if one.measure == "nec":  # the last one is that of the largest NEC
                 details[one.on] = {name: _number(getattr(one, name)) for name in DETAILS}
+            else:
+                reached[one.on] = _number(one.ncc)
     advantages = [
         Advantage(one.figure, one.against, Interval(one.advantage, one.low, one.high))
         for one in read_leakage(settings, run, dataset)
     ]
-    return Few(of["nec"], of["ncc"], averages, advantages, details, majority, banded.seeds)
+    of_run = curves_of(read_points(settings, run, dataset), "nec").items()
+    own = {kind: sum(point.val_top1 for point in curve) / len(curve) for kind, curve in of_run}
+    return Few(of["nec"], of["ncc"], averages, advantages, details, majority, what_bands_are(banded), own, reached)
 
 
 def _number(value: float | None) -> float:
@@ -56,39 +67,34 @@ def few_section(found: Few, compact: CompactCurve | None, dataset: str, absent: 
         said(
             "A wide linear probe classifies well even on random directions, so accuracy counts for concepts only if few of "
             "them decide. All inputs below are measured in the same way. Shuffled latents say nothing about an image: they "
-            "must fall to the commonest class."
+            "can do no better than the commonest class, and without an intercept do worse. NCC is our reading of M-CBM's "
+            "definition, whose formula we could not read (METHOD section 4)."
         )
     ]
-    if len(found.seeds) > 1:
-        blocks.append(
-            said(
-                f"Accuracies are means over SAEs of the seeds {listed([*map(str, found.seeds)])}, with 95 % intervals of the "
-                "mean; all else is of this SAE alone."
-            )
-        )
     for measure, values in (("nec", found.nec), ("ncc", found.ncc)):
         if values:
             blocks += _curves(found, measure, values, dataset)
-    if not found.ncc:
-        blocks.append(note("NCC and the newer controls were not measured: this table is of an older version."))
     if found.advantages:
         rows = tuple(
             (f"{FIGURES[one.figure]} above {_label(one.against)}", points(one.difference.mean),
              f"{points(one.difference.low)} to {points(one.difference.high)}")
             for one in found.advantages
         )  # fmt: skip
-        caption = "Concepts above controls, in points, on the same images"
+        caption = "Concepts of this SAE above controls, in points, on the same images"
         blocks.append(Table(caption, ("figure", "difference", "95 % interval"), rows))
-    if any(not math.isnan(value) for of in found.details.values() for value in of.values()):
+    known = [name for name in DETAILS if any(not math.isnan(of[name]) for of in found.details.values())]
+    if known:
         largest = max(next(iter(found.nec.values())))
         blocks += [
             said(
-                f"At NEC {largest}: how many concepts have a weight, how many decide about an image, the participation ratio "
-                "of the contributions, and CEA, an accuracy that is lowered by the number of concepts in use."
+                "All of this SAE. ", "Inputs that fire do so on some training image. " if "firing" in known else "",
+                "Those in use have a weight; NCC is how many decide about an image, the effective number the participation "
+                "ratio of their contributions; CEA is an accuracy that the number in use lowers, by an exponent that we infer "
+                "from published figures (METHOD section 4).",
             ),
             Table(
-                f"What accuracy costs at NEC {largest}", ("inputs", *DETAILS.values()),
-                tuple((_label(kind), *(_detail(*item) for item in of.items())) for kind, of in found.details.items()),
+                f"What accuracy costs at NEC {largest}", ("inputs", *(DETAILS[name] for name in known)),
+                tuple((_label(kind), *(_detail(name, of[name]) for name in known)) for kind, of in found.details.items()),
             ),
         ]  # fmt: skip
     if compact is not None:
@@ -109,9 +115,7 @@ def _curves(found: Few, measure: str, values: Curves, dataset: str) -> Iterator[
     yield Figure(
         measure, curves(lines, MEASURES[measure], "top-1 on val, %", styles=styles, ticks=targets),
         f"Curves of top-1 accuracy over {name}: {summary}.",
-        f"Top-1 on val by {name}. Bands are 95 % intervals{'' if len(found.seeds) > 1 else ' over draws of the images'}."
-        if any(line.low is not None for line in lines.values())
-        else f"Top-1 on val by {name}.",
+        f"Top-1 on val by {name}. {found.bands[:1].upper()}{found.bands[1:]}{'.' if found.bands else ''}".strip(),
     )  # fmt: skip
     rows = [
         (_label(kind), *(f"{100 * point.top1:.1f}" for point in curve.values()), _average(found.average(kind, measure)))
@@ -119,12 +123,23 @@ def _curves(found: Few, measure: str, values: Curves, dataset: str) -> Iterator[
     ]
     if found.majority is not None:
         rows.append(("commonest class", *[f"{100 * found.majority:.1f}"] * (len(targets) + 1)))
+    header = ("inputs", *map(str, targets), "average")
+    if measure == "ncc" and found.reached:
+        header += ("NCC reached",)
+        shown = (found.reached.get(kind, math.nan) for kind in values)
+        reached = ["" if math.isnan(ncc) else f"{ncc:.1f}" for ncc in shown]
+        rows = [(*row, last) for row, last in zip(rows, [*reached, *[""] * (len(rows) - len(reached))], strict=True)]
+        yield said(
+            "An NCC is a limit: a probe whose path ends below it has the same accuracy at every larger one. The last column "
+            f"is the NCC on val that this SAE's probe reached at {targets[-1]}."
+        )
     sources = dict[str, str]()
     if measure == "ncc" and (published := _published(dataset)):
         (first, source), (mean, _) = published
-        rows.append((f"DN-CBM, published [{marker(source)}]", first, *[""] * (len(targets) - 1), mean))
+        blank = [""] * (len(header) - len(targets) - 2)
+        rows.append((f"DN-CBM, published [{marker(source)}]", first, *[""] * (len(targets) - 1), mean, *blank))
         sources[marker(source)] = published_figures()["sources"][marker(source)]
-    yield Table(f"Top-1 on val, %, at {name}", ("inputs", *map(str, targets), "average"), tuple(rows))
+    yield Table(f"Top-1 on val, %, at {name}", header, tuple(rows))
     if sources:
         yield said("Sources: ", "; ".join(f"[{key}] {text}" for key, text in sources.items()), ".")
 
@@ -154,7 +169,7 @@ def _label(kind: str) -> str:
 def _detail(name: str, value: float) -> str:
     if math.isnan(value):
         return ""
-    return percent(value) if name == "cea" else f"{value:.{0 if name == 'in_use' else 1}f}"
+    return percent(value) if name == "cea" else f"{value:.{0 if name in ('firing', 'in_use') else 1}f}"
 
 
 def _compact(found: CompactCurve) -> Iterator[Block]:

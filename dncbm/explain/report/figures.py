@@ -48,20 +48,13 @@ def _drawn(draw: Callable[[Axes], object], height: float = HEIGHT) -> bytes:
     return file.getvalue()
 
 
-def histogram(
-    groups: Mapping[str, Numbers],
-    xlabel: str,
-    ylabel: str = "latents",
-    *,
-    log: bool = False,
-    marks: Mapping[str, float] | None = None,
-) -> bytes:
-    """A histogram of values in groups, which stand on one another.
+def histogram(groups: Mapping[str, Numbers], xlabel: str, *, log: bool = False) -> bytes:
+    """A histogram of the values of latents in groups, which stand on one another.
 
-    `log` puts the values on a logarithmic axis; they must then be positive. `marks` are vertical lines with labels.
+    `log` puts the values on a logarithmic axis; they must then be positive.
     """
     values = {label: np.asarray(found, dtype=np.float64) for label, found in groups.items() if len(found)}
-    every = np.concatenate([*values.values(), np.array(list((marks or {}).values()))]) if values else np.array([1.0, 2.0])
+    every = np.concatenate([*values.values()]) if values else np.array([1.0, 2.0])
     low, high = float(every.min()), float(every.max())
     if log:
         high = max(high, low * 1.01)
@@ -78,14 +71,19 @@ def histogram(
             axes.xaxis.set_minor_formatter(NullFormatter())
         if values:
             axes.hist(list(values.values()), edges, stacked=True, color=SERIES[: len(values)], label=list(values))
-        for (label, at), style in zip((marks or {}).items(), ("--", ":", "-."), strict=False):
-            axes.axvline(at, color=INK, lw=1.2, ls=style, label=label)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        if len(values) > 1 or marks:
+        axes.set_ylabel("latents")
+        if len(values) > 1:
             _legend(axes)
 
     return _drawn(draw)
+
+
+def shares(counts: Mapping[str, Numbers], edges: Numbers, xlabel: str, of: str) -> bytes:
+    """Histograms beside one another, in percent of each: label -> counts of the bins. Empty ones are left out."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    lines = {label: Line(middles, 100 * found / found.sum()) for label, found in counts.items() if found.sum()}
+    return curves(lines, xlabel, f"share of {of}, %", step=True)
 
 
 def curves(

@@ -22,15 +22,14 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Floats) -> Interval:
-    """The mean of independent values with its normal 95 % interval; NaN without values, no width for one."""
-    if not len(values):
+    """The mean of independent values with its normal 95 % interval; NaN for fewer than two values."""
+    if len(values) < 2:
         return Interval(np.nan, np.nan, np.nan)
-    mean = float(values.mean())
-    half = Z95 * float(values.std(ddof=1)) / sqrt(len(values)) if len(values) > 1 else 0.0
+    mean, half = float(values.mean()), Z95 * float(values.std(ddof=1)) / sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
-def share_interval(n_true: int, n: int) -> Interval:
+def share_interval(n_true: float, n: int) -> Interval:
     """A share with its 95 % interval after Wilson (1927), which stays within 0 and 1; NaN without trials."""
     if not n:
         return Interval(np.nan, np.nan, np.nan)
@@ -38,6 +37,12 @@ def share_interval(n_true: int, n: int) -> Interval:
     centre = (share + z2 / 2) / (1 + z2)
     half = Z95 / (1 + z2) * sqrt(share * (1 - share) / n + z2 / (4 * n))
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def independent_difference(one: float, other: float, n: int) -> Interval:
+    """The difference of two accuracies, each on n images, with a 95 % interval as if the images were different ones."""
+    half = Z95 * sqrt((one * (1 - one) + other * (1 - other)) / n) if n else np.nan
+    return Interval(one - other, one - other - half, one - other + half)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class SAEFound:
     """Share of images that each latent fires on, F."""
     rates_of: str = ""
     """Which images."""
+    aligned_from: str = ""
+    """The SAE of which it is a copy, fine-tuned towards its names; blank: it is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +102,25 @@ class Evidence:
     """MonoScore divided by the weights of pairs, F; NaN: fewer than two images."""
     mono_pairs: Floats
     """MonoScore divided by the number of pairs, F."""
+    mono_random: Floats
+    """MonoScore divided by the weights of pairs, of random directions active on as many images, F; NaN as for `mono`, and
+    throughout in a table of an older version."""
     encoder: str
     """Whose embeddings MonoScore is of."""
     circular: bool
-    """Whether that is the SAE's own."""
-    pair_similarity: float = np.nan
-    """Mean cosine of two images, by these embeddings; NaN: not known."""
+    """Whether that is the SAE's own, by its weights."""
+    names_encoder: str = ""
+    """Whose embeddings the other tests use: the one that the names come from."""
+    random_passed: float = np.nan
+    """Share that passes of random directions like the decoder's, active on as many images and named after the nearest word;
+    NaN in a table of an older version."""
+    random_auc: float = np.nan
+    """The mean AUC of their names."""
+
+    @property
+    def n_tested(self) -> int:
+        """How many latents have enough images."""
+        return int((~np.isnan(self.q)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,16 +129,18 @@ class Stable:
 
     seeds: Sequence[int]
     """Of the SAEs that this one is compared with."""
-    cosine: Floats
-    """Cosine with the matched latent after centring, mean over the seeds, F; NaN for dead latents."""
+    above: Floats
+    """Share of these SAEs in which the matched latent has a cosine above STABLE after centring, F; NaN for dead latents."""
     rows: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Kind of decoders (`this SAE`, ...) -> figure -> value."""
     random_above: float = 0.0
-    """Share above STABLE of random decoders with the same mean and covariance."""
+    """The mean of `above` for random decoders with the same mean and covariance."""
     edges: Floats = field(default_factory=lambda: np.empty(0))
     counts: Floats = field(default_factory=lambda: np.empty(0))
     """Matches of this SAE's latents in each bin of cosines."""
     random_counts: Floats = field(default_factory=lambda: np.empty(0))
+    left_out: Mapping[int, int] = field(default_factory=dict)
+    """Seed that was left out -> the seed whose SAE has the same start."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +192,12 @@ class Few:
     """Kind of input -> ncc, effective, in_use, cea, at the largest NEC."""
     majority: float | None = None
     """Accuracy of always saying the commonest class."""
-    seeds: Sequence[int] = ()
-    """Of the SAEs that accuracies are means over."""
+    bands: str = ""
+    """What the accuracies of curves are means over, and what their bands are."""
+    own: Mapping[str, float] = field(default_factory=dict)
+    """Kind of input -> ANEC-avg of this SAE alone."""
+    reached: Mapping[str, float] = field(default_factory=dict)
+    """Kind of input -> NCC on val at the largest NCC asked for, of this SAE alone."""
 
     def average(self, kind: str, measure: str = "nec") -> Point:
         """The mean of a curve; without a band if none was measured."""
@@ -183,9 +209,18 @@ class Few:
 class Edit:
     """An intervention: top-1 on val of each of its rows, as mean and standard deviation (0 for a single probe)."""
 
-    name: str
+    what: str
+    """`remove`, `keep`, `scale` or a list of them."""
+    concepts: Sequence[str]
+    """Their names."""
     overall: Mapping[str, tuple[float, float]]
     """`unedited`, `unedited, refit`, `edited`, `refit`, `refit, reweighted`, `random`."""
     worst: Mapping[str, tuple[float, float]]
     """Of the worst group, or where there are no groups, of the worst class."""
     worst_of: str = "class"
+    images: int = 0
+    """On which accuracies are measured."""
+    worst_images: int = 0
+    """Those of them that are of the group or class that is worst after the edit."""
+    incomparable: str = ""
+    """Why the random edits are nothing to compare it with; blank: they are."""

@@ -25,7 +25,6 @@ from dncbm.explain.report.document import (
     Section,
     Small,
     Status,
-    Strong,
     Table,
     parts_of,
     safe,
@@ -33,6 +32,8 @@ from dncbm.explain.report.document import (
 
 MARKS = {SUPPORTED: ("\u2713", "yes", RIGHT), NOT_SUPPORTED: ("\u2717", "no", NEGATIVE), NOT_TESTED: ("\u2013", "open", REST)}
 """Status -> mark, class and colour. The word stands beside the mark, so that nothing depends on colour."""
+GENERATOR = '<meta name="generator" content="dncbm report">'
+"""By which a report of ours is known."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What the browser may load: nothing from elsewhere, whatever a name holds."""
 STYLE = f"""
@@ -116,6 +117,7 @@ def as_html(document: Document, footer: str = "") -> str:
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
+            GENERATOR,
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(document.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<header>\n<h1>{_text(document.title)}</h1>",
@@ -194,8 +196,6 @@ def _part(part: Part) -> str:
             return f"<code>{_text(text)}</code>"
         case Name(text):
             return f"<bdi>{_text(text)}</bdi>"
-        case Strong(text):
-            return f"<strong>{_text(text)}</strong>"
         case Small(text):
             return f"<small>{_text(text)}</small>"
         case Link(text, section):

@@ -19,7 +19,6 @@ from dncbm.explain.report.document import (
     Section,
     Small,
     Status,
-    Strong,
     Table,
     parts_of,
     picture_name,
@@ -85,8 +84,6 @@ def _part(part: Part, in_table: bool = False) -> str:
             return _code(safe(text), in_table)
         case Name(text):
             return _text(text)
-        case Strong(text):
-            return f"**{_text(text)}**"
         case Small(text):
             return f"<br>{_text(text)}"
         case Link(text, section):

@@ -2,17 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import normalize
 
-from dncbm.concepts.evidence.images import SPLIT as EVIDENCE_SPLIT
 from dncbm.concepts.evidence.images import evidence_datasets, read_evidence
 from dncbm.concepts.evidence.name_test import benjamini_hochberg
+from dncbm.concepts.evidence.prediction import FDR
 from dncbm.concepts.naming import ABSTAINS, COLLISION, NAMED, concept_labels, name_similarities, read_name_tests, read_names
-from dncbm.explain.report.claims import FDR
 from dncbm.explain.report.document import (
     Block,
     Card,
@@ -30,10 +28,10 @@ from dncbm.explain.report.document import (
 from dncbm.explain.report.figures import Line, curves, histogram
 from dncbm.explain.report.findings import Evidence, Names, SAEFound
 from dncbm.explain.report.pictures import LEAST_IMAGES, TOP, Pictured, Shown
-from dncbm.features.stage import open_features
 from dncbm.probe.results_table import published_figures
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Naming, SAERun
+from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 
@@ -41,8 +39,6 @@ SHARED = 10
 """Names in the table of collisions."""
 LISTED = 12
 """Latents and words in a row of it."""
-BATCH = 4096
-"""Images read at a time."""
 UNTESTED = "not tested"
 VERDICTS = {NAMED: "named", COLLISION: "collision (shares its name)", ABSTAINS: "abstains", UNTESTED: UNTESTED}
 
@@ -58,55 +54,56 @@ def read_named(settings: Settings, run: SAERun, sae: SAEFound | None) -> Names:
         live = sae.rates > 0
     similarity = np.array([name.similarity for name in names])
     if Artifacts(settings).embeddings_in_use(run.encoder).is_file():
-        similarity = name_similarities(settings, run, names)
+        with suppress(UserError):  # names that were edited by hand may be no words of the vocabulary
+            similarity = name_similarities(settings, run, names)
     known = (
         [name.name for name in names], concept_labels(names), [name.verdict for name in names],
         similarity, live,
     )  # fmt: skip
     if tests is None:
         return Names(*known)
-    naming = read_manifest(Artifacts(settings).concept_names_in_use(run))["run"]
-    fdr = float(naming.get("name_fdr", Naming().name_fdr))
+    path = Artifacts(settings).concept_names_in_use(run)
+    naming = read_manifest(path)["run"] if manifest_path(path).is_file() else {}
+    fdr = np.nan if naming.get("names") == "all" else float(naming.get("name_fdr", Naming().name_fdr))
     return Names(*known, tests.z, tests.p, tests.q, fdr, tests.alternatives, tests.centred_names)
 
 
-def read_images_of_names(settings: Settings, run: SAERun) -> Evidence | None:
-    """What held-out images say, of the SAE's own images where they were asked, else of another data set; None: nothing.
+def read_images_of_names(settings: Settings, run: SAERun) -> list[Evidence]:
+    """What held-out images of each data set say; the one that tests most latents comes first, and of equal ones the SAE's own.
 
-    Raises as `read_evidence`.
+    Those that are out of date are left out, unless all are. Raises as `read_evidence`.
     """
-    if not (datasets := evidence_datasets(settings, run)):
-        return None
-    found = read_evidence(settings, run, datasets[0])
+    found, outdated = list[Evidence](), list[StaleArtifact]()
+    for dataset in evidence_datasets(settings, run):
+        try:
+            found.append(_evidence_of(settings, run, dataset))
+        except StaleArtifact as error:
+            outdated.append(error)
+    if outdated and not found:
+        raise outdated[0]
+    return sorted(found, key=lambda one: -one.n_tested)
+
+
+def _evidence_of(settings: Settings, run: SAERun, dataset: str) -> Evidence:
+    found = read_evidence(settings, run, dataset)
     encoder, circular = str(found.details["judging_encoder"]), bool(found.details["circular"])
     gives = np.array([bool(name) for name in found.wpmi_name])
+    random = found.details.get("random_names", {})  # older versions have none
+    passed, auc = (np.nan if random.get(key) is None else float(random[key]) for key in ("passed", "auc"))
     return Evidence(
         found.dataset, int(found.details["images"]), found.auc, benjamini_hochberg(found.auc_p),
-        np.where(gives, found.wpmi_agrees, np.nan), found.monoscore, found.monoscore_pairs, encoder, circular,
-        _pair_similarity(settings, found.dataset, encoder, run.hook),
+        np.where(gives, found.wpmi_agrees, np.nan), found.monoscore, found.monoscore_pairs,
+        found.monoscore_random, encoder, circular, run.encoder, passed, auc,
     )  # fmt: skip
-
-
-def _pair_similarity(settings: Settings, dataset: str, encoder: str, hook: str) -> float:
-    """Mean cosine of two different images, from the sum of their unit features; NaN without features."""
-    if not manifest_path(Artifacts(settings).features(dataset, encoder, hook, EVIDENCE_SPLIT)).is_file():
-        return float("nan")
-    store = open_features(settings, dataset, encoder, hook, EVIDENCE_SPLIT)
-    total, own, n = torch.zeros(store.width, dtype=torch.float64), 0.0, len(store)
-    for rows in store.batches(BATCH):
-        x = normalize(rows.double(), dim=-1)
-        total += x.sum(dim=0)
-        own += float((x * x).sum())
-    return (float(total @ total) - own) / (n * (n - 1)) if n > 1 else float("nan")
 
 
 # ---------------------------------------------------------------------------------------------------------- showing
 
 
 def names_section(
-    names: Names, evidence: Evidence | None, shown: Shown | None, encoder: str, absent: Sequence[Block]
+    names: Names, evidence: Sequence[Evidence], shown: Shown | None, encoder: str, absent: Sequence[Block]
 ) -> Section:
-    """All about names. `absent` are notes on what was not run."""
+    """All about names. The first evidence is the one that is judged. `absent` are notes on what was not run."""
     blocks: list[Block] = [
         said(
             "A latent is named after the word nearest to its direction. The test asks whether that direction holds a word "
@@ -123,14 +120,19 @@ def names_section(
         *absent,
     ]  # fmt: skip
     if shown is not None:
-        blocks += _latents(names, evidence, shown)
+        blocks += _latents(names, evidence[0] if evidence else None, shown)
     return Section("names", "Names", tuple(blocks))
 
 
 def _verdicts(names: Names) -> Block:
     counts = Counter(verdict or UNTESTED for verdict in names.verdicts)
-    rows = tuple((VERDICTS[v], f"{counts[v]}", percent(counts[v] / len(names.names))) for v in VERDICTS if counts[v])
-    at = f" at a false discovery rate of {names.fdr:g}" if names.fdr == names.fdr else ""
+    n_dead = sum(verdict == ABSTAINS and not live for verdict, live in zip(names.verdicts, names.live, strict=True))
+    dead = {ABSTAINS: f" ({n_dead} of them dead)" if n_dead else ""}
+    rows = tuple(
+        (VERDICTS[v] + dead.get(v, ""), f"{counts[v]}", percent(counts[v] / len(names.names))) for v in VERDICTS if counts[v]
+    )
+    at = "" if names.q is None else " (--names all: no name abstains)"
+    at = at if np.isnan(names.fdr) else f" at a false discovery rate of {names.fdr:g}"
     return Table(f"Verdicts{at}", ("verdict", "latents", "share"), (*rows, ("all", f"{len(names.names)}", percent(1))))
 
 
@@ -153,7 +155,9 @@ def _calibration(names: Names) -> Iterator[Block]:
         for at in (0.001, 0.01, 0.05, 0.1)
         for kept, without in [_passing(p, q, at)]
     )
-    table = Table("Calibration", ("q", "latents named", "directions without a word named", "expected to hold no word"), rows)
+    table = Table(
+        "Calibration", ("q", "latents named", "directions without a word named", "expected to hold no word, at most"), rows
+    )
     summary = "; ".join(f"at {row[0]}: {row[1]} of latents, {row[2]} of directions without a word" for row in rows)
     yield Figure(
         "calibration", chart, f"Two curves: the share that is named over the false discovery rate q. {summary}.",
@@ -211,30 +215,44 @@ def _some(words: Sequence[str]) -> str:
     return ", ".join(words[:LISTED]) + more
 
 
-def _evidence(evidence: Evidence | None) -> Iterator[Block]:
-    if evidence is None:
+def _evidence(evidence: Sequence[Evidence]) -> Iterator[Block]:
+    if not evidence:
         return
+    first = evidence[0]
     yield Heading("Names and held-out images")
-    tested = ~np.isnan(evidence.q)
-    rows = [
-        ("images", f"{evidence.images:,}"),
-        ("latents tested", f"{tested.sum()}"),
-        ("dead, or too few images", f"{(~tested).sum()}"),
-    ]
-    if tested.any():
-        rows += [
-            (f"pass at a false discovery rate of {FDR:g}", percent(float((evidence.q[tested] <= FDR).mean()))),
-            ("mean AUC", f"{np.nanmean(evidence.auc[tested]):.3f}"),
-        ]
-    if (asked := ~np.isnan(evidence.agrees)).any():
-        rows.append(("same word from CLIP-Dissect (soft-WPMI)", percent(float(evidence.agrees[asked].mean()))))
     yield said(
         "A name is tested by whether its text tells the images that activate the latent from the others, better than random "
-        "words do, on images of ",
-        Name(evidence.dataset),
-        " that the SAE was not trained on. It finds unrelated words, not near misses.",
-    )
-    yield Table("Names and held-out images", ("", "value"), tuple(rows))
+        "words do, on images that the SAE was not trained on. It finds unrelated words, not near misses. Random directions "
+        "with the mean and the covariance of the decoder, active on as many images, pass with their nearest words, too, as "
+        "far as a latent's word owes nothing to the latent. AUC and CLIP-Dissect use the embedding that the names come from "
+        "(", Name(first.names_encoder), "), so they do not test that embedding.",
+    )  # fmt: skip
+    if len(evidence) > 1:
+        yield said("Claims are judged by ", Name(first.dataset), ", whose images test most latents.")
+    columns = [_figures_of(one) for one in evidence]
+    rows = tuple((title, *(column[title] for column in columns)) for title in columns[0])
+    yield Table("Names and held-out images", ("", *(one.dataset for one in evidence)), rows)
+
+
+def _figures_of(evidence: Evidence) -> dict[str, str]:
+    """The rows of a data set; what is not known is blank."""
+    tested, asked = ~np.isnan(evidence.q), ~np.isnan(evidence.agrees)
+    passes, auc, same = ("",) * 3
+    if tested.any():
+        passes, auc = percent(float((evidence.q[tested] <= FDR).mean())), f"{np.nanmean(evidence.auc[tested]):.3f}"
+    if asked.any():
+        same = percent(float(evidence.agrees[asked].mean()))
+    has_random = not np.isnan(evidence.random_passed)
+    return {
+        "images": f"{evidence.images:,}",
+        "latents tested": f"{tested.sum()}",
+        "dead, or too few images": f"{(~tested).sum()}",
+        f"pass at a false discovery rate of {FDR:g}": passes,
+        "the same, random directions": percent(evidence.random_passed) if has_random else "",
+        "mean AUC": auc,
+        "mean AUC, random directions": f"{evidence.random_auc:.3f}" if has_random else "",
+        "same word from CLIP-Dissect (soft-WPMI)": same,
+    }
 
 
 def _latents(names: Names, evidence: Evidence | None, shown: Shown) -> Iterator[Block]:

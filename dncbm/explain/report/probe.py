@@ -1,13 +1,14 @@
 """The linear probe of a run beside its baselines and the published figures."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from pathlib import Path
 
 import torch
 
 from dncbm.explain.report.document import Block, Name, Section, Table, percent, points, said
-from dncbm.explain.report.findings import Z95, Interval, Probed, mean_interval
+from dncbm.explain.report.findings import Probed, independent_difference, mean_interval
 from dncbm.probe.model import ProbeData, linear, true_class_ranks
 from dncbm.probe.results_table import (
     OF_SAE,
@@ -38,40 +39,59 @@ class ProbeFound:
     probed: Probed
     cells: Sequence[Cell]
     has_zero_shot: bool
+    baseline: ProbeRun | None = None
+    """The probe on raw features, if its settings are known."""
 
 
 def read_probed(settings: Settings, run: SAERun, probe: ProbeRun, device: str) -> ProbeFound | None:
     """The probe's accuracy and its difference to the probe on raw features; None if it was not trained here.
 
     Of several probes on raw features, the one with the best top-1 on train_val counts. The difference is of the same images
-    where both probes and their inputs are there, else of independent ones.
+    where both probes and their inputs still exist, else of independent ones.
 
     Raises UserError if a file is damaged; StaleArtifact if what the probe was made from has changed since.
     """
-    artifacts = Artifacts(settings)
-    path = artifacts.probe(run, probe)
+    path = Artifacts(settings).probe(run, probe)
     if not manifest_path(path).is_file():
         return None
     check_chain(path)
     top1 = read_manifest(path)["details"].get("metrics", {}).get("val_top1")
-    data = load_probe_data(settings, run, probe, "val")
-    where = resolve_device(device)
-    correct = is_right(load_probe(settings, run, probe).to(where), data)
-    top1 = float(correct.double().mean()) if top1 is None else float(top1)
+    correct = _correct(settings, run, probe, device, needed=top1 is None)
+    top1 = float(correct.double().mean()) if top1 is None and correct is not None else float(top1)
+    n = _images(Artifacts(settings).probe_accuracies(run, probe)) if correct is None else len(correct)
     rows = _rows(settings, run, probe)
     baseline = _baseline(rows)
     cells = [cell for cell in published_cells(published_figures(), run.encoder) if cell.dataset == probe.dataset]
     cells += our_cells(rows, run.encoder)
     has_zero_shot = any(row["method"] == "zero_shot" for row in rows)
     if baseline is None:
-        return ProbeFound(Probed(top1, len(data)), cells, has_zero_shot)
+        return ProbeFound(Probed(top1, n), cells, has_zero_shot)
     features, known = float(baseline["val_top1"]), _probe_of(baseline)
-    if known is not None and manifest_path(artifacts.probe(run, known)).is_file():
-        others = is_right(load_probe(settings, run, known).to(where), load_probe_data(settings, run, known, "val"))
-        difference, paired = mean_interval((correct.double() - others.double()).numpy()), True
+    others = _correct(settings, run, known, device) if known is not None and correct is not None else None
+    if correct is not None and others is not None:
+        difference = mean_interval((correct.double() - others.double()).numpy())
     else:
-        difference, paired = independent_difference(top1, features, len(data)), False
-    return ProbeFound(Probed(top1, len(data), features, difference, paired), cells, has_zero_shot)
+        difference = independent_difference(top1, features, n)
+    return ProbeFound(Probed(top1, n, features, difference, others is not None), cells, has_zero_shot, known)
+
+
+def _correct(settings: Settings, run: SAERun, probe: ProbeRun, device: str, needed: bool = False) -> torch.Tensor | None:
+    """Whether a probe classifies each image of val correctly; None if it or its inputs are missing, unless they are needed."""
+    artifacts = Artifacts(settings)
+    of_val = artifacts.features(probe.dataset, run.encoder, run.hook, "val")
+    inputs = of_val if probe.on_features else artifacts.strengths(run, probe.dataset, "val")
+    if not needed and not all(manifest_path(path).is_file() for path in (artifacts.probe(run, probe), inputs)):
+        return None
+    data = load_probe_data(settings, run, probe, "val")
+    return is_right(load_probe(settings, run, probe).to(resolve_device(device)), data)
+
+
+def _images(accuracies: Path) -> int:
+    """The images of val, by the accuracies of each class that lie beside a probe; 0 if an older version wrote none."""
+    if not accuracies.is_file():
+        return 0
+    with accuracies.open(newline="", encoding="utf-8") as file:
+        return sum(int(row["images"]) for row in csv.DictReader(file) if row["kind"] == "class")
 
 
 @torch.inference_mode()
@@ -79,12 +99,6 @@ def is_right(weight: torch.Tensor, data: ProbeData) -> torch.Tensor:
     """Whether a probe (inputs x C) classifies each image correctly, bool on the CPU."""
     batches = data.batches(BATCH, weight.device)
     return torch.cat([(true_class_ranks(linear(batch, weight), labels) == 0) for batch, labels in batches]).cpu()
-
-
-def independent_difference(one: float, other: float, n: int) -> Interval:
-    """The difference of two accuracies, each on n images, with a 95 % interval as if the images were different ones."""
-    half = Z95 * sqrt((one * (1 - one) + other * (1 - other)) / n)
-    return Interval(one - other, one - other - half, one - other + half)
 
 
 def _rows(settings: Settings, run: SAERun, probe: ProbeRun) -> list[Row]:
@@ -128,8 +142,8 @@ def probe_section(found: ProbeFound, probe: ProbeRun, majority: float | None, ab
     """The table of accuracies, and the difference to raw features. `absent` are notes on what was not run."""
     probed, sources = found.probed, published_figures()["sources"]
     blocks: list[Block] = [
-        said("Top-1 on the ", f"{probed.images:,} images of val of ", Name(probe.dataset), ". Published figures are of the "
-             "same encoder and data set; where there are none, we know of none."),
+        said("Top-1 on ", f"the {probed.images:,} images of " if probed.images else "", "val of ", Name(probe.dataset),
+             ". Published figures are of the same encoder and data set; where there are none, we know of none."),
     ]  # fmt: skip
     rows = [
         (Name(cell.title), "this run" if cell.ours else "published", cell.text("\u00b1"), _source(cell))
@@ -143,7 +157,11 @@ def probe_section(found: ProbeFound, probe: ProbeRun, majority: float | None, ab
     if notes := [line.strip() for line in source_notes(cited, sources)]:
         blocks.append(said("Sources: ", " ".join(notes)))
     if probed.difference is not None and probed.features is not None:
-        how = "on the same images" if probed.paired else "as if on different images, since the other probe is not here"
+        how = (
+            "on the same images"
+            if probed.paired
+            else "as if on different images, since the inputs of the probes are not all there"
+        )
         low, high = (points(end) for end in probed.difference[1:])
         blocks.append(
             said(

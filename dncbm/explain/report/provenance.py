@@ -1,13 +1,14 @@
 """What was run: the settings of a run, its data, and where its artifacts came from, as their manifests say."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dncbm.explain.report.document import Block, Code, Heading, Name, Section, Table, said
+from dncbm.explain.report.document import Block, Code, Heading, Name, Section, Table, note, said
 from dncbm.runs.artifacts import Artifacts
-from dncbm.runs.declarations import SPLITS, ProbeRun, SAERun
-from dncbm.runs.manifests import fingerprint, manifest_path, read_manifest
+from dncbm.runs.declarations import SPLITS, ProbeFeatures, ProbeRun, SAERun
+from dncbm.runs.manifests import ALIGNED, fingerprint, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import flags, values
 
@@ -15,13 +16,15 @@ HASH = 12
 """Characters of a hash that are shown."""
 
 
-def run_section(settings: Settings, run: SAERun, probe: ProbeRun) -> Section:
-    """Settings, data and provenance. Raises UserError if a manifest is damaged."""
-    made = dict(_made(settings, run, probe))
+def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: ProbeRun | None) -> Section:
+    """Settings, data and provenance. `baseline` is the probe on raw features. Raises UserError if a manifest is damaged."""
+    made = dict(_made(settings, run, probe, baseline))
+    sae = made["SAE"][1] if "SAE" in made else {"stage": ""}
     blocks: list[Block] = [
         said("The config is ", Code(str(settings.path)), ". If it is not the default one, the commands in this report need ",
              Code("DNCBM_CONFIG"), " set to it."),
         *_settings("SAE", run),
+        *(_aligned(sae) if sae["stage"] == ALIGNED else ()),
         *_settings("probe", probe),
     ]  # fmt: skip
     if images := tuple(_images(made)):
@@ -39,17 +42,30 @@ def run_section(settings: Settings, run: SAERun, probe: ProbeRun) -> Section:
     return Section("run", "What was run", tuple(blocks))
 
 
-def _made(settings: Settings, run: SAERun, probe: ProbeRun) -> Iterator[tuple[str, tuple[Path, dict[str, Any]]]]:
+def _made(
+    settings: Settings, run: SAERun, probe: ProbeRun, baseline: ProbeRun | None
+) -> Iterator[tuple[str, tuple[Path, dict[str, Any]]]]:
     """Title -> the path and the manifest of each artifact that has one."""
     artifacts, dataset = Artifacts(settings), probe.dataset
     paths = {f"features of {run.dataset}, {split}": artifacts.features(run.dataset, run.encoder, run.hook, split)
-             for split in ("train", "train_val")}  # fmt: skip
+             for split in SPLITS}  # fmt: skip
     paths |= {"SAE": artifacts.sae_in_use(run), "word embeddings": artifacts.embeddings_in_use(run.encoder)}
     paths |= {"names": artifacts.concept_names_in_use(run)}
+    paths |= {
+        f"what images of {one} say of names": artifacts.name_evidence(run, one) for one in artifacts.evidence_datasets(run)
+    }
     paths |= {f"features of {dataset}, {split}": artifacts.features(dataset, run.encoder, run.hook, split) for split in SPLITS}
     paths |= {f"concept strengths of {dataset}, {split}": artifacts.strengths(run, dataset, split) for split in SPLITS}
     paths |= {"probe": artifacts.probe(run, probe), "accuracy with few concepts": artifacts.nec(run, dataset)}
-    paths |= {"stability over seeds": artifacts.seed_stability(run)}
+    features = ProbeFeatures(encoder=run.encoder, hook=run.hook, dataset=dataset)
+    paths |= {"compact bottleneck": artifacts.compact(run, dataset), "zero-shot baseline": artifacts.zero_shot(features)}
+    paths |= {"probe on raw features": artifacts.probe(run, baseline)} if baseline is not None else {}
+    paths |= {f"edit {path.stem}": path for path in sorted(artifacts.interventions(run, probe))}
+    paths |= {"stability over seeds": (stability := artifacts.seed_stability(run))}
+    if manifest_path(stability).is_file():
+        others = read_manifest(stability)["sources"].items()
+        places = {name: Path(os.path.normpath(stability.parent / place)) for name, place in others}
+        paths |= {name: path for name, path in places.items() if path not in paths.values()}
     for title, path in paths.items():
         if manifest_path(path).is_file():
             found = read_manifest(path)
@@ -69,6 +85,14 @@ def _settings(what: str, run: SAERun | ProbeRun) -> Iterator[Block]:
         yield Table("Settings that differ from the defaults", ("flag", "value", "default"), rows, numbers=False)
     same = ", ".join(f"{flag} {value}" for flag, value in found.items() if flag not in changed and value != "")
     yield said(f"Same as the defaults: {same}.")
+
+
+def _aligned(made: Mapping[str, Any]) -> Iterator[Block]:
+    """That an SAE was fine-tuned towards its names."""
+    yield note(
+        "It is a copy of the SAE ", Code(str(made["details"].get("copy_of", "unknown"))), ", fine-tuned towards its names (",
+        Code(f"--align_names {made['settings'].get(ALIGNED, 'unknown')}"), "), so tests of these names say little."
+    )  # fmt: skip
 
 
 def _written(value: object) -> Code | str:

@@ -1,5 +1,7 @@
 """The SAE of a run: what it was trained for, and how often its latents fire."""
 
+from typing import Any
+
 import numpy as np
 
 from dncbm.concepts.sae import SAE_SPLITS, firing_rates, sae_metrics, sae_path
@@ -9,7 +11,7 @@ from dncbm.explain.report.figures import histogram
 from dncbm.explain.report.findings import SAEFound
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
-from dncbm.runs.manifests import manifest_path, read_manifest
+from dncbm.runs.manifests import ALIGNED, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 
 FIGURES = {"l0": "active latents per image (L0)", "explained_variance": "explained variance", "dead_fraction": "dead latents"}
@@ -20,22 +22,24 @@ def read_sae(settings: Settings, run: SAERun, dataset: str) -> SAEFound:
 
     Where training left no rates, they are those of the training images of the probe's data set, if it has strengths.
 
-    Without metrics, if training recorded none and its features are not there to measure it on now.
+    Without metrics, if training recorded none and its features are missing now.
 
     Raises UserError if the SAE is missing or a file is damaged.
     """
     artifacts, path = Artifacts(settings), sae_path(settings, run)
     features = (artifacts.features(run.dataset, run.encoder, run.hook, split) for split in SAE_SPLITS)
-    recorded = manifest_path(path).is_file() and "metrics" in read_manifest(path)["details"]
+    made: dict[str, Any] = read_manifest(path) if manifest_path(path).is_file() else {"stage": "", "details": {}}
+    recorded = "metrics" in made["details"]
+    aligned_from = str(made["details"].get("copy_of", "another SAE")) if made["stage"] == ALIGNED else ""
     can_measure = all(manifest_path(folder).is_file() for folder in features)
     metrics = sae_metrics(settings, run) if recorded or can_measure else {}
     if (rates := firing_rates(settings, run)) is not None:
-        return SAEFound(metrics, rates, f"training images of {run.dataset}")
+        return SAEFound(metrics, rates, f"training images of {run.dataset}", aligned_from)
     if manifest_path(artifacts.strengths(run, dataset, "train")).is_file():
         matrix = load_concept_strengths(settings, run, dataset, "train").matrix
         active = np.bincount(matrix.indices[matrix.data > 0], minlength=matrix.shape[1])
-        return SAEFound(metrics, active / matrix.shape[0], f"training images of {dataset}")
-    return SAEFound(metrics)
+        return SAEFound(metrics, active / matrix.shape[0], f"training images of {dataset}", aligned_from)
+    return SAEFound(metrics, aligned_from=aligned_from)
 
 
 def sae_section(found: SAEFound, absent: Note) -> Section:

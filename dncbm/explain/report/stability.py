@@ -5,7 +5,7 @@ import numpy as np
 from dncbm.concepts.evidence.stability import BINS, Compared, read_stability
 from dncbm.explain.report.claims import STABLE
 from dncbm.explain.report.document import Block, Figure, Section, Table, listed, note, percent, said
-from dncbm.explain.report.figures import Line, curves
+from dncbm.explain.report.figures import shares
 from dncbm.explain.report.findings import Stable
 from dncbm.runs.declarations import SAERun
 from dncbm.runs.settings import Settings
@@ -25,7 +25,12 @@ def read_stable(settings: Settings, run: SAERun) -> Stable | None:
     cosines = np.concatenate([match.cosine[~np.isnan(match.cosine)] for match in found.matches.values()])
     counts, _ = np.histogram(cosines.clip(0, 1), BINS)
     random = np.asarray(found.random_counts, dtype=np.float64)
-    return Stable(found.seeds, found.stability, rows, found.centred.random.above_09, BINS, counts.astype(np.float64), random)
+    above = np.mean(
+        [np.where(np.isnan(match.cosine), np.nan, match.cosine > STABLE) for match in found.matches.values()], axis=0
+    )
+    return Stable(
+        found.seeds, above, rows, found.centred.random.above_09, BINS, counts.astype(np.float64), random, found.left_out
+    )  # fmt: skip
 
 
 def _figures(compared: Compared, kind: str) -> dict[str, float | None]:
@@ -35,7 +40,7 @@ def _figures(compared: Compared, kind: str) -> dict[str, float | None]:
 
 def stability_section(found: Stable) -> Section:
     """The shares of latents that are found again, beside those of random decoders, and both histograms."""
-    known = found.cosine[~np.isnan(found.cosine)]
+    known = found.above[~np.isnan(found.above)]
     rows = tuple(
         (kind, f"{of['median']:.3f}", *("" if of[name] is None else percent(float(of[name] or 0)) for name in SHARES))
         for kind, of in found.rows.items()
@@ -44,21 +49,24 @@ def stability_section(found: Stable) -> Section:
         said(
             f"Each latent is matched with one of each SAE that differs only in its seed ({listed([*map(str, found.seeds)])}), "
             "so that the sum of cosines is largest, after decoders are centred: a mean that all latents share makes any two "
-            "SAEs look alike. Random decoders have the same mean and covariance."
+            "SAEs look alike. Random decoders have the same mean and covariance. Shares are of all matches: one per latent "
+            "and other SAE."
         ),
-        Table(f"Matches of {len(known)} live latents", HEADER, rows),
+        Table(f"Matches of {len(known)} live latents in {len(found.seeds)} other SAEs", HEADER, rows),
     ]
+    if found.left_out:
+        twins = [f"{seed} (the same as {twin})" for seed, twin in found.left_out.items()]
+        blocks.append(note(f"Left out, since another SAE has the same start: seed {listed(twins)}."))
     if not any(of["names_agree"] is not None for of in found.rows.values()):
         blocks.append(note("Names were not compared: the vocabulary was not embedded."))
     if found.counts.sum():
-        middles = (found.edges[:-1] + found.edges[1:]) / 2
-        lines = {"this SAE": Line(middles, 100 * found.counts / found.counts.sum())}
-        if found.random_counts.sum():
-            lines["random decoders"] = Line(middles, 100 * found.random_counts / found.random_counts.sum())
-        summary = f"{percent(float((known > STABLE).mean()))} of latents are above {STABLE} on average over the seeds"
+        counts = {"this SAE": found.counts, "random decoders": found.random_counts}
+        summary = (
+            f"{percent(float(known.mean()))} of matches are above {STABLE}, of random decoders {percent(found.random_above)}"
+        )
         blocks.append(
             Figure(
-                "stability", curves(lines, "cosine of matched latents, centred", "share of matches, %", step=True),
+                "stability", shares(counts, found.edges, "cosine of matched latents, centred", "matches"),
                 f"Two histograms of the cosine of matched latents, this SAE and random decoders: {summary}.",
                 f"Cosine of matched latents; {summary}.",
             )

@@ -1,16 +1,20 @@
 """The report stage: reads all that is known of a run, and writes `report.html` and `report.md`."""
 
+from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from dncbm.concepts.naming import NAMES
+import numpy as np
+
+from dncbm.concepts.naming import ABSTAINS, NAMES
 from dncbm.concepts.sae import SAE, load_sae
 from dncbm.concepts.strengths import STRENGTHS
 from dncbm.explain.report.claims import Claim, Findings, claims, claims_table
 from dncbm.explain.report.document import Document, Name, Note, Section, listed, note, said
 from dncbm.explain.report.few import few_section, read_few
-from dncbm.explain.report.html import as_html
+from dncbm.explain.report.findings import Evidence
+from dncbm.explain.report.html import GENERATOR, as_html
 from dncbm.explain.report.interventions import interventions_section, read_edits
 from dncbm.explain.report.markdown import PICTURES, as_markdown
 from dncbm.explain.report.names import names_section, read_images_of_names, read_named
@@ -27,13 +31,16 @@ from dncbm.probe.stage import PROBE
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import ProbeRun, Report, SAERun
-from dncbm.runs.errors import UserError
+from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import Outcome, package_versions
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Command
 from sparse_autoencoder.files import whole_file
 
 FILES = "report.html", "report.md"
+LEAD = 1000
+"""Bytes at the start of a page by which it is known."""
+Found = TypeVar("Found")
 
 
 def write_report(
@@ -51,11 +58,15 @@ def write_report(
     the command that makes it. The report is written every time, since it only reads; `overwrite` is ignored.
 
     Raises UserError if the SAE is missing, a file is damaged, or the folder holds another file where the report would be;
-    StaleArtifact if what the report would show was made from something that has changed since.
+    StaleArtifact if the SAE, its names, its strengths or the probe were made from something that has changed since. Other
+    results that are out of date are left out, which is said.
     """
     if probe.on_features:
         raise UserError("--probe_on_features: a report is about concepts, with the probe on raw features as a baseline")
-    folder = report.output if report is not None and report.output is not None else Artifacts(settings).report(run, probe)
+    asked = None if report is None else report.output
+    if asked is not None:
+        check_folder(asked)
+    folder = asked or Artifacts(settings).report(run, probe)
     document, found = make_document(settings, run, probe, device)
     written = write_document(document, folder)
     width = max(len(claim.status) for claim in found)
@@ -71,35 +82,60 @@ def make_document(settings: Settings, run: SAERun, probe: ProbeRun, device: str)
     found_sae = read_sae(settings, run, dataset)
     has_names = Artifacts(settings).concept_names_in_use(run).is_file()
     names = read_named(settings, run, found_sae) if has_names else None
-    evidence = read_images_of_names(settings, run) if has_names else None
-    stable, few, compact = (read_stable(settings, run), read_few(settings, run, dataset), read_compact(settings, run, dataset))
-    probed, (edits, outdated) = read_probed(settings, run, probe, device), read_edits(settings, run, probe)
+    evidence, no_evidence = _fresh(
+        ways, lambda: (read_images_of_names(settings, run) or None) if has_names else None,
+        "What held-out images say about names was not asked.", commands.NAMES,
+    )  # fmt: skip
+    stable, no_stability = _fresh(
+        ways, lambda: read_stable(settings, run),
+        "It was not measured, which takes an SAE that differs only in its seed (stage 2 with another --seed).",
+        commands.SEED_STABILITY,
+    )  # fmt: skip
+    few, no_few = _fresh(ways, lambda: read_few(settings, run, dataset), "It was not measured.", commands.NEC)
+    compact, no_compact = _fresh(
+        ways, lambda: read_compact(settings, run, dataset),
+        "A compact bottleneck was not asked for.", commands.NEC, "--max_concepts", "N",
+    )  # fmt: skip
+    probed = read_probed(settings, run, probe, device)
+    edits, outdated = read_edits(
+        settings, run, probe, names.labels if names else [f"latent {i}" for i in range(sae.n_latents)]
+    )
 
-    not_run = partial(_not_run, ways)
-    no_evidence = ways.not_run("What held-out images say about names was not asked.", commands.NAMES)
     unmeasured = ways.not_run("Its figures are measured on features, which are missing.", commands.SAE_FEATURES)
-    sections = [run_section(settings, run, probe), sae_section(found_sae, unmeasured)]
+    sections = [run_section(settings, run, probe, probed.baseline if probed else None), sae_section(found_sae, unmeasured)]
     if names is None:
-        sections.append(not_run("names", "Names", "Latents have no names.", commands.NAMES))
+        no_names = ways.not_run("Latents have no names.", commands.NAMES)
+        sections.append(Section("names", "Names", (no_names,)))
     else:
-        shown, absent = read_shown(settings, run, dataset, names), list[Note]()
+        shown, lacking = read_shown(settings, run, dataset, names), list[Note]()
         if names.q is None:
-            absent.append(ways.not_run("The names were not tested.", commands.NAMES, "--overwrite"))
+            lacking.append(ways.not_run("The names were not tested.", commands.NAMES, "--overwrite"))
         if evidence is None:
-            absent.append(no_evidence)
+            lacking.append(no_evidence)
+        elif np.isnan(evidence[0].random_passed) and evidence[0].n_tested:
+            what = "The names of random directions were not tested: this table is of an older version."
+            lacking.append(ways.not_run(what, commands.NAMES, *_flags(evidence[0], run)))
         if shown is None:
-            absent.append(ways.not_run(f"There are no concept strengths of {dataset}, whose images would show what latents "
-                                       "respond to.", commands.STRENGTHS))  # fmt: skip
-        sections.append(names_section(names, evidence, shown, run.encoder, absent))
-    title = "Is each latent one thing?"
-    sections.append(one_thing_section(evidence) if evidence else Section("one-thing", title, (no_evidence,)))
-    if stable is None:
-        what = "It was not measured, which takes an SAE that differs only in its seed (stage 2 with another --seed)."
-        sections.append(not_run("stability", "Stability over seeds", what, commands.SEED_STABILITY))
+            lacking.append(ways.not_run(f"There are no concept strengths of {dataset}, whose images would show what latents "
+                                        "respond to.", commands.STRENGTHS))  # fmt: skip
+        sections.append(names_section(names, evidence or (), shown, run.encoder, lacking))
+    first = evidence[0] if evidence else None
+    alike = next((one for one in evidence or () if not one.circular), first)
+    if alike is None:
+        sections.append(Section("one-thing", "Is each latent one thing?", (no_evidence,)))
     else:
-        sections.append(stability_section(stable))
+        lacking, of = [], _flags(alike, run)
+        if np.isnan(alike.mono_random).all():
+            lacking.append(ways.not_run("Random directions were not scored.", commands.NAMES, *of))
+        if alike.circular:
+            what = "Circular: the SAE was trained on these embeddings. Name another encoder of which there are features."
+            lacking.append(ways.not_run(what, commands.NAMES, "--evidence_encoder", "NAME", *of))
+        sections.append(one_thing_section(alike, lacking))
+    no_stable = Section("stability", "Stability over seeds", (no_stability,))
+    sections.append(stability_section(stable) if stable else no_stable)
     if probed is None:
-        sections.append(not_run("probe", "Classification", "No probe was trained on these concepts.", commands.PROBE))
+        no_probe = ways.not_run("No probe was trained on these concepts.", commands.PROBE)
+        sections.append(Section("probe", "Classification", (no_probe,)))
     else:
         lacking = []
         if probed.probed.features is None:
@@ -108,16 +144,22 @@ def make_document(settings: Settings, run: SAERun, probe: ProbeRun, device: str)
             lacking.append(ways.not_run("The zero-shot baseline was not measured.", commands.ZERO_SHOT))
         sections.append(probe_section(probed, probe, few.majority if few else None, lacking))
     if few is None:
-        sections.append(not_run("few", "Accuracy with few concepts", "It was not measured.", commands.NEC))
+        sections.append(Section("few", "Accuracy with few concepts", (no_few,)))
     else:
-        compact_note = ways.not_run("A compact bottleneck was not asked for.", commands.NEC, "--max_concepts", "N")
-        sections.append(few_section(few, compact, dataset, [] if compact else [compact_note]))
+        lacking = [] if compact else [no_compact]
+        if not few.ncc:
+            what = "NCC and the newer controls were not measured: this table is of an older version."
+            lacking.append(ways.not_run(what, commands.NEC, "--overwrite"))
+        elif "named" not in few.nec and names and len({verdict == ABSTAINS for verdict in names.verdicts}) == 2:
+            lacking.append(ways.not_run("Named concepts alone were not measured.", commands.NEC, "--overwrite"))
+        sections.append(few_section(few, compact, dataset, lacking))
     old = [note(f"Left out, since the probe or the names have changed since: {listed(outdated)}.")] if outdated else []
     if not edits:
         old.append(ways.not_run("No concepts of this probe were edited.", commands.INTERVENE, "--remove", "LIST"))
     sections.append(interventions_section(edits, old))
 
-    judged = claims(Findings(found_sae, names, evidence, stable, probed.probed if probed else None, few, edits))
+    of_probe = probed.probed if probed else None
+    judged = claims(Findings(found_sae, names, first, stable, of_probe, few, edits, bool(outdated), alike))
     supports = Section("supports", "What this run supports", (said(*_ABOUT_CLAIMS), claims_table(judged)))
     title = f"Concepts of {run.encoder}, trained on {run.dataset}: what this run supports"
     lead = (
@@ -133,9 +175,31 @@ _ABOUT_CLAIMS = (
 )
 
 
-def _not_run(ways: Ways, id: str, title: str, what: str, command: Command, *more: str) -> Section:
-    """A section whose stage was not run."""
-    return Section(id, title, (ways.not_run(what, command, *more),))
+def _flags(evidence: Evidence, run: SAERun) -> tuple[str, ...]:
+    """The flags by which its images are asked again."""
+    return () if evidence.dataset == run.dataset else ("--evidence_dataset", evidence.dataset)
+
+
+def _fresh(
+    ways: Ways, read: Callable[[], Found | None], what: str, command: Command, *more: str
+) -> tuple[Found | None, Note]:  # fmt: skip
+    """What a command has made, or None if it is missing or out of date; and what to say then."""
+    try:
+        return read(), ways.not_run(what, command, *more)
+    except StaleArtifact as error:
+        again = () if command is commands.NAMES else ("--overwrite",)  # evidence is always made again
+        why = f"It is out of date and left out: {listed(error.differences)}."
+        return None, ways.not_run(why, command, *more, *again)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError if a report cannot be written to a folder, or would replace a file that is no report of ours."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--report_folder {folder}: {path} is a file: name a folder")
+    page = folder / FILES[0]
+    if page.is_dir() or (page.is_file() and GENERATOR.encode() not in page.read_bytes()[:LEAD]):
+        raise UserError(f"{page} is not a report of this tool: name another --report_folder, or move it away")
 
 
 def write_document(document: Document, folder: Path) -> list[Path]:
@@ -153,5 +217,6 @@ def write_document(document: Document, folder: Path) -> list[Path]:
 
 
 REPORT = commands.REPORT.stage(
-    function=write_report, inputs=(SAE, NAMES, STRENGTHS, PROBE, NEC), needs=(), explains=PROBE, makes="the report"
-)
+    function=write_report, inputs=(SAE, NAMES, STRENGTHS, PROBE, NEC), needs=(), explains=PROBE, else_explains=SAE,
+    makes="the report",
+)  # fmt: skip
