@@ -19,10 +19,11 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
+import re
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,30 +141,28 @@ def usual_monoscore(codes: np.ndarray, x: torch.Tensor, words: torch.Tensor, nam
     return (similarity / weight).double().numpy()
 
 
-def measured(
-    way: Callable[..., Floats], what: str, folder: Path, sizes: Sizes, rounds: int, results: "multiprocessing.Queue[Measured]"
-) -> None:
+def measured(way: Callable[..., Floats], what: str, folder: Path, sizes: Sizes, rounds: int) -> Measured:
     store = FeatureStore(folder, "")
     torch.ones(64, 64) @ torch.ones(64, 64)  # allocates what torch always needs
-    before, seconds, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], []
+    before, seconds, cpu = peak_rss_mib(), [], []
     for _ in range(rounds):
         start, start_cpu = time.perf_counter(), time.process_time()
         found = way(what, store, sizes)
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    results.put(Measured(min(seconds), min(cpu), growth, found))
+    return Measured(min(seconds), min(cpu), peak_rss_mib() - before, found)
+
+
+def peak_rss_mib() -> float:
+    """The most memory that this process has had. (`ru_maxrss` of a spawned process begins at the peak of its parent.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def apart(way: Callable[..., Floats], what: str, folder: Path, sizes: Sizes, rounds: int = 1) -> Measured:
     """What a way takes in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[Measured] = context.Queue()
-    process = context.Process(target=measured, args=(way, what, folder, sizes, rounds, results))
-    process.start()
-    found = results.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured, way, what, folder, sizes, rounds).result()
 
 
 def main() -> None:

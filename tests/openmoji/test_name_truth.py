@@ -25,6 +25,7 @@ from dncbm.concepts.naming import ABSTAINS, assign_names, read_name_tests
 from dncbm.concepts.vocabulary import Vocabulary
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
+from dncbm.runs.manifests import making
 from dncbm.runs.settings import Settings, load_settings
 from sparse_autoencoder import SparseAutoencoder, save_checkpoint
 
@@ -192,8 +193,10 @@ def planted(write_config: Callable[..., Path], make_store, write_tar, encoded) -
         sae.encoder_weight.copy_(torch.eye(WIDTH))
         sae.encoder_bias.zero_()
         sae.decoder_weight.copy_(torch.nn.functional.normalize(torch.from_numpy(directions).float(), dim=1))
-    save_checkpoint(sae, artifacts.sae(run))
-    np.save(artifacts.firing_rates(run), (strengths > 0).mean(axis=0))
+    with making(artifacts.sae(run), "sae", {}, {}, overwrite=False) as work:
+        save_checkpoint(sae, artifacts.sae(run))
+        np.save(artifacts.firing_rates(run), (strengths > 0).mean(axis=0))
+        work.done([artifacts.sae(run), artifacts.firing_rates(run)])
     artifacts.words().parent.mkdir()
     artifacts.words().write_text("\n".join([*PLANTED, *(f"zz{i}" for i in range(N_WORDS - len(PLANTED)))]))
     torch.save(torch.from_numpy(words).float(), artifacts.published_embeddings("enc"))
