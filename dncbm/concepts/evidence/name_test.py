@@ -12,9 +12,10 @@ from tqdm import tqdm
 N_NEAREST = 5
 """Words that are listed for each latent."""
 N_NULL, NULL_PER_LATENT = 10_000, 20
-"""Directions that hold no word, for comparison: N_NULL, or NULL_PER_LATENT times the number of live latents if that
-is more. With n of them no p is below 1 / (n + 1). Of m latents, at least m / (q (n + 1)) must therefore reach it before one has
-the q-value q: with 20 m directions a single one is enough at q = 0.05."""
+"""Directions that hold no word, for comparison: N_NULL, or NULL_PER_LATENT times the number of live latents if that is more.
+
+With n of them no p is below 1 / (n + 1). Of m latents, at least m / (q (n + 1)) must therefore reach it before one has the
+q-value q: with 20 m directions a single one is enough at q = 0.05."""
 NULL_SEED = 0
 NEAR_SYNONYMS = 0.6
 """Cosine of two centred words from which they mean nearly the same, so that a small margin between them is no doubt."""
