@@ -24,29 +24,40 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from dncbm.bottleneck.export import export_model
     from dncbm.bottleneck.model import ConceptBottleneckModel
-    from dncbm.concepts.naming import assign_names, read_names
+    from dncbm.concepts.alignment import align_names
+    from dncbm.concepts.evidence.images import name_evidence, read_evidence
+    from dncbm.concepts.evidence.stability import read_stability, seed_stability
+    from dncbm.concepts.naming import assign_names, read_name_tests, read_names
     from dncbm.concepts.sae import load_sae, train_sae
     from dncbm.concepts.strengths import load_concept_strengths, save_concept_strengths
     from dncbm.concepts.vocabulary import load_vocabulary, save_vocabulary_embeddings
+    from dncbm.explain.report.stage import write_report
     from dncbm.features.encoders import load_encoder
     from dncbm.features.stage import open_features, save_probe_features, save_sae_features
+    from dncbm.probe.compact import measure_compact, read_compact
     from dncbm.probe.intervention_stage import measure_intervention
     from dncbm.probe.nec import accuracy_at_nec
     from dncbm.probe.stage import load_probe, load_probe_data, train_linear_probe
     from dncbm.probe.zero_shot import evaluate_zero_shot
     from dncbm.runs.artifacts import Artifacts
     from dncbm.runs.declarations import (
+        Alignment,
+        Compact,
+        Evidence,
         Export,
         Extraction,
         Grid,
         Intervention,
         NamedEncoder,
+        Naming,
         Partition,
         ProbeDataset,
         ProbeFeatures,
         ProbeRun,
+        Report,
         SAEFeatures,
         SAERun,
+        Seeds,
         Splits,
     )
     from dncbm.runs.errors import StaleArtifact, UserError
@@ -61,15 +72,15 @@ __all__ = [  # noqa: RUF022 - by meaning
     # the config, paths, errors
     "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
     # declarations: what a run is
-    "Export", "Extraction", "Grid", "Intervention", "NamedEncoder", "Partition", "ProbeDataset", "ProbeFeatures", "ProbeRun",
-    "SAEFeatures", "SAERun", "Splits",
+    "Alignment", "Compact", "Evidence", "Export", "Extraction", "Grid", "Intervention", "NamedEncoder", "Naming", "Partition",
+    "ProbeDataset", "ProbeFeatures", "ProbeRun", "Report", "SAEFeatures", "SAERun", "Seeds", "Splits",
     # stages, in order
     "STAGES", "save_sae_features", "train_sae", "save_vocabulary_embeddings", "assign_names", "save_probe_features",
     "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec", "export_model",
-    "measure_intervention",
+    "measure_intervention", "name_evidence", "align_names", "measure_compact", "seed_stability", "write_report",
     # what they made
     "load_concept_strengths", "load_encoder", "load_probe", "load_probe_data", "load_sae", "load_vocabulary",
-    "open_features", "read_names",
+    "open_features", "read_compact", "read_evidence", "read_name_tests", "read_names", "read_stability",
 ]  # fmt: skip
 
 # Imported when they are used: most need torch, which takes seconds, and `--help` needs none of them.
@@ -77,7 +88,12 @@ _MODULES = {
     "ConceptBottleneckModel": "dncbm.bottleneck.model",
     "export_model": "dncbm.bottleneck.export",
     "measure_intervention": "dncbm.probe.intervention_stage",
-    **dict.fromkeys(("assign_names", "read_names"), "dncbm.concepts.naming"),
+    "align_names": "dncbm.concepts.alignment",
+    **dict.fromkeys(("name_evidence", "read_evidence"), "dncbm.concepts.evidence.images"),
+    **dict.fromkeys(("read_stability", "seed_stability"), "dncbm.concepts.evidence.stability"),
+    **dict.fromkeys(("assign_names", "read_name_tests", "read_names"), "dncbm.concepts.naming"),
+    **dict.fromkeys(("measure_compact", "read_compact"), "dncbm.probe.compact"),
+    "write_report": "dncbm.explain.report.stage",
     **dict.fromkeys(("load_sae", "train_sae"), "dncbm.concepts.sae"),
     **dict.fromkeys(("load_concept_strengths", "save_concept_strengths"), "dncbm.concepts.strengths"),
     **dict.fromkeys(("load_vocabulary", "save_vocabulary_embeddings"), "dncbm.concepts.vocabulary"),
@@ -89,17 +105,23 @@ _MODULES = {
     "Artifacts": "dncbm.runs.artifacts",
     **dict.fromkeys(
         (
+            "Alignment",
+            "Compact",
+            "Evidence",
             "Export",
             "Extraction",
             "Grid",
             "Intervention",
             "NamedEncoder",
+            "Naming",
             "Partition",
             "ProbeDataset",
             "ProbeFeatures",
             "ProbeRun",
+            "Report",
             "SAEFeatures",
             "SAERun",
+            "Seeds",
             "Splits",
         ),
         "dncbm.runs.declarations",
