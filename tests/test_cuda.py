@@ -37,13 +37,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dncbm import ConceptBottleneckModel, cli
+from dncbm.concepts.evidence.dissect import dissect
+from dncbm.concepts.evidence.monosemanticity import monosemanticity
 from dncbm.concepts.evidence.name_test import run_name_test
+from dncbm.concepts.evidence.prediction import predict
 from dncbm.concepts.naming import nearest_words
 from dncbm.concepts.strengths import to_csr
 from dncbm.concepts.vocabulary import Vocabulary
 from dncbm.features.encoders import Encoder
+from dncbm.features.store import FeatureStore
 from dncbm.features.streaming import encode_pixels
 from dncbm.probe import interventions, nec, reweighting
+from dncbm.probe.compact import compact_bottleneck
 from dncbm.probe.fit import Keep, fit_probe, fit_prox
 from dncbm.probe.model import ProbeData, accuracy_of_groups, evaluate_probe, linear, probe_loss
 from dncbm.probe.reweighting import independence_weights
@@ -51,6 +56,7 @@ from dncbm.probe.rows import SparseRows
 from dncbm.probe.state import StateFile
 from dncbm.probe.zero_shot import zero_shot_weight
 from dncbm.runs.declarations import ProbeRun
+from dncbm.runs.manifests import making
 from sparse_autoencoder import (
     BatchTopK,
     JumpReLU,
@@ -437,6 +443,30 @@ def name_tested(device: torch.device, folder: Path) -> list[Any]:
     return [found.z, found.p, found.q, found.centred]
 
 
+def judged_by_images(device: torch.device, folder: Path) -> list[Any]:
+    """Of a device without float64, the stage takes the CPU instead."""
+    device = CPU if device.type == "mps" else device
+    rng = np.random.default_rng(0)
+    with making(folder, "features by hand", {}, {}, overwrite=True) as work:
+        np.save(folder / "00000.npy", rng.normal(size=(60, 6)).astype(np.float32))
+        np.save(folder / "00000.keys.npy", np.arange(60))
+        work.done(folder.glob("*.npy"))
+    images, words = FeatureStore(folder, "a command"), functional.normalize(torch.from_numpy(rng.normal(size=(40, 6))).float())
+    codes = scipy.sparse.csc_matrix(np.maximum(rng.normal(-0.5, 1, (60, 9)), 0).astype(np.float32))
+    found = (
+        predict(codes, images, words, rng.integers(0, 40, 9), device=device),
+        dissect(codes, images, words, device=device),
+        monosemanticity(codes, images, device=device),
+    )
+    return [value for one in found for value in vars(one).values()]
+
+
+def compact(device: torch.device, folder: Path) -> list[Any]:
+    splits = {split: strengths_of(seed) for seed, split in enumerate(("train", "train_val", "val"))}
+    found = compact_bottleneck(splits, C, 4, 0, device, StateFile(folder / "state.safetensors"))
+    return [found.concepts, [point.val_top1 for point in found.points]]
+
+
 def clip(device: torch.device, precision: str = "fp32", tower: str = "vit") -> Encoder:
     vision = {"layers": [1, 1, 1, 1] if tower == "resnet" else 2, "width": 16, "image_size": 32}
     vision |= {"head_width": 8} if tower == "resnet" else {"head_width": 8, "patch_size": 8}
@@ -487,6 +517,8 @@ FUNCTIONS: dict[str, Callable[[torch.device, Path], list[Any]]] = {
     "sparse strengths": sparse,
     "names": named,
     "test of names": name_tested,
+    "evidence from images": judged_by_images,
+    "compact bottleneck": compact,
     "probe": partial(probed, fit=fit_probe),
     "probe, prox": partial(probed, fit=fit_prox, sparsity_lambda=0.5, solver="prox"),
     "probe's metrics": probe_metrics,
