@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -137,6 +138,14 @@ def _verdicts(names: Sequence[str], passed: NDArray[np.bool_]) -> list[str]:
     return [ABSTAINS if not one else NAMED if times[name] == 1 else COLLISION for name, one in pairs]
 
 
+def _say_all_live(rates: Path) -> None:
+    said = "all latents count as live"
+    if rates.is_file():  # perhaps those of another SAE
+        logging.getLogger(__name__).warning(f"{rates} is not used, since no manifest says that it is this SAE's: {said}")
+    else:
+        print(f"no firing rates beside the SAE: {said}")
+
+
 def _check_width(dictionary: torch.Tensor, vocabulary: Vocabulary) -> None:
     if dictionary.shape[1] != vocabulary.embeddings.shape[1]:
         raise UserError(
@@ -188,7 +197,7 @@ def assign_names(
         if work.needed:
             torch_device, dictionary, vocabulary, rates = needed()
             if rates is None:
-                print("no firing rates beside the SAE: all latents count as live")
+                _say_all_live(artifacts.firing_rates(run))
             live = np.ones(len(dictionary), dtype=bool) if rates is None else rates > 0
             tests = name_latents(dictionary, vocabulary, live, naming, device=torch_device)
             write_csv(target, COLUMNS, _rows(tests))

@@ -330,7 +330,8 @@ def test_programs_find_the_hub_and_its_cache_by_the_environment(
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     server.repositories["me/pets"] = Repository(private=True, commits={"a" * 40: files})
     images = [str(path) for path in small_run.images[::5]]
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    environment = {key: value for key, value in kept.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": READ_ONLY}
 
     def run(name: str) -> subprocess.CompletedProcess[str]:

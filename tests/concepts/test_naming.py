@@ -369,13 +369,15 @@ def test_every_column_is_what_it_says(held: Settings) -> None:
 
 
 @pytest.mark.parametrize("remain", [False, True], ids=["none", "of another SAE"])
-def test_without_firing_rates_every_latent_counts_as_live(held: Settings, capsys, remain: bool) -> None:
-    """Those that are left beside an SAE that was put there by hand do not count."""
+def test_without_firing_rates_every_latent_counts_as_live(held: Settings, capsys, caplog, remain: bool) -> None:
+    """Those that are left beside an SAE that was put there by hand do not count, which is a warning."""
     manifest_path(Artifacts(held).sae(RUN)).unlink()
     if not remain:
         Artifacts(held).firing_rates(RUN).unlink()
     assign_names(held, RUN, device="cpu")
-    assert "no firing rates beside the SAE: all latents count as live" in capsys.readouterr().out
+    said = capsys.readouterr().out + caplog.text
+    assert "all latents count as live" in said
+    assert (f"{Artifacts(held).firing_rates(RUN)} is not used" in caplog.text) == remain
     rows = rows_of(held)
     assert rows[9]["verdict"] == NAMED
     assert all(row["q"] for row in rows)

@@ -154,8 +154,11 @@ def measured(splits: dict[str, ProbeData], path: Path, n: int = 8, seed: int = 5
 
 @pytest.fixture(scope="module")
 def curve(splits: dict[str, ProbeData], tmp_path_factory: pytest.TempPathFactory) -> CompactCurve:
-    torch.set_num_threads(1)
-    return measured(splits, tmp_path_factory.mktemp("compact"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests, which compare its bits
+    found = measured(splits, tmp_path_factory.mktemp("compact"))
+    torch.set_num_threads(threads)
+    return found
 
 
 @pytest.mark.parametrize(
