@@ -22,6 +22,7 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import IMPORT_PUBLISHED, NEC, PROBE, SAE
 from dncbm.runs.declarations import Comparison, SAEFeatures, SAERun
 from dncbm.runs.errors import UserError
+from dncbm.runs.find import TELLING, changed_flags
 from dncbm.runs.manifests import IMPORTED, manifest_path, read_manifest
 from dncbm.runs.results import Row, read_results, text_table, text_width, write_csv
 from dncbm.runs.settings import Settings
@@ -60,10 +61,6 @@ TRADED = ("explained_variance", "train_val_top1")
 SETTINGS = flags(SAERun)
 PLACES = tuple(flags(SAEFeatures))
 """Settings that say which features an SAE is of. Only SAEs of the same features can be on one Pareto front."""
-TELLING = tuple(
-    name for name, flag in SETTINGS.items() if flag.setting.identifies != "never" or flag.setting.in_name is not None
-)
-"""Settings that the result depends on, or that tell where it lies."""
 TEXTS = ("sae", "origin", "made", "path")
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "=": operator.eq, "<": operator.lt,
@@ -398,7 +395,7 @@ def best(rows: Sequence[ComparedSAE], name: str) -> tuple[str, int, int]:
 def flags_that_find(settings: Settings, row: ComparedSAE, column: str) -> str:
     """The flags by which other stages find an SAE, and with a column of a data set, the probe that it is of."""
     places = [name for name, flag in SETTINGS.items() if flag.setting.in_name == ""]
-    words = [*_changed(settings, row, places), "--sae", row.run.config_name]
+    words = [*changed_flags(settings, row.values, places), "--sae", row.run.config_name]
     dataset = column.partition(":")[2]
     if dataset and row.values.get(f"probe:{dataset}"):
         words += ["--probe_dataset", dataset, "--probe", str(row.values[f"probe:{dataset}"])]
@@ -407,21 +404,7 @@ def flags_that_find(settings: Settings, row: ComparedSAE, column: str) -> str:
 
 def flags_that_train(settings: Settings, row: ComparedSAE) -> str:
     """The flags of stage 2 that train an SAE with the same settings."""
-    return shlex.join(_changed(settings, row, TELLING))
-
-
-def _changed(settings: Settings, row: ComparedSAE, names: Iterable[str]) -> list[str]:
-    """The flags whose values are not the defaults of config.py."""
-
-    def default(name: str) -> Any:
-        configured = settings.defaults.get(name)
-        return SETTINGS[name].default if configured is None else SETTINGS[name].parse(str(configured))
-
-    told = {name: row.values[name] for name in names if row.values[name] not in (None, default(name))}
-    words = [
-        [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)] for name, value in told.items()
-    ]
-    return [word for of_flag in words for word in of_flag]
+    return shlex.join(changed_flags(settings, row.values, TELLING))
 
 
 # ----------------------------------------------------------------------------------------------------------- writing

@@ -21,6 +21,10 @@ from sparse_autoencoder.declare import build, flags
 Run = type[SAERun] | type[ProbeRun]
 RUNS: dict[str, Run] = {"sae": SAERun, "probe": ProbeRun}
 """Flag that takes the name of a run -> what it names."""
+TELLING = tuple(
+    name for name, flag in flags(SAERun).items() if flag.setting.identifies != "never" or flag.setting.in_name is not None
+)
+"""Settings that an SAE depends on, or that tell where it lies."""
 LISTED = 12
 """At most this many runs are listed in an error."""
 
@@ -209,6 +213,20 @@ def _unknown(stage: Stage, name: str, cls: Run, here: Mapping[Path, Values], mad
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     known = f"; did you mean {' or '.join(near)}?" if near else f": train one with {stage.command()}"
     return UserError(f"there is no {stage.makes} {name}" + known)
+
+
+def changed_flags(settings: Settings, values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The words of a command line that give settings of an SAE, as far as they are not the defaults of config.py.
+
+    `values` is flag -> value, of which `names` are told.
+    """
+    known, words = flags(SAERun), list[str]()
+    for name in names:
+        value, configured = values[name], settings.defaults.get(name)
+        default = known[name].default if configured is None else known[name].parse(str(configured))
+        if value not in (None, default):
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return words
 
 
 def _ways(stage: Stage, runs: Sequence[Values]) -> str:

@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import poisson
 from torch.nn.functional import normalize
 
+from dncbm.concepts.evidence.name_test import mean_and_root
 from dncbm.runs.errors import UserError
 
 SHARED_START = 1e-6
@@ -66,13 +67,8 @@ def random_like(directions: torch.Tensor, rng: np.random.Generator) -> torch.Ten
 
     They are the same on every device.
     """
-    rows = directions.detach().cpu().double()
-    mean = rows.mean(dim=0)
-    apart = rows - mean
-    variances, axes = torch.linalg.eigh(apart.T @ apart / max(len(rows) - 1, 1))
-    # The symmetric root is unique, and exists also where fewer rows than dimensions make the covariance singular.
-    root = (axes * variances.clamp(min=0).sqrt()) @ axes.T
-    normal = torch.from_numpy(rng.standard_normal((len(rows), len(mean))))
+    mean, root = mean_and_root(directions.detach().cpu().double())
+    normal = torch.from_numpy(rng.standard_normal((len(directions), len(mean))))
     drawn = normalize(mean + normal @ root, dim=1).to(directions.dtype)  # on the CPU, since mps has no float64
     return drawn.to(directions.device)
 

@@ -177,15 +177,21 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return q
 
 
-def _null(live: torch.Tensor, n: int, seed: int) -> Iterator[torch.Tensor]:
-    """Random directions of unit norm with the mean and the covariance of live latents, in chunks of CHUNK x D float64.
+def mean_and_root(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of rows (D), and the symmetric square root of their covariance (D x D), to draw others like them.
 
-    The symmetric square root of the covariance exists also if it is singular, and is unique: eigenvectors are not.
+    That root is unique, which eigenvectors are not, and exists also where fewer rows than dimensions make the covariance
+    singular.
     """
-    mean = live.mean(dim=0)
-    apart = live - mean
-    values, vectors = torch.linalg.eigh(apart.T @ apart / max(len(live) - 1, 1))
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    mean = rows.mean(dim=0)
+    apart = rows - mean
+    variances, axes = torch.linalg.eigh(apart.T @ apart / max(len(rows) - 1, 1))
+    return mean, (axes * variances.clamp(min=0).sqrt()) @ axes.T
+
+
+def _null(live: torch.Tensor, n: int, seed: int) -> Iterator[torch.Tensor]:
+    """Random directions of unit norm with the mean and the covariance of live latents, in chunks of CHUNK x D float64."""
+    mean, root = mean_and_root(live)
     generator = np.random.default_rng([seed, 4])  # shares no draws with those that others make from the seed alone
     for start in range(0, n, CHUNK):
         normal = torch.from_numpy(generator.standard_normal((min(CHUNK, n - start), len(mean))))

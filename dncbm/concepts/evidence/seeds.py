@@ -12,6 +12,7 @@ from dncbm.concepts.sae import SAE
 from dncbm.runs.artifacts import Artifacts, aligned_suffix
 from dncbm.runs.declarations import SAERun, Seeds
 from dncbm.runs.errors import UserError
+from dncbm.runs.find import TELLING, changed_flags
 from dncbm.runs.manifests import ALIGNED, manifest_path, read_manifest
 from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import build, flags, identity, values
@@ -112,11 +113,6 @@ def training_commands(settings: Settings, run: SAERun, seeds: Iterable[int], *mo
         strength = made["settings"][ALIGNED]
         stage, aligned = NAMES, ["--align_names", str(strength)]
         run = replace(run, suffix=run.suffix.removesuffix(aligned_suffix(strength)))
-    words, known = list[str](), flags(SAERun)
-    for name, value in values(run).items():
-        flag, configured = known[name], settings.defaults.get(name)
-        default = flag.default if configured is None else flag.parse(str(configured))
-        matters = flag.setting.identifies != "never" or flag.setting.in_name is not None
-        if matters and name != "seed" and value not in (None, default):
-            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    told = values(run)
+    words = changed_flags(settings, told, [name for name in TELLING if name in told and name != "seed"])
     return ", then ".join(stage.command(*map(shlex.quote, words), "--seed", str(seed), *aligned, *more) for seed in seeds)
