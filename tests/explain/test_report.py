@@ -349,7 +349,7 @@ def test_edits_are_told_by_their_concepts_and_everything_has_its_provenance(whol
     assert re.sub(r"\s+", " ", f"remove {' , '.join(edit.concepts[:5])}") in re.sub(r"\s+", " ", after)
     text = " ".join(shown.text)
     for title in (
-        "probe on raw features", "compact bottleneck", "SAE of seed 50", "what images of photos say of names", "edit remove",
+        "probe on raw features", "compact bottleneck", "SAE of seed 50", "evidence from images of photos", "edit remove",
         "features of photos, val", "stability over seeds",
     ):  # fmt: skip
         assert title in text, title

@@ -51,9 +51,7 @@ def _made(
              for split in SPLITS}  # fmt: skip
     paths |= {"SAE": artifacts.sae_in_use(run), "word embeddings": artifacts.embeddings_in_use(run.encoder)}
     paths |= {"names": artifacts.concept_names_in_use(run)}
-    paths |= {
-        f"what images of {one} say of names": artifacts.name_evidence(run, one) for one in artifacts.evidence_datasets(run)
-    }
+    paths |= {f"evidence from images of {one}": artifacts.name_evidence(run, one) for one in artifacts.evidence_datasets(run)}
     paths |= {f"features of {dataset}, {split}": artifacts.features(dataset, run.encoder, run.hook, split) for split in SPLITS}
     paths |= {f"concept strengths of {dataset}, {split}": artifacts.strengths(run, dataset, split) for split in SPLITS}
     paths |= {"probe": artifacts.probe(run, probe), "accuracy with few concepts": artifacts.nec(run, dataset)}
