@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 RUN = $(VENV)/bin/python
+NODE_MODULES = $(if $(shell command -v npm 2> /dev/null),tests/browser/node_modules/.package-lock.json)
 DEMO = DNCBM_CONFIG=examples/openmoji/config.py $(RUN)
 
 .PHONY: demo test test-fast install clean
@@ -18,6 +19,8 @@ demo: $(VENV)/.installed
 	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 50
 	$(DEMO) scripts/02_train_sae_img.py --overwrite --seed 51
 	$(DEMO) scripts/14_seed_stability.py --overwrite --seed 49
+	$(DEMO) scripts/04_assign_names.py --overwrite --seed 50
+	$(DEMO) scripts/06_save_concept_strengths.py --overwrite --seed 50
 	$(DEMO) scripts/05_save_probe_features.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) scripts/06_save_concept_strengths.py --overwrite --probe_dataset openmoji_outlines
 	$(DEMO) examples/openmoji/summarise.py
@@ -25,14 +28,15 @@ demo: $(VENV)/.installed
 	$(DEMO) examples/openmoji/explain.py
 	$(DEMO) scripts/15_report.py --seed 49
 	$(DEMO) scripts/11_export_model.py --overwrite --license cc-by-sa-4.0 --output examples/openmoji/run/model
+	$(DEMO) scripts/16_browse.py --overwrite --seed 49 --beside seed=50 --browser_folder examples/openmoji/run/browser
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(NODE_MODULES)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
-test-fast: $(VENV)/.installed
+test-fast: $(VENV)/.installed $(NODE_MODULES)
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
@@ -47,6 +51,11 @@ $(VENV)/.installed: requirements.txt examples/openmoji/requirements.txt examples
 	$(RUN) -m pip install --no-build-isolation -e .
 	touch $@
 
+# Made where there is npm, and again when the lock file changes.
+tests/browser/node_modules/.package-lock.json: tests/browser/package-lock.json
+	npm ci --prefix tests/browser --no-audit --no-fund
+	touch $@
+
 # Remove the demo's output and the environment.
 clean:
-	rm -rf $(VENV) examples/openmoji/run
+	rm -rf $(VENV) tests/browser/node_modules examples/openmoji/run

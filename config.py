@@ -34,7 +34,8 @@ sae_datasets = {
 
 # Images that the linear probe classifies. places365, cifar10, cifar100 and waterbirds100 are read as published; for any
 # other name, the folder holds train/<class>/<image> and val/<class>/<image> (as ImageNet does). To read a folder under
-# another name, or with other splits: "copy": {"path": "datasets/copy", "reader": "cifar10"}; see docs/DATA.md.
+# another name, or with other splits: "copy": {"path": "datasets/copy", "reader": "cifar10"}; see docs/DATA.md. With
+# "license": "CC BY 4.0, A. Photographer", pages that show the images say under which licence, and whom to credit.
 probe_datasets = {
     "places365": "datasets/places365",
     "imagenet": "datasets/imagenet",

@@ -20,6 +20,6 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["dncbm", "dncbm.*"]),
-    package_data={"dncbm": ["py.typed", "data/*.json"]},
+    package_data={"dncbm": ["py.typed", "data/*.json", "browser/site/*"]},
     install_requires=requirements,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.commands import (
+    BROWSE,
     COMPARE_RUNS,
     DOWNLOAD,
     EXPORT,
@@ -55,6 +56,7 @@ _IN_ORDER: tuple[Command, ...] = (
     INTERVENE,
     SEED_STABILITY,
     REPORT,
+    BROWSE,
     *TASK_AGNOSTICITY.commands,
     *META_CLUSTERS.commands,
     *LOCAL_EXPLANATIONS.commands,
@@ -63,7 +65,7 @@ _IN_ORDER: tuple[Command, ...] = (
 )
 COMMANDS = {command.name: command for command in _IN_ORDER}
 """The command line of each stage. Reading it imports nothing that computes."""
-_APART = (DOWNLOAD, COMPARE_RUNS, EXPORT, IMPORT_PUBLISHED, INTERVENE, SEED_STABILITY, REPORT, REPRODUCE)
+_APART = (DOWNLOAD, COMPARE_RUNS, EXPORT, IMPORT_PUBLISHED, INTERVENE, SEED_STABILITY, REPORT, BROWSE, REPRODUCE)
 PIPELINE_COMMANDS = tuple(command for command in _IN_ORDER if command not in _APART)
 """Downloads, exports, imports and interventions take files that config.py does not name; the others read many runs, or call
 the pipeline's stages."""

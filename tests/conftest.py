@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,6 +37,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in a background j
 EXAMPLE = Path(__file__).parents[1] / "examples" / "openmoji"
 ROOTS = {name: name for name in ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")}
 COMPLETE = ROOTS | {"vocabulary": "words", "sae_datasets": {}, "probe_datasets": {}, "encoders": {}, "defaults": {}}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A line for every program without which tests were left out (tests/browser/conftest.py)."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        if "apt-get install" in reason:
+            terminalreporter.write_line(f"{count} tests were left out, {reason.removeprefix('Skipped: ')}", yellow=True)
 
 
 @pytest.fixture

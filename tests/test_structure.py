@@ -15,7 +15,7 @@ from dncbm.runs.stage import Command
 from dncbm.stages import COMMANDS, STAGES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("runs", "features", "concepts", "probe", "explain", "stages", "flags", "bottleneck", "reproduce", "cli")
+ROOMS = ("runs", "features", "concepts", "probe", "explain", "browser", "stages", "flags", "bottleneck", "reproduce", "cli")
 """Each may import those before it."""
 MODULES = sorted((ROOT / "dncbm").rglob("*.py"))
 

@@ -6,7 +6,7 @@ line is a name or label whatever it looks like: `\\#1`, `\\2020`.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from dncbm.concepts.naming import ConceptName, concept_labels
 from dncbm.runs.errors import UserError
 
 COMMENT, ESCAPE = "#", "\\"
+SPECIAL = (COMMENT, ESCAPE, "\ufeff")
+DIGITS = 18
+"""An index has at most this many."""
 
 
 def read_concepts(path: Path, names: Sequence[ConceptName]) -> list[int]:
@@ -64,7 +67,7 @@ def _meant(text: str, known: Collection[str]) -> Named:
     """The name, label or index that a text stands for. Raises UserError if it is an index and also the name of a concept."""
     if text.startswith(ESCAPE):
         return text.removeprefix(ESCAPE)
-    if not re.fullmatch(r"[0-9]{1,18}", text):
+    if not re.fullmatch(rf"[0-9]{{1,{DIGITS}}}", text):
         return text
     if text in known:
         raise UserError(f"{text} is an index and a name: write {ESCAPE}{text} for the name, or a label for the index")
@@ -72,13 +75,27 @@ def _meant(text: str, known: Collection[str]) -> Named:
 
 
 def list_of(concepts: Sequence[int], names: Sequence[ConceptName], about: str) -> str:
-    """The text of a list that `read_concepts` reads: concepts by their labels, below a comment."""
-    labels = concept_labels(names)
-    return "\n".join([f"{COMMENT} {' '.join(about.split())}", *(_line(labels[index]) for index in concepts), ""])
+    """The text of a list that `read_concepts` reads: concepts as `lines_of` writes them, below a comment."""
+    lines = lines_of(names)
+    return "\n".join([f"{COMMENT} {' '.join(about.split())}", *(lines[index] for index in concepts), ""])
 
 
-def _line(label: str) -> str:
-    return ESCAPE + label if label.isdigit() or label.startswith((COMMENT, ESCAPE)) else label
+def lines_of(names: Sequence[ConceptName]) -> list[str]:
+    """How a list writes each concept, alone for `read_concepts` or before a comma or tab and a factor for `read_factors`.
+
+    That is its label, after a backslash where it would be read as something else. It is the index where the label cannot stand
+    in a list or means other concepts too: with zeros before it where a concept has these digits as its name.
+    """
+    known = spellings_of(names)
+    return [_line(index, label, known) for index, label in enumerate(concept_labels(names))]
+
+
+def _line(index: int, label: str, known: Mapping[str, set[int]]) -> str:
+    # A line loses the spaces at its ends, and a file what is no UTF-8 and the mark at its beginning.
+    is_whole = label == label.rstrip() and not set(label) & set("\t\n\r") and not re.search("[\ud800-\udfff]", label)
+    if not is_whole or known[label] != {index}:
+        return next((digits for n in range(1, DIGITS + 1) if (digits := f"{index:0{n}d}") not in known), f"{index}")
+    return ESCAPE + label if not label or label.isdigit() or label[0].isspace() or label[0] in SPECIAL else label
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

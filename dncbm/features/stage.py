@@ -293,6 +293,15 @@ def features_background(settings: Settings, dataset: str, encoder: str, hook: st
     return str(made["settings"].get("background", "none"))
 
 
+def images_print(settings: Settings, dataset: str, encoder: str, hook: str, split: str) -> str:
+    """Fingerprint of the images that the features of a split were extracted from, as far as it is known, and of what is behind
+    transparent ones."""
+    folder = Artifacts(settings).features(dataset, encoder, hook, split)
+    inputs = read_manifest(folder)["inputs"] if manifest_path(folder).is_file() else {}
+    background = features_background(settings, dataset, encoder, hook, split)
+    return f"{inputs.get(f'{split} images of {dataset}', '')} {background}"
+
+
 def probe_labels(settings: Settings, dataset: str, split: str, keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Labels (int64) of the rows with these keys, which are indices in the data set's own split.
 

@@ -484,6 +484,14 @@ class Artifacts:
         """Folder of the report of a run."""
         return self._analysed("report", run) / probe.dataset / probe.config_name
 
+    def browser(self, run: SAERun, probe: ProbeRun, split: str) -> Path:
+        """Folder of the browser of a run."""
+        return self._analysed("browser", run) / probe.dataset / probe.config_name / split
+
+    def browsers(self, run: SAERun) -> Iterable[Path]:
+        """The first page of every browser of an SAE."""
+        return sorted(self._analysed("browser", run).glob("*/*/*/index.html"))
+
     # Exports
 
     def export(self, run: SAERun, probe: ProbeRun | None, kind: str) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dncbm.runs.declarations import (
     Alignment,
     BestRuns,
+    Browse,
     Clusters,
     Compact,
     Comparison,
@@ -168,6 +169,13 @@ REPORT = Command(
     summary="Write one page about a run: what it supports, with the figures that this rests on.",
     takes=(SAERun, ProbeRun, Report),
     place="dncbm.explain.report.stage:REPORT",
+)
+BROWSE = Command(
+    name="browse",
+    script="16_browse.py",
+    summary="Write the browser of a run: a folder of pages that shows its concepts, classes and images, and opens anywhere.",
+    takes=(SAERun, ProbeRun, Explained, Browse),
+    place="dncbm.browser.stage:BROWSE",
 )
 REPRODUCE = Command(
     name="reproduce",

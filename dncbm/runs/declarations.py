@@ -610,6 +610,22 @@ class Report(_Checked):
     )
 
 
+# --------------------------------------------------------------------------------------------------------- browser
+
+
+@dataclass(frozen=True)
+class Browse(_Checked):
+    """Where the browser of a run is written, and which other runs it shows."""
+
+    output: Path | None = setting(
+        None, "folder to write; by default one in analysis_dir", flag="browser_folder", configurable=False
+    )
+    beside: tuple[str, ...] = setting(
+        (), "other SAEs to show beside this one, each by the flags in which it differs, such as 'seed=50' or "
+        "'sae_type=topk,k=32', or as sae=NAME", separate=True, configurable=False,
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------- export
 
 

@@ -42,6 +42,8 @@ class ProbeSource:
     """Our split -> the data set's own; empty: the reader's. With `train_val`, nothing is held out of `train`."""
     names_reader: bool = False
     """Whether the entry names the reader, which must then exist."""
+    license: str | None = None
+    """Licence of the images and whom to credit, in words."""
 
     @property
     def own_splits(self) -> tuple[str, ...]:
@@ -223,6 +225,8 @@ def _paths(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             where = f"{key}[{name!r}]"
             if isinstance(entry, dict):
                 for one, value in entry.items():
+                    if one == "license":
+                        continue
                     at = f"{where}[{one!r}]"
                     yield from ((at, path) for path in _listed(value) if isinstance(path, str | Path))
             elif isinstance(entry, str | Path):
@@ -254,8 +258,8 @@ def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
         entry = {"path": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str | Path):
         raise UserError(f'{where} must be a folder or {{"path": FOLDER, "reader": NAME, "splits": {{...}}}}, not {entry!r}')
-    if unknown := sorted(set(entry) - {"path", "reader", "splits"}):
-        raise UserError(f"{where} has the unknown key {unknown[0]!r}; it may have path, reader and splits")
+    if unknown := sorted(set(entry) - {"path", "reader", "splits", "license"}):
+        raise UserError(f"{where} has the unknown key {unknown[0]!r}; it may have path, reader, splits and license")
     splits, reader = entry.get("splits", {}), entry.get("reader", name)
     complete = isinstance(splits, dict) and (not splits or {"train", "val"} <= set(splits) <= set(SPLITS))
     if not complete or not all(isinstance(own, str) for own in splits.values()):
@@ -267,7 +271,9 @@ def _probe_source(path: Path, name: str, entry: Any) -> ProbeSource:
         )
     if not isinstance(reader, str):
         raise UserError(f"{where}: reader must be a name, not {reader!r}")
-    return ProbeSource(path.parent / entry["path"], reader, splits, names_reader="reader" in entry)
+    if not isinstance(license := entry.get("license"), str | None):
+        raise UserError(f"{where}: license must be a text, not {license!r}")
+    return ProbeSource(path.parent / entry["path"], reader, splits, "reader" in entry, license)
 
 
 def _encoder_entry(path: Path, name: str, entry: Any) -> EncoderEntry:

@@ -19,13 +19,15 @@ sae_datasets = {
     }
 }
 
+_license = "OpenMoji, CC BY-SA 4.0, https://openmoji.org"
 probe_datasets = {
-    "openmoji_categories": "run/categories",
-    "openmoji_outlines": "run/outlines",
+    "openmoji_categories": {"path": "run/categories", "license": _license},
+    "openmoji_outlines": {"path": "run/outlines", "license": _license},
     "openmoji_backgrounds": {
         "path": "run/backgrounds",
         "reader": "waterbirds100",
         "splits": {"train": "0", "train_val": "1", "val": "2"},  # train_val has other emoji than train
+        "license": _license,
     },
 }
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from dncbm.concepts.lists import concepts_named, list_of, read_concepts, read_factors
+from dncbm.concepts.lists import concepts_named, lines_of, list_of, read_concepts, read_factors
 from dncbm.concepts.lookup import classes_of, concept_of, concepts_of, spellings_of
-from dncbm.concepts.naming import ConceptName
+from dncbm.concepts.naming import VERDICTS, ConceptName
 
 WORDS = ("sea", "dog", "salt, pepper", "dog", "#1", "2020", "\\o/", "dog")
 NAMES = [ConceptName(index, word, 0.5) for index, word in enumerate(WORDS)]
@@ -127,6 +129,38 @@ def test_a_list_of_factors_is_read(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text("sea,0.5\n# dog,9\nsalt, pepper, 2\ndog #3\t0\n\\#1\t1e1\n\\2020,0.25\n7, 3\ndog #3,0.0\n")
     assert read_factors(path, NAMES) == {0: 0.5, 2: 2, 3: 0, 4: 10, 5: 0.25, 7: 3}
+
+
+PIECES = ("sea", "dog", " #1", "#", "\\", ",", "0.5", "0", "1", "²", "\t", "\n", "\r", "\x1c", "\x85", "\u3000", "\ufeff",
+          "\udc80", " ", "latent 0 (", "?)")  # fmt: skip
+HOSTILE = st.one_of(st.lists(st.sampled_from(PIECES), max_size=3).map("".join), st.text(st.characters(), max_size=4))
+
+
+@given(
+    named=st.lists(st.tuples(HOSTILE, st.sampled_from([*VERDICTS, None])), min_size=1, max_size=6), mark=st.sampled_from(",\t")
+)
+@example(named=[("sea ", None), ("0", None), ("00", None)], mark=",")  # neither the label nor the index of the first works
+@example(named=[("dog", None), ("dog", None), ("dog #0", None)], mark=",")  # a label that is a name, too
+def test_every_concept_can_be_written_in_both_kinds_of_lists(
+    tmp_path_factory: pytest.TempPathFactory, named: list[tuple[str, str | None]], mark: str
+) -> None:
+    names = [ConceptName(index, name, 0.5, verdict) for index, (name, verdict) in enumerate(named)]
+    path, lines = tmp_path_factory.getbasetemp() / "list.txt", lines_of(names)
+    for index, line in enumerate(lines):
+        path.write_text(line, encoding="utf-8", newline="")
+        assert read_concepts(path, names) == [index]
+    every = list(range(len(names)))
+    path.write_text("".join(f"{lines[index]}{mark}{index / 4}\n" for index in every), encoding="utf-8", newline="")
+    assert read_factors(path, names) == {index: index / 4 for index in every}
+    path.write_text(list_of(every, names, "all"), encoding="utf-8")
+    assert read_concepts(path, names) == every
+
+
+def test_a_list_writes_labels_wherever_it_can() -> None:
+    assert lines_of(NAMES) == ["sea", "dog #1", "salt, pepper", "dog #3", "\\#1", "\\2020", "\\\\o/", "dog #7"]
+    odd = ["sea ", "0", "00", " dog", "", "a\tb", "a\rb", "\ud800", "²", "\ufeffcat"]
+    lines = lines_of([ConceptName(index, name, 0.5) for index, name in enumerate(odd)])
+    assert lines == ["000", "\\0", "\\00", "\\ dog", "\\", "5", "6", "7", "\\²", "\\\ufeffcat"]
 
 
 @pytest.mark.parametrize(

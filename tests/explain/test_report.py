@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from dncbm.explain.report.interventions import read_edits
 from dncbm.explain.report.markdown import as_markdown
 from dncbm.explain.report.names import read_images_of_names, read_named
 from dncbm.explain.report.probe import read_probed
-from dncbm.explain.report.stage import write_report
+from dncbm.explain.report.stage import CLAIMS, read_claims, write_report
 from dncbm.flags import run_stage
 from dncbm.probe.intervention_stage import measure_intervention
 from dncbm.probe.stage import load_probe, train_linear_probe
@@ -309,6 +310,56 @@ def test_both_files_hold_every_section_and_the_same_numbers(whole: Settings) -> 
     words = [one for one in HOSTILE if one in " ".join(found.text)]
     assert "<script>alert(1)</script>" in words
     assert len(words) >= 5
+
+
+def test_claims_for_programs_are_those_of_the_table(whole: Settings, tmp_path: Path) -> None:
+    page, text = files(whole)
+    folder = Artifacts(whole).report(RUN, PROBE)
+    reported = read_claims(folder)
+    assert reported is not None
+    assert len(reported.claims) == len(claims(Findings()))
+    table = page.partition('id="supports"')[2].partition("</table>")[0].partition("<tbody")[2]
+    rows = [parsed_text(f"<tr{row}") for row in table.split("<tr")[1:]]
+    for row, claim in zip(rows, reported.claims, strict=True):
+        wanted = f"{claim.text} Criterion: {claim.criterion} {claim.status} {claim.rests_on} Details"
+        assert re.sub(r" \S (?=(not )?(supported|tested) )", " ", row) == " ".join(wanted.split()), "apart from its sign"
+        assert f'<a href="#{claim.section}">' in table
+    assert f"{reported.made:%Y-%m-%dT%H:%M} UTC" in page
+    assert f"{reported.made:%Y-%m-%dT%H:%M} UTC" in re.sub(r"\\(?=[^\w\s])", "", text)
+    assert reported.made.utcoffset() == timedelta(0)
+    assert read_claims(tmp_path) is None, "a folder without a report"
+
+
+def parsed_text(row: str) -> str:
+    """The words of a row of a table."""
+    found = Parsed()
+    found.feed(row.partition("</tr>")[0])
+    return " ".join(" ".join(found.text).split())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda found: "{", "claims.json is damaged"),
+        (lambda found: [], ""),
+        (lambda found: found | {"made": "yesterday"}, "yesterday"),
+        (lambda found: found | {"made": "2026-11-28T21:05:00"}, "no zone"),
+        (lambda found: {"claims": found["claims"]}, "made"),
+        (lambda found: found | {"claims": [found["claims"][0] | {"status": "maybe"}]}, "'maybe' is no status"),
+        (lambda found: found | {"claims": [found["claims"][0] | {"rests_on": 3}]}, "no text"),
+        (lambda found: found | {"claims": [found["claims"][0] | {"more": ""}]}, "more"),
+        (lambda found: found | {"claims": [{"text": "a"}]}, "criterion"),
+        (lambda found: found | {"claims": 3}, ""),
+    ],
+)
+def test_damaged_claims_are_refused(
+    whole: Settings, tmp_path: Path, refusal: Callable, spoil: Callable[[Any], Any], why: str
+) -> None:
+    found = json.loads((Artifacts(whole).report(RUN, PROBE) / CLAIMS).read_text(encoding="utf-8"))
+    spoilt = spoil(found)
+    (tmp_path / CLAIMS).write_text(spoilt if isinstance(spoilt, str) else json.dumps(spoilt), encoding="utf-8")
+    with refusal(tmp_path / CLAIMS, "15_report.py", why):
+        read_claims(tmp_path)
 
 
 def test_probes_are_compared_as_by_hand(whole: Settings, tmp_path: Path) -> None:

@@ -171,6 +171,29 @@ def test_train_is_not_held_out_of_itself(write_config: Callable[..., Path], refu
         load_settings(path)
 
 
+def test_images_have_a_licence_in_words(write_config: Callable[..., Path], refusal) -> None:
+    """Whatever it says, it is no path."""
+    entries = {
+        "a": {"path": "x", "license": "CC BY 4.0 \0 / .."},
+        "b": {"path": "x", "license": ""},
+        "c": {"path": "x"},
+        "d": "x",
+    }
+    found = load_settings(write_config(probe_datasets=entries)).probe_datasets
+    assert [source.license for source in found.values()] == ["CC BY 4.0 \0 / ..", "", None, None]
+    path = write_config(probe_datasets={"mine": {"path": "x", "license": ["CC BY 4.0"]}})
+    with refusal(path, "'mine'", "license must be a text", "['CC BY 4.0']"):
+        load_settings(path)
+    path = write_config(probe_datasets={"mine": {"path": "x", "licence": "CC BY 4.0"}})
+    with refusal(path, "'mine'", "'licence'", "license"):
+        load_settings(path)
+
+
+def test_the_demo_says_whose_its_images_are() -> None:
+    sources = load_settings(REPOSITORY / "examples" / "openmoji" / "config.py").probe_datasets.values()
+    assert all("OpenMoji" in (source.license or "") and "CC BY-SA 4.0" in (source.license or "") for source in sources)
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_a_missing_key_is_named(write_config: Callable[..., Path], refusal, key: str) -> None:
     path = write_config(**{key: None})

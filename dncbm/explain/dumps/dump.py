@@ -26,7 +26,14 @@ from dncbm.concepts.naming import NAMES, ConceptName, concept_labels, read_names
 from dncbm.concepts.strengths import ConceptStrengths, finished_strengths, load_concept_strengths, strengths_width
 from dncbm.features.datasets import open_image, read_file
 from dncbm.features.datasets.probe import display_name, probe_images
-from dncbm.features.stage import PROBE_FEATURES, are_extracted, features_background, probe_class_names, probe_labels
+from dncbm.features.stage import (
+    PROBE_FEATURES,
+    are_extracted,
+    features_background,
+    images_print,
+    probe_class_names,
+    probe_labels,
+)
 from dncbm.probe.stage import PROBE, load_probe
 from dncbm.runs.artifacts import Artifacts, ExplanationFolder
 from dncbm.runs.declarations import HOOKS, SPLITS, LatentSelection, ProbeRun, SAERun, Selection
@@ -343,7 +350,7 @@ def _choose(settings: Settings, dump: Dump, kind: Kind, selection: LatentSelecti
         earlier, pictured = [], {}
     known = set(earlier)
     chosen = earlier + [item for item in items if item not in known]
-    prints = {dataset: _images_print(settings, dump, dataset) for dataset in kind.images(dump, items)}
+    prints = {dataset: images_print(settings, *_features_of(dump, dataset)) for dataset in kind.images(dump, items)}
     stale = [dataset for dataset, found in prints.items() if pictured.get(dataset) != found]
     for dataset in stale:
         shutil.rmtree(dump.files.image(dataset, 0).parent, ignore_errors=True)
@@ -359,14 +366,6 @@ def _features_of(dump: Dump, dataset: str) -> tuple[str, str, str, str]:
     """Data set, encoder, hook point and split of the features that a dump is made from."""
     hook = read_manifest(dump.files.dump)["run"].get("hook_points", HOOKS[0])
     return dataset, dump.about["encoder"], hook, dump.about["split"]
-
-
-def _images_print(settings: Settings, dump: Dump, dataset: str) -> str:
-    """Fingerprint of the images that the features were extracted from, and of what is behind transparent ones."""
-    features = _features_of(dump, dataset)
-    folder = Artifacts(settings).features(*features)
-    inputs = read_manifest(folder)["inputs"] if manifest_path(folder).is_file() else {}
-    return f"{inputs.get(f'{features[-1]} images of {dataset}', '')} {features_background(settings, *features)}"
 
 
 def _add_thumbnails(settings: Settings, dump: Dump, dataset: str, indices: Sequence[int] | Integers, overwrite: bool) -> None:
@@ -432,12 +431,12 @@ def listed(concepts: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{label} {value:+.3g}" for label, value in concepts) or "none"
 
 
-def square(image: Image.Image) -> Image.Image:
-    """The centre square of an image, at most THUMBNAIL pixels wide: roughly what the encoder sees after preprocessing."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cropped = image.crop((left, top, left + side, top + side))
-    return cropped.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS) if side > THUMBNAIL else cropped
+def square(image: Image.Image, side: int = THUMBNAIL) -> Image.Image:
+    """The centre square of an image, at most `side` pixels wide: roughly what the encoder sees after preprocessing."""
+    own = min(image.size)
+    left, top = (image.width - own) // 2, (image.height - own) // 2
+    cropped = image.crop((left, top, left + own, top + own))
+    return cropped.resize((side, side), Image.Resampling.LANCZOS) if own > side else cropped
 
 
 # ------------------------------------------------------------------------------------------- what every kind reads

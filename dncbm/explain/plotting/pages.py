@@ -263,26 +263,28 @@ def contact_sheet(dump: Dump, kind: str) -> None:
 
 
 def link_sheets(artifacts: Artifacts, run: SAERun) -> None:
-    """Link the contact sheets of an SAE to each other. One that cannot be read or written stays as it is."""
+    """Link the contact sheets of an SAE to each other and to its browsers. One that cannot be read or written stays as it is."""
     sheets: dict[Path, str] = {}
-    for kind in sorted(path.name for path in artifacts.settings.analysis_dir.iterdir() if path.is_dir()):
+    analyses = artifacts.settings.analysis_dir
+    for kind in sorted(path.name for path in analyses.iterdir() if path.is_dir()) if analyses.is_dir() else ():
         of_kind = artifacts.explanation(kind, run)
         top = of_kind.dump.parent
         for sheet in sorted(top.rglob(of_kind.contact_sheet.name)):
             if sheet.parent.name == of_kind.figures.name:
                 which = ", ".join(sheet.parent.parent.relative_to(top).parts)
                 sheets[sheet] = f"{kind.replace('_', ' ')}: {which}"
+    browsers = {page: f"browser: {', '.join(page.parts[-4:-1])}" for page in artifacts.browsers(run)}
     for sheet in sheets:
         links = "\n".join(
             f'<a href="{quote(Path(os.path.relpath(other, sheet.parent)).as_posix())}">{_html(which)}</a>'
-            for other, which in sheets.items()
+            for other, which in (browsers | sheets).items()
             if other != sheet
         )
         try:
             old = sheet.read_text(encoding="utf-8")
             start, mark, rest = old.partition("<nav>")
             _, end_mark, end = rest.partition("</nav>")
-            new = f"{start}{mark}\nOther figures of this SAE:\n{links}\n{end_mark}{end}" if links else old
+            new = f"{start}{mark}\nMore about this SAE:\n{links}\n{end_mark}{end}" if links else old
             if end_mark and new != old:
                 with whole_file(sheet) as temporary:
                     temporary.write_text(new, encoding="utf-8")

@@ -59,7 +59,7 @@ def read_probed(settings: Settings, run: SAERun, probe: ProbeRun, device: str) -
     correct = _correct(settings, run, probe, device, needed=top1 is None)
     top1 = float(correct.double().mean()) if top1 is None and correct is not None else float(top1)
     n = _images(Artifacts(settings).probe_accuracies(run, probe)) if correct is None else len(correct)
-    rows = _rows(settings, run, probe)
+    rows = rows_of_probe(settings, run, probe)
     baseline = _baseline(rows)
     cells = [cell for cell in published_cells(published_figures(), run.encoder) if cell.dataset == probe.dataset]
     cells += our_cells(rows, run.encoder)
@@ -101,8 +101,8 @@ def is_right(weight: torch.Tensor, data: ProbeData) -> torch.Tensor:
     return torch.cat([(true_class_ranks(linear(batch, weight), labels) == 0) for batch, labels in batches]).cpu()
 
 
-def _rows(settings: Settings, run: SAERun, probe: ProbeRun) -> list[Row]:
-    """The rows of the results that are of this probe, or of baselines on the same data."""
+def rows_of_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> list[Row]:
+    """The rows of the results that are of this probe, or of baselines on the same data. Raises as `read_results`."""
     path = Artifacts(settings).probe_results()
     if not path.is_file():
         return []

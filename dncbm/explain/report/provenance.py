@@ -18,7 +18,7 @@ HASH = 12
 
 def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: ProbeRun | None) -> Section:
     """Settings, data and provenance. `baseline` is the probe on raw features. Raises UserError if a manifest is damaged."""
-    made = dict(_made(settings, run, probe, baseline))
+    made = artifacts_made(settings, run, probe, baseline)
     sae = made["SAE"][1] if "SAE" in made else {"stage": ""}
     blocks: list[Block] = [
         said("The config is ", Code(str(settings.path)), ". If it is not the default one, the commands in this report need ",
@@ -31,7 +31,7 @@ def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: Prob
         blocks.append(Table("Images", ("data", "images"), images))
     if made:
         rows = tuple(
-            (title, _time(found["made"]), f"{found['details'].get('seconds', 0):g}", Code(fingerprint(path)[:HASH]))
+            (title, written_time(found["made"]), f"{found['details'].get('seconds', 0):g}", Code(fingerprint(path)[:HASH]))
             for title, (path, found) in made.items()
         )
         blocks += [
@@ -42,10 +42,13 @@ def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: Prob
     return Section("run", "What was run", tuple(blocks))
 
 
-def _made(
+def artifacts_made(
     settings: Settings, run: SAERun, probe: ProbeRun, baseline: ProbeRun | None
-) -> Iterator[tuple[str, tuple[Path, dict[str, Any]]]]:
-    """Title -> the path and the manifest of each artifact that has one."""
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Title -> the path and the manifest of each artifact of a run that has one. `baseline` is the probe on raw features.
+
+    Raises UserError if a manifest is damaged.
+    """
     artifacts, dataset = Artifacts(settings), probe.dataset
     paths = {f"features of {run.dataset}, {split}": artifacts.features(run.dataset, run.encoder, run.hook, split)
              for split in SPLITS}  # fmt: skip
@@ -64,25 +67,32 @@ def _made(
         others = read_manifest(stability)["sources"].items()
         places = {name: Path(os.path.normpath(stability.parent / place)) for name, place in others}
         paths |= {name: path for name, path in places.items() if path not in paths.values()}
-    for title, path in paths.items():
-        if manifest_path(path).is_file():
-            found = read_manifest(path)
-            yield title, (path, {"made": "unknown", "versions": {}} | found)
+    return {
+        title: (path, {"made": "unknown", "versions": {}} | read_manifest(path))
+        for title, path in paths.items()
+        if manifest_path(path).is_file()
+    }
+
+
+def changed_and_same(run: SAERun | ProbeRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flag -> value of the settings of a run that are not the declared defaults, and of the others, without those not set."""
+    cls: Any = type(run)
+    declared = flags(cls)
+    found = {flag: value for flag, value in values(run).items() if value not in (None, "") and not isinstance(value, bool)}
+    changed = {flag: value for flag, value in found.items() if value != declared[flag].default}
+    return changed, {flag: value for flag, value in found.items() if flag not in changed}
 
 
 def _settings(what: str, run: SAERun | ProbeRun) -> Iterator[Block]:
     """The name of a run, a table of the settings that are not the declared defaults, and the others as a list."""
     cls: Any = type(run)
-    declared = flags(cls)
-    found = {flag: value for flag, value in values(run).items() if value is not None and not isinstance(value, bool)}
-    changed = {flag: value for flag, value in found.items() if value != declared[flag].default and value != ""}
+    declared, (changed, same) = flags(cls), changed_and_same(run)
     rows = tuple((Name(flag), _written(value), _written(declared[flag].default)) for flag, value in changed.items())
     yield Heading(f"Settings of the {what}")
     yield said("Its folder is called ", Code(run.config_name), ".")
     if rows:
         yield Table("Settings that differ from the defaults", ("flag", "value", "default"), rows, numbers=False)
-    same = ", ".join(f"{flag} {value}" for flag, value in found.items() if flag not in changed and value != "")
-    yield said(f"Same as the defaults: {same}.")
+    yield said(f"Same as the defaults: {', '.join(f'{flag} {value}' for flag, value in same.items())}.")
 
 
 def _aligned(made: Mapping[str, Any]) -> Iterator[Block]:
@@ -97,7 +107,8 @@ def _written(value: object) -> Code | str:
     return Code(str(value)) if value not in (None, "") else "none"
 
 
-def _time(made: object) -> str:
+def written_time(made: object) -> str:
+    """The time at which a manifest says that an artifact was made, for people."""
     return str(made).removesuffix("+00:00").replace("T", " ")
 
 

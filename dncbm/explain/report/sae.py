@@ -47,7 +47,7 @@ def sae_section(found: SAEFound, absent: Note) -> Section:
     splits = list(found.metrics)
     table = Table(
         "The SAE on its own images", ("", *splits),
-        tuple((title, *(_shown(key, found.metrics[split][key]) for split in splits)) for key, title in FIGURES.items()),
+        tuple((title, *(shown_metric(key, found.metrics[split][key]) for split in splits)) for key, title in FIGURES.items()),
     )  # fmt: skip
     blocks: list[Block] = [
         said("The SAE was trained on train and has not seen train_val. A large gap between them means that it memorises."),
@@ -71,7 +71,8 @@ def sae_section(found: SAEFound, absent: Note) -> Section:
     return Section("sae", "The sparse autoencoder", tuple(blocks))
 
 
-def _shown(key: str, value: float | None) -> str:
+def shown_metric(key: str, value: float | None) -> str:
+    """One of FIGURES as text."""
     if value is None:
         return "undefined"
     return percent(value) if key == "dead_fraction" else f"{value:.{2 if key == 'l0' else 3}f}"

@@ -1,6 +1,8 @@
-"""The report stage: reads all that is known of a run, and writes `report.html` and `report.md`."""
+"""The report stage: reads all that is known of a run, and writes `report.html`, `report.md` and `claims.json`."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +13,18 @@ from dncbm.concepts.naming import ABSTAINS, NAMES
 from dncbm.concepts.sae import SAE, load_sae
 from dncbm.concepts.strengths import STRENGTHS
 from dncbm.explain.report.claims import Claim, Findings, claims, claims_table
-from dncbm.explain.report.document import Document, Name, Note, Section, listed, note, said
+from dncbm.explain.report.document import (
+    NOT_SUPPORTED,
+    NOT_TESTED,
+    SUPPORTED,
+    Document,
+    Name,
+    Note,
+    Section,
+    listed,
+    note,
+    said,
+)
 from dncbm.explain.report.few import few_section, read_few
 from dncbm.explain.report.findings import Evidence
 from dncbm.explain.report.html import GENERATOR, as_html
@@ -31,16 +44,27 @@ from dncbm.probe.stage import PROBE
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import ProbeRun, Report, SAERun
-from dncbm.runs.errors import StaleArtifact, UserError
-from dncbm.runs.manifests import Outcome, package_versions
+from dncbm.runs.errors import StaleArtifact, UserError, first_line
+from dncbm.runs.manifests import Outcome, package_versions, write_json
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Command
 from sparse_autoencoder.files import whole_file
 
 FILES = "report.html", "report.md"
+CLAIMS = "claims.json"
+"""What the report says that the run supports, for programs."""
 LEAD = 1000
 """Bytes at the start of a page by which it is known."""
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a report says that a run supports."""
+
+    made: datetime
+    """UTC, to the second."""
+    claims: tuple[Claim, ...]
 
 
 def write_report(
@@ -54,8 +78,8 @@ def write_report(
 ) -> Outcome:
     """Stage 15: one page about a run: what it supports, and the figures that this rests on.
 
-    Writes `report.html`, which needs no other file, and `report.md` with its figures beside it. What was not run is said, with
-    the command that makes it. The report is written every time, since it only reads; `overwrite` is ignored.
+    Writes `report.html`, which needs no other file, `report.md` with its figures beside it, and `claims.json`. What was not
+    run is said, with the command that makes it. The report is written every time, since it only reads; `overwrite` is ignored.
 
     Raises UserError if the SAE is missing, a file is damaged, or the folder holds another file where the report would be;
     StaleArtifact if the SAE, its names, its strengths or the probe were made from something that has changed since. Other
@@ -68,7 +92,7 @@ def write_report(
         check_folder(asked)
     folder = asked or Artifacts(settings).report(run, probe)
     document, found = make_document(settings, run, probe, device)
-    written = write_document(document, folder)
+    written = write_document(document, found, folder)
     width = max(len(claim.status) for claim in found)
     print("\n".join(f"{claim.status:<{width}}  {claim.text}" for claim in found))
     for path in written:
@@ -202,9 +226,10 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{page} is not a report of this tool: name another --report_folder, or move it away")
 
 
-def write_document(document: Document, folder: Path) -> list[Path]:
-    """Write both files of a report, and the pictures of the Markdown. Returns the two files."""
-    made = datetime.now(timezone.utc).isoformat(timespec="minutes").removesuffix("+00:00")
+def write_document(document: Document, found: Sequence[Claim], folder: Path) -> list[Path]:
+    """Write both files of a report, the pictures of the Markdown, and the claims. Returns the two files."""
+    now = datetime.now(timezone.utc)
+    made = now.isoformat(timespec="minutes").removesuffix("+00:00")
     footer = f"Made by dncbm {package_versions().get('dncbm', '')}, {made} UTC."
     for name, content in document.pictures():
         with whole_file(folder / PICTURES / name) as temporary:
@@ -213,7 +238,31 @@ def write_document(document: Document, folder: Path) -> list[Path]:
     for path, text in zip(written, (as_html(document, footer), as_markdown(document, footer)), strict=True):
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
+    write_json(folder / CLAIMS, {"made": now.isoformat(timespec="seconds"), "claims": [asdict(claim) for claim in found]})
     return written
+
+
+def read_claims(folder: Path) -> Reported | None:
+    """What the report in a folder says that its run supports; None if there is no report, or one of an older version.
+
+    Raises UserError if the file is damaged.
+    """
+    path = folder / CLAIMS
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        reported = Reported(datetime.fromisoformat(found["made"]), tuple(Claim(**claim) for claim in found["claims"]))
+        if reported.made.tzinfo is None:
+            raise ValueError("its time has no zone")
+        if not all(isinstance(text, str) for claim in reported.claims for text in asdict(claim).values()):
+            raise ValueError("a claim is no text")
+        if unknown := {claim.status for claim in reported.claims} - {SUPPORTED, NOT_SUPPORTED, NOT_TESTED}:
+            raise ValueError(f"{unknown.pop()!r} is no status of a claim")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        again = REPORT.command()
+        raise UserError(f"{path} is damaged ({first_line(error)}): run {again} with the flags of this run") from error
+    return reported
 
 
 REPORT = commands.REPORT.stage(

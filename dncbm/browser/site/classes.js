@@ -1,0 +1,185 @@
+"use strict";
+// All classes of the probed data set, and one of them.
+
+/** @typedef {{ number: number, name: string, size: number, right: number, logit: number }} ClassFacts */
+
+/** Key -> title and order of the classes, the first at the top; by number where the order leaves it open.
+ * @type {Record<string, [string, (a: ClassFacts, b: ClassFacts) => number]>} */
+const CLASS_ORDERS = {
+  "": ["Number", () => 0],
+  name: ["Name", (a, b) => a.name.localeCompare(b.name)],
+  size: ["Most images", (a, b) => b.size - a.size],
+  worst: ["Lowest accuracy", (a, b) => unknownLast(a.right, b.right) || a.right - b.right],
+  best: ["Highest accuracy", (a, b) => unknownLast(a.right, b.right) || b.right - a.right],
+  logit: ["Highest mean logit", (a, b) => unknownLast(a.logit, b.logit) || b.logit - a.logit],
+};
+
+/** Unknown numbers come last in either direction. @param {number} a @param {number} b */
+function unknownLast(a, b) {
+  return Number(Number.isNaN(a)) - Number(Number.isNaN(b));
+}
+
+/** @param {string} title */
+function noProbe(title) {
+  return h("div", {}, h("h1", {}, title), note("This run has no probe.", "python scripts/07_train_linear_probe.py"));
+}
+
+/** @param {Route} route @returns {Promise<ClassFacts[]>} */
+async function classFacts(route) {
+  /** @type {Classes} */
+  const { size, right, mean_logit: logit } = await ofRun(route.run, "classes");
+  return site.classes.map((name, number) => ({
+    number, name, size: size[number], right: right[number] / size[number], logit: logit[number],
+  }));
+}
+
+/** @type {View} */
+async function showClasses(route) {
+  if (!site.runs[route.run].has_probe) return noProbe("Classes");
+  const facts = await classFacts(route);
+  const [body, found] = [h("tbody", { class: "arrows" }), h("p", { role: "status" })];
+  const search = h("input", { type: "search", value: route.params.get("q") ?? "", oninput: () => changed() });
+  const sorted = route.params.get("sort") ?? "";
+  const sort = h("select", { onchange: () => changed() });
+  for (const [key, [title]] of Object.entries(CLASS_ORDERS)) {
+    sort.append(h("option", { value: key, selected: key === sorted }, title));
+  }
+  const fill = () => {
+    const asked = search.value.trim().toLowerCase();
+    const shown = facts.filter(({ name }) => name.toLowerCase().includes(asked)).sort(CLASS_ORDERS[sort.value][1]);
+    refill(body, shown.map((one) => classLine(one)));
+    found.textContent = shown.length === facts.length ? counted(facts.length, "class", "classes")
+      : `${counted(shown.length, "class", "classes")} of ${facts.length.toLocaleString("en")}`;
+  };
+  const changed = () => {
+    replaceAddress(linkTo(route, "classes", { ...editsOf(currentRoute()), q: search.value.trim(), sort: sort.value }));
+    fill();
+  };
+  fill();
+  const controls = h("div", { class: "controls" }, h("label", {}, "Search", search), h("label", {}, "Order", sort));
+  const of = `The classes of ${site.datasets[Number(site.probed)].name} (${site.split})`;
+  const lead = h("p", {}, of, ": images, share that the probe predicts right, and mean logit of the class over its images.");
+  return h("div", { class: "classes-view" }, h("h1", {}, "Classes"), lead, controls, found, classTable(body));
+}
+
+/** @param {HTMLElement} body */
+function classTable(body) {
+  const numbers = ["Images", "Accuracy", "Mean logit"].map((text) => h("th", { scope: "col", class: "number" }, text));
+  return h("table", { class: "class-table" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Class"), numbers)), body);
+}
+
+/** @param {ClassFacts} facts */
+function classLine({ number, name, size, right, logit }) {
+  const link = h("a", { href: classLink(currentRoute(), number), "data-item": true }, named(name));
+  const cells = [size.toLocaleString("en"), percent(right), fixed(logit)].map((text) => h("td", { class: "number" }, text));
+  return h("tr", {}, h("th", { scope: "row" }, link), cells);
+}
+
+// ---------------------------------------------------------------------------------------------------------- one class
+
+/** @type {View} */
+async function showClass(route) {
+  const number = numberIn(route.parts[0], site.classes.length);
+  const { run } = route;
+  if (!site.runs[run].has_probe) return noProbe("Class");
+  const all = h("a", { rel: "up", href: linkTo(route, "classes", editsOf(route)) }, "↑ Classes");
+  if (number === null) return h("div", {}, h("h1", {}, "There is no such class"), h("p", {}, all));
+  const per = site.per_chunk.classes;
+  /** @type {[ClassFacts[], ClassDetails, Concepts, Predictions, Images]} */
+  const [facts, details, { labels }, { predicted }, images] = await Promise.all([
+    classFacts(route), ofRun(run, `class_${Math.floor(number / per)}`), ofRun(run, "concepts"), ofRun(run, "predictions"),
+    chunk(`images_${site.probed}`),
+  ]);
+  /** @type {ShownClass} */
+  const shown = { route, facts: facts[number], details, row: number % per, labels, predicted, images };
+  const before = number > 0 && h("a", { rel: "prev", href: classLink(route, number - 1) }, "← Class before");
+  const last = site.classes.length - 1;
+  const after = number < last && h("a", { rel: "next", href: classLink(route, number + 1) }, "Next class →");
+  const { size, right } = shown.facts;
+  return h(
+    "article", { class: "class-view" }, h("nav", { class: "pager", "aria-label": "Classes" }, before, all, after),
+    h("h1", {}, named(site.classes[number])),
+    size ? h("p", {}, `${counted(size, "image")}, ${percent(right)} of them predicted right`) : null,
+    size ? [classConcepts(shown), classImages(shown), classConfusions(shown)]
+      : note("None of the images here is of this class, so nothing is known of it but its weights."),
+  );
+}
+
+/** @typedef {{ route: Route, facts: ClassFacts, details: ClassDetails, row: number, labels: string[], predicted: Int32Array,
+ *   images: Images }} ShownClass */
+
+/** Bars of concepts; -1 stands for none.
+ * @param {ShownClass} shown @param {string} title @param {ArrayLike<number>} concepts @param {ArrayLike<number>} values
+ * @param {ArrayLike<number>} [weights] @param {number} [most] the value of a full bar */
+function conceptBars({ route, labels }, title, concepts, values, weights, most) {
+  const places = [...Array(concepts.length).keys()].filter((place) => concepts[place] >= 0);
+  const rows = places.map((place) => ({
+    label: h("a", { href: conceptLink(route, concepts[place]) }, named(labels[concepts[place]])),
+    value: values[place], after: weights && fixed(weights[place]),
+  }));
+  return rows.length ? bars(title, rows, { most, text: (value) => fixed(value, 3) }) : null;
+}
+
+/** @param {ShownClass} shown */
+function classConcepts(shown) {
+  const { details: of, row, facts } = shown;
+  const [values, negative] = [of.contributions.row(row), of.against_contributions.row(row)];
+  const most = Math.max(...values, ...negative.map(Math.abs), 1e-30);
+  const [title, other] = ["Concepts for it: contribution, weight", "Concepts against it: contribution, weight"];
+  const pro = conceptBars(shown, title, of.concepts.row(row), values, of.weights.row(row), most);
+  const contra = conceptBars(shown, other, of.against.row(row), negative, of.against_weights.row(row), most);
+  const rest = of.n_remaining[row];
+  const others = rest ? `The other ${counted(rest, "concept")} add ${fixed(of.remaining[row], 3)}. ` : "";
+  return h(
+    "section", {}, h("h2", {}, "Concepts"),
+    h("p", {}, "Contribution to the logit of the class: mean over its images of strength times weight."),
+    h(
+      "div", { class: "columns" }, h("div", {}, pro ?? note("No concept speaks for it.")),
+      h("div", {}, contra ?? note("No concept speaks against it.")),
+    ),
+    h("p", {}, others, "All contributions add up to the mean logit, ", h("strong", {}, fixed(facts.logit, 3)), "."),
+  );
+}
+
+/** @param {ShownClass} shown */
+function classImages({ route, facts, details, row, predicted, images }) {
+  const found = [...details.images.row(row)].filter((image) => image >= 0);
+  const said = (/** @type {number} */ place) => {
+    const number = predicted[found[place]];
+    return number === facts.number ? "right" : `wrong: ${shortened(site.classes[number])}`;
+  };
+  const drawn = `${counted(found.length, "image")} of ${facts.size.toLocaleString("en")}, drawn at random`;
+  return h(
+    "section", {}, h("h2", {}, "Images"),
+    h("p", {}, found.length === facts.size ? "All its images" : drawn, ", with what the probe predicts."),
+    gallery(route, Number(site.probed), found, "Images of the class", said, images),
+  );
+}
+
+/** @param {ShownClass} shown */
+function classConfusions(shown) {
+  const { details, row } = shown;
+  const confused = [...details.confused.row(row)].filter((number) => number >= 0);
+  const none = site.classes.length < 2 ? "There is no other class." : "All its images are predicted right.";
+  const about = "Concepts that speak most for the other class against this one: mean strength times difference of weights.";
+  return h(
+    "section", {}, h("h2", {}, "Taken for"),
+    confused.length ? h("p", {}, about) : note(none),
+    h("div", { class: "columns" }, confused.map((number, place) => classConfusion(shown, number, place))),
+  );
+}
+
+/** @param {ShownClass} shown @param {number} number the other class @param {number} place among the confusions */
+function classConfusion(shown, number, place) {
+  const { route, details, row, facts, images } = shown;
+  const title = `Images taken for ${site.classes[number]}`;
+  const count = details.confused_count.row(row)[place];
+  const each = details.confused_concepts.width / details.confused.width;
+  const part = (/** @type {Matrix<any>} */ matrix) => matrix.row(row).subarray(place * each, (place + 1) * each);
+  const link = h("a", { href: classLink(route, number) }, named(site.classes[number]));
+  return h(
+    "div", {}, h("h3", {}, link, `: ${counted(count, "image")}, ${percent(count / facts.size)}`),
+    conceptBars(shown, "Concepts behind it", part(details.confused_concepts), part(details.confused_values)),
+    gallery(route, Number(site.probed), part(details.confused_images), title, undefined, images),
+  );
+}

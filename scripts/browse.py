@@ -1,0 +1,1 @@
+16_browse.py

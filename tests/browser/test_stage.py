@@ -1,0 +1,361 @@
+"""The stage that writes a site: its chunks hold what the artifacts hold, and the folder is safe."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from dncbm.browser import images, shown, stage, thumbnails
+from dncbm.concepts.naming import ConceptName, write_names
+from dncbm.features.datasets.probe import display_name
+from dncbm.runs.declarations import Browse, Explained
+from dncbm.runs.manifests import Outcome, manifest_path, read_manifest, write_json
+from tests.browser.test_pack import read_chunk
+from tests.explain import conftest as explained
+from tests.explain.conftest import CLASSES, MINE, NAMES, F, N, World, strengths
+
+template, world, script = explained.template, explained.world, explained.script
+DATASETS = ["places365", "mine"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def browse(world: World, folder: Path) -> Callable[..., Outcome]:
+    """Runs the stage."""
+
+    def run(beside: tuple[str, ...] = (), **options: Any) -> Outcome:
+        browse = Browse(folder, beside)
+        return stage.write_browser(world.settings, world.run, world.probe, Explained("val"), browse, device="cpu", **options)
+
+    return run
+
+
+def chunk(folder: Path, name: str) -> Any:
+    called, content = read_chunk(folder / "data" / f"{name}.js")
+    assert called == name
+    return content
+
+
+def chunks(folder: Path) -> set[str]:
+    data = folder / "data"
+    return {path.relative_to(data).with_suffix("").as_posix() for path in data.rglob("*.js")}
+
+
+def stored(folder: Path, number: int, dataset: int, per_chunk: int, n_latents: int = F) -> np.ndarray:
+    """The strengths in the chunks of a data set, dense."""
+    rows = []
+    for k in range(sum(name.startswith(f"{number}/strengths_{dataset}_") for name in chunks(folder))):
+        part = chunk(folder, f"{number}/strengths_{dataset}_{k}")
+        assert (part["values"] > 0).all()
+        for start, end in zip(part["indptr"][:-1], part["indptr"][1:], strict=True):
+            assert (np.diff(part["indices"][start:end].astype(int)) > 0).all()
+        shape = (len(part["indptr"]) - 1, n_latents)
+        rows.append(scipy.sparse.csr_matrix((part["values"], part["indices"], part["indptr"]), shape).toarray())
+    assert {len(part) for part in rows[:-1]} <= {per_chunk}
+    return np.concatenate(rows)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_chunks_hold_what_the_artifacts_hold(
+    world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "IMAGES_PER_CHUNK", 16)
+    monkeypatch.setattr(shown, "WEIGHTS_PER_CHUNK", 13)
+    assert browse() is Outcome.RAN
+    site = chunk(folder, "site")
+    assert [(one["name"], one["n"], one["of"]) for one in site["datasets"]] == [("places365", N, N), ("mine", 10, 10)]
+    assert site["probed"] == 0
+    assert site["classes"] == [display_name(name) for name in CLASSES]
+
+    found = chunk(folder, "images_0")
+    np.testing.assert_array_equal(found["key"], world.keys)
+    np.testing.assert_array_equal(found["label"], world.labels)
+    assert found["names"] == [f"{key:04d}.jpg" for key in world.keys]
+    assert len(found["group"]) == 0
+    assert chunk(folder, "images_1")["classes"] == MINE
+    np.testing.assert_array_equal(stored(folder, 0, 0, 16), world.z)
+    np.testing.assert_array_equal(stored(folder, 0, 1, 16), strengths(3, 10))
+    rows = site["runs"][0]["weight_rows"]
+    assert rows == 4
+    weights = [chunk(folder, f"0/weights_{k}")["weight"] for k in range(-(-F // rows))]
+    assert {len(part) for part in weights[:-1]} == {rows}
+    np.testing.assert_array_equal(np.concatenate(weights), world.weight)
+    np.testing.assert_array_equal(chunk(folder, "0/predictions")["predicted"], world.logits.argmax(1))
+    expected = {"site", "images_0", "images_1", "0/concepts", "0/tops_0", "0/tops_1", "0/concept_0", "0/classes", "0/class_0"}
+    expected |= {"0/predictions", *(f"0/strengths_0_{k}" for k in range(4)), "0/strengths_1_0"}
+    assert chunks(folder) == expected | {f"0/weights_{k}" for k in range(4)}
+    assert {path.name for path in stage.SITE.iterdir()} <= {path.name for path in folder.iterdir()}
+    assert read_manifest(folder)["outputs"].keys() == {*tree(folder)} - {"manifest.json"}
+
+
+def test_of_many_images_a_sample_is_kept(
+    world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shown, "MOST_IMAGES", 7)
+    browse()
+    rows = [0, 8, 17, 25, 34, 42, 51]
+    assert [(one["n"], one["of"]) for one in chunk(folder, "site")["datasets"]] == [(7, N), (7, 10)]
+    np.testing.assert_array_equal(chunk(folder, "images_0")["key"], world.keys[rows])
+    np.testing.assert_array_equal(chunk(folder, "images_0")["label"], world.labels[rows])
+    np.testing.assert_array_equal(stored(folder, 0, 0, 512), world.z[rows])
+    np.testing.assert_array_equal(chunk(folder, "0/predictions")["predicted"], world.logits[rows].argmax(1))
+
+
+def test_groups_and_their_names(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    split, groups = world.artifacts.probe_split("places365"), np.arange(N + 1) % 3
+    np.save(world.artifacts.groups("places365", "val"), groups)
+    names = {"class_names": CLASSES, "group_names": ["on land", "on water", "in air"]}
+    explained.make(split, lambda: write_json(split, names))
+    browse()
+    assert chunk(folder, "site")["groups"] == ["on land", "on water", "in air"]
+    np.testing.assert_array_equal(chunk(folder, "images_0")["group"], groups[world.keys])
+
+
+def lose_probe(world: World) -> None:
+    world.artifacts.probe(world.run, world.probe).unlink()
+    manifest_path(world.artifacts.probe(world.run, world.probe)).unlink()
+
+
+def lose_names(world: World) -> None:
+    world.artifacts.concept_names(world.run).unlink()
+
+
+def lose_strengths(world: World, *datasets: str) -> None:
+    for dataset in datasets or DATASETS:
+        shutil.rmtree(world.artifacts.strengths(world.run, dataset, "val"))
+
+
+def lose_images(world: World) -> None:
+    for folder in ("places", "mine"):
+        shutil.rmtree(world.settings.path.parent / folder)
+
+
+@pytest.mark.parametrize("lose", [lose_probe, lose_names, lose_strengths, lose_images])
+def test_what_is_missing_is_left_out(
+    lose: Callable[[World], None], world: World, browse: Callable[..., Outcome], folder: Path
+) -> None:
+    lose(world)
+    assert browse() is Outcome.RAN
+    site, found = chunk(folder, "site"), chunks(folder)
+    run = site["runs"][0]
+    has_strengths, has_names = lose is not lose_strengths, lose is not lose_names
+    has_probe, has_images = has_strengths and lose is not lose_probe, has_strengths and lose is not lose_images
+    assert [one["name"] for one in site["datasets"]] == (DATASETS if has_strengths else [])
+    assert run["has_strengths"] == [True] * len(site["datasets"])
+    assert (run["has_probe"], run["has_names"]) == (has_probe, has_names)
+    assert {"0/classes", "0/predictions", "0/weights_0", "0/class_0"} & found == (
+        {"0/classes", "0/predictions", "0/weights_0", "0/class_0"} if has_probe else set()
+    )
+    assert all((one["thumbnails"] is not None) == has_images for one in site["datasets"])
+    assert all(bool(one["no_thumbnails"]) != has_images for one in site["datasets"])
+    if not has_images and has_strengths:
+        assert chunk(folder, "images_0")["names"][3] == "image 4"
+    concepts = chunk(folder, "0/concepts")
+    assert concepts["labels"][0] == ("sand" if has_names else "latent 0")
+    assert concepts["activity"].size == F * len(site["datasets"])
+
+
+@pytest.mark.parametrize("held", ["index.html", "data/notes.txt", "style.css", "manifest.json", ""])
+def test_a_folder_of_something_else_is_refused(
+    held: str, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
+) -> None:
+    path = folder / held
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"stage": "export", "settings": {}, "inputs": {}, "outputs": {"a": {"bytes": 1, "sha256": ""}}}')
+    for overwrite in (False, True):
+        with refusal("--browser_folder", folder):
+            browse(overwrite=overwrite)
+    assert [one for one in (folder, *folder.rglob("*")) if one.is_file()] == [path]
+
+
+def test_a_site_is_made_again_only_on_request(
+    world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    browse()
+    first = tree(folder)
+    assert browse() is Outcome.ALREADY_DONE
+    lose_images(world)  # a site keeps the images that it has
+    assert browse() is Outcome.ALREADY_DONE
+    assert tree(folder) == first
+    assert capsys.readouterr().out.splitlines()[-1] == f"open {folder}/index.html"
+
+    (folder / "notes.txt").write_text("mine")
+    (folder / "data" / "notes.txt").write_text("mine")
+    lose_strengths(world, "mine")
+    world.make_names([*NAMES[:-1], "renamed"])
+    with refusal(folder, "names", "strengths", "--overwrite"):
+        browse()
+    assert tree(folder) == first | dict.fromkeys(("notes.txt", "data/notes.txt"), b"mine")
+    assert browse(overwrite=True) is Outcome.RAN
+    assert chunk(folder, "0/concepts")["names"][-1] == "renamed"
+    assert not {"images_1", "0/tops_1", "0/strengths_1_0"} & chunks(folder)
+    assert {path.parts[0] for path in map(Path, tree(folder / "thumbnails"))} == {"0"}
+    assert (folder / "notes.txt").read_text() == (folder / "data" / "notes.txt").read_text() == "mine"
+
+
+def test_images_that_come_back_are_shown(
+    world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
+) -> None:
+    mine = world.settings.path.parent / "mine"
+    mine.rename(mine.with_name("away"))
+    browse()
+    mine.with_name("away").rename(mine)
+    with refusal("images", "--overwrite"):
+        browse()
+    browse(overwrite=True)
+    assert chunk(folder, "site")["datasets"][1]["thumbnails"]
+    assert chunk(folder, "images_1")["names"][0] == "0.png"
+
+
+def test_a_damaged_site_is_made_again(browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]) -> None:
+    browse()
+    first = tree(folder)
+    (folder / "data" / "site.js").write_text("x")
+    with refusal("site.js", "--overwrite"):
+        browse()
+    assert browse(overwrite=True) is Outcome.RAN
+    (folder / "data" / "images_0.js").unlink()
+    assert browse() is Outcome.RAN
+    assert tree(folder).keys() == first.keys()
+
+
+def test_an_interrupted_run_resumes(
+    world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_concepts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            browse()
+    assert not (folder / "index.html").exists()
+    begun = {path: path.stat().st_mtime_ns for path in (folder / "thumbnails").rglob("*.webp")}
+    assert begun
+    world.make_names([*NAMES[:-1], "renamed"])  # nothing of the unfinished site is lost, so that no flag is needed
+    assert browse() is Outcome.RAN
+    assert {path: path.stat().st_mtime_ns for path in (folder / "thumbnails").rglob("*.webp")} == begun
+    assert chunk(folder, "0/concepts")["names"][-1] == "renamed"
+
+
+KILLED = """
+import os, signal
+from dncbm.browser import stage
+from dncbm.cli import main
+from sparse_autoencoder.files import whole_file
+
+def killed(data, name, content):
+    if name == "site":
+        with whole_file(data / "site.js") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(data, name, content)
+
+write, stage.write_chunk = stage.write_chunk, killed
+main("browse")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_wrong(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    flags = ["--browser_folder", str(folder), "--device", "cpu", "--probe_dataset", world.probe.dataset]
+    environment = os.environ | {"DNCBM_CONFIG": str(world.settings.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not (folder / "index.html").exists()
+    assert [path for path in folder.rglob(".*") if path.is_file()]
+    assert browse() is Outcome.RAN
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    assert read_manifest(folder)["outputs"].keys() == {*tree(folder)} - {"manifest.json"}
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
+) -> None:
+    names = world.artifacts.concept_names(world.run)
+    write_names(names, [ConceptName(i, "word", 0.5) for i in range(F + 1)])
+    with refusal(names, F + 1, F, "04_assign_names.py"):
+        browse()
+    write_names(names, [ConceptName(i, "word", 0.5) for i in range(F)])
+    lose_probe(world)
+    world.save_strengths(np.ones((10, F + 1), np.float32), np.arange(10), "mine")
+    with refusal(world.artifacts.strengths(world.run, "mine", "val"), F + 1, F, "06_save_concept_strengths.py"):
+        browse()
+    assert not (folder / "index.html").exists()
+
+
+def test_runs_side_by_side_show_the_same_images(
+    world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
+) -> None:
+    other = replace(world.run, training=replace(world.run.training, seed=7))
+    world.save_sae(other)
+    world.save_strengths(world.z[::-1] * 2, world.keys[::-1], run=other)  # in another order
+    browse(("seed=7",))
+    site = chunk(folder, "site")
+    assert [run["has_strengths"] for run in site["runs"]] == [[True, True], [True, False]]
+    assert [run["has_probe"] for run in site["runs"]] == [True, False]
+    np.testing.assert_array_equal(stored(folder, 1, 0, 512), world.z * 2)
+    assert "1/strengths_1_0" not in chunks(folder)
+    assert site["matches"] == [[0, 1]]
+    assert "match_0_1" in chunks(folder)
+
+    world.save_strengths(world.z[2:], world.keys[2:], run=other)
+    with refusal("lack 2 of the images", other.config_name):
+        browse(("seed=7",), overwrite=True)
+
+
+def test_contact_sheets_link_to_the_browser(script: Callable[..., None], world: World) -> None:
+    for name in ("task_agnosticity_dump", "task_agnosticity_plot", "browse"):
+        script(name, "--num_workers 0" if name.endswith("plot") else "--device cpu --probe_dataset places365")
+    sheet = world.artifacts.task_agnosticity(world.run, "val").contact_sheet
+    page = world.artifacts.browser(world.run, world.probe, "val") / "index.html"
+
+    def linked() -> list[Path]:
+        navigation = sheet.read_text().partition("<nav>")[2].partition("</nav>")[0]
+        return [Path(os.path.normpath(sheet.parent / unquote(link))) for link in re.findall('href="([^"]*)"', navigation)]
+
+    assert linked() == [page]
+    script("task_agnosticity_plot", "--num_workers 0 --overwrite")
+    assert linked() == [page]
+
+
+def test_the_command_line(script: Callable[..., None], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script("browse", f"--browser_folder {folder} --device cpu --probe_dataset places365")
+    *_, size, opens = capsys.readouterr().out.splitlines()
+    assert f"{F} concepts" in size
+    assert f"{N + 10} images" in size
+    assert " MB" in size
+    assert opens == f"open {folder}/index.html"
+    assert "dncbm browser" in (folder / "index.html").read_text()
+
+
+def test_a_probe_on_features_is_refused(world: World, folder: Path, refusal: Callable[..., Any]) -> None:
+    probe = replace(world.probe, on_features=True)
+    with refusal("--probe_on_features"):
+        stage.write_browser(world.settings, world.run, probe, Explained("val"), Browse(folder))
+
+
+def test_thumbnails_are_not_decoded_again(
+    browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browse()
+    (folder / "data" / "site.js").unlink()
+    monkeypatch.setattr(thumbnails, "open_image", lambda *_: pytest.fail("an image is decoded again"))
+    assert browse() is Outcome.RAN
