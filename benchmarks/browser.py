@@ -28,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def strengths(sizes: Sizes, seed: int) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((data, columns.ravel(), np.arange(0, n * ACTIVE + 1, ACTIVE)), shape=(n, sizes["latents"]))
 
 
+def make(path: Path, write: Callable[[], object], run: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
+    """Make an artifact with its manifest, as a stage would."""
+    with making(path, "benchmark", {}, inputs or {}, overwrite=True, run=run) as work:
+        write()
+        work.done([path] if path.is_file() else path.glob("0*"))
+
+
+def write_dataset(settings: Settings, dataset: str, z: scipy.sparse.csr_matrix) -> None:
+    """The split, the manifest of the features, and the strengths of a data set."""
+    artifacts, images = Artifacts(settings), probe_images(settings, dataset, "val")
+    split, features = artifacts.probe_split(dataset), artifacts.features(dataset, RUN.encoder, RUN.hook, "val")
+    make(split, lambda: write_json(split, {"class_names": list(images.class_names)}), {})
+    np.save(artifacts.labels(dataset, "val"), images.labels)
+    keys, folder = np.arange(z.shape[0]), artifacts.strengths(RUN, dataset, "val")
+    of_images = {f"val images of {dataset}": ProbeShards(images, keys).fingerprint()}
+    make(features, lambda: np.save(features / "00000.npy", np.zeros(1)), {}, of_images)
+    make(folder, lambda: write_part(folder / "00000.npz", z, keys), values(RUN))
+
+
 def write_run(root: Path, sizes: Sizes) -> Settings:
     """A config, and the artifacts of all stages that the browser reads, with their manifests."""
     datasets = {f"d{number}": f"d{number}" for number in range(sizes["datasets"])}
@@ -104,26 +124,12 @@ def write_run(root: Path, sizes: Sizes) -> Settings:
     settings = load_settings(root / "config.py")
     artifacts, rng, f = Artifacts(settings), np.random.default_rng(1), sizes["latents"]
     probe = ProbeRun("d0")
-
-    def make(path: Path, write: Callable[[], object], run: dict[str, Any], **inputs: str) -> None:
-        with making(path, "benchmark", {}, inputs, overwrite=True, run=run) as work:
-            write()
-            work.done([path] if path.is_file() else [file for file in path.iterdir() if not file.name.startswith(".")])
-
     sae, names = artifacts.sae(RUN), artifacts.concept_names(RUN)
     make(sae, lambda: save_checkpoint(SparseAutoencoder(D, f, seed=1), sae), values(RUN))
     of_latents = [ConceptName(i, f"word {i * 7 % (f - f // 5)}", float(rng.random() / 2)) for i in range(f)]
     make(names, lambda: write_names(names, of_latents), values(RUN))
     for number, dataset in enumerate(datasets):
-        images = probe_images(settings, dataset, "val")
-        split, features = artifacts.probe_split(dataset), artifacts.features(dataset, RUN.encoder, RUN.hook, "val")
-        make(split, lambda path=split, images=images: write_json(path, {"class_names": list(images.class_names)}), {})
-        np.save(artifacts.labels(dataset, "val"), images.labels)
-        prints = ProbeShards(images, np.arange(len(images.labels))).fingerprint()
-        make(features, lambda path=features: np.save(path / "00000.npy", np.zeros(1)), {}, **{f"val images of {dataset}": prints})
-        folder, z = artifacts.strengths(RUN, dataset, "val"), strengths(sizes, number)
-        keys = np.arange(sizes["images"])
-        make(folder, lambda path=folder, z=z: write_part(path / "00000.npz", z, keys), values(RUN))
+        write_dataset(settings, dataset, strengths(sizes, number))
     weight = torch.from_numpy((rng.normal(size=(f, sizes["classes"])) / 10).astype(np.float32))
     path = artifacts.probe(RUN, probe)
     make(path, lambda: save_probe(weight, path), values(RUN) | values(probe))
@@ -133,7 +139,7 @@ def write_run(root: Path, sizes: Sizes) -> Settings:
 # ------------------------------------------------------------------------------------------------------------- making
 
 
-def measure_making(config: Path, folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> None:
+def measure_making(config: Path, folder: Path) -> dict[str, float]:
     in_thumbnails, write = [0.0], thumbnails.write_thumbnails
 
     def timed(*args: Any, **more: Any) -> Any:
@@ -146,17 +152,12 @@ def measure_making(config: Path, folder: Path, results: "multiprocessing.Queue[d
     start = time.perf_counter()
     stage.write_browser(load_settings(config), RUN, ProbeRun("d0"), Explained(), Browse(folder), device="cpu", overwrite=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results.put({"s": time.perf_counter() - start, "thumbnails_s": in_thumbnails[0], "peak_rss_mib": peak})
+    return {"s": time.perf_counter() - start, "thumbnails_s": in_thumbnails[0], "peak_rss_mib": peak}
 
 
 def made(config: Path, folder: Path) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[dict[str, float]] = context.Queue()
-    process = context.Process(target=measure_making, args=(config, folder, results))
-    process.start()
-    found = results.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_making, config, folder).result()
 
 
 # ---------------------------------------------------------------------------------------------------------- the pages

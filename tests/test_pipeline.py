@@ -16,7 +16,7 @@ import sys
 import tarfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +26,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import Page
 from safetensors.torch import load_file
 
 from dncbm.probe import nec
 from dncbm.probe.nec_table import INPUTS
 from dncbm.stages import PIPELINE_COMMANDS
+from tests.browser.conftest import browser, open_page, served, settle, sites  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -260,6 +262,19 @@ def test_the_pipeline_runs_every_stage(finished: Path, tmp_path: Path) -> None:
     assert outcomes_of(again)["nec"] == outcomes_of(again)["zero_shot"] == "already done"
     for n_pages in pages.values():
         assert f"0 pages drawn, {n_pages} already drawn" in again.stdout
+
+
+def test_the_demo_ends_with_its_browser(finished: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:  # noqa: F811
+    """The last command of `make demo`, and what a double click then shows."""
+    config, site = copy_of(finished, tmp_path) / "config.py", tmp_path / "browser"
+    done = run("scripts/16_browse.py", "--browser_folder", str(site), config=config)
+    assert done.stdout.splitlines()[-1] == f"open {site / 'index.html'}"
+    page = open_page(site)
+    assert page.locator("h1").text_content() == "Concepts of openmoji_clip"
+    for view in ("concepts", "concepts?view=table", "concept/0", "classes", "class/0", "image/0/0?edit=0:0"):
+        page.evaluate("hash => { location.hash = hash; }", f"#/{view}")
+        settle(page)
+        assert not re.search("cannot|no such", page.locator("h1").text_content() or "cannot", re.IGNORECASE), view
 
 
 def test_flags_of_training_lead_to_the_explanations(finished: Path, tmp_path: Path) -> None:

@@ -149,11 +149,11 @@ def _write_site(
     matches = list(combinations(range(len(shown)), 2))
     for first, second in matches:
         write_chunk(data, f"match_{first}_{second}", matched(settings, shown[first], shown[second]))
-    source = Artifacts(settings).report(run, probe) / REPORT
-    report = REPORT if said[0]["claims"] is not None and source.is_file() else None
+    reported = Artifacts(settings).report(run, probe) / REPORT
+    report = REPORT if said[0]["claims"] is not None and reported.is_file() else None
     site = about.about_site(settings, run, probe, explained, kept, said, thumbnails, matches, command, report)
     write_chunk(data, "site", site)
-    for source in (*([source] if report else ()), *sorted(SITE.iterdir(), key=lambda path: path.name == PAGE)):
+    for source in (*([reported] if report else ()), *sorted(SITE.iterdir(), key=lambda path: path.name == PAGE)):
         with whole_file(folder / source.name) as temporary:
             shutil.copyfile(source, temporary)
     return sum(one.n_latents for one in shown)

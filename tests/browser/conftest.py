@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from tests.bottleneck.conftest import small_run  # noqa: F401, the fixture
 from tests.browser.made_up import Kind, MadeUp, write_site
@@ -22,6 +22,10 @@ NODE_MODULES = Path(__file__).parent / "node_modules"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync")  # fmt: skip
+
+PATIENCE = 15_000
+"""Milliseconds that a page has for anything: machines may be slow."""
+expect.set_options(timeout=PATIENCE)
 
 
 def left_out(missing: str, package: str) -> NoReturn:
@@ -36,7 +40,7 @@ def left_out(missing: str, package: str) -> NoReturn:
 def node_modules() -> Path:
     """The folder of what npm installs."""
     if not (NODE_MODULES / ".package-lock.json").is_file():
-        left_out("no node_modules in tests/browser, which `make test` makes with npm", "npm")
+        left_out("no npm packages in tests/browser", "npm, then make test")
     return NODE_MODULES
 
 
@@ -97,28 +101,31 @@ def is_missing(request: Request) -> bool:
 
 @pytest.fixture
 def open_page(browser: Browser, sites: Path, served: str) -> Iterator[Callable[..., Page]]:
-    """Opens a view of a site in a context of its own. At the end, nothing may have failed or come from elsewhere."""
-    faults, contexts = list[str](), []
+    """Opens a view of a site in a context of its own. At the end, nothing may have failed or come from elsewhere.
+
+    `logs` is a part of an error that the page is meant to log.
+    """
+    faults, expected, contexts = list[str](), list[str](), []
 
     def watch(page: Page) -> None:
-        page.set_default_timeout(5000)
         page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: None if is_local(request) else faults.append(f"asks for {request.url}"))
         page.on("requestfailed", lambda request: faults.append(f"cannot load {request.url}") if is_missing(request) else None)
         page.on("dialog", lambda dialog: (faults.append(f"says {dialog.message}"), dialog.dismiss()))
 
-    def open(folder: Path, view: str = "", *, over_http: bool = False, **options: Any) -> Page:
+    def open(folder: Path, view: str = "", *, over_http: bool = False, logs: str | None = None, **options: Any) -> Page:
         base = f"{served}/{folder.relative_to(sites)}" if over_http else folder.as_uri()
         context = browser.new_context(**options)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
+        expected.extend([logs] if logs else [])
         page = context.new_page()
         watch(page)
         page.goto(f"{base}/index.html{view}")
         settle(page)
         return page
 
-    open.expected = expected = list[str]()
     yield open
     for context in contexts:
         context.close()

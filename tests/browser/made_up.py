@@ -156,6 +156,12 @@ def _runs(kind: Kind, n_classes: int) -> list[dict[str, Any]]:
     return runs
 
 
+def colours(dataset: int) -> np.ndarray:
+    """The colour of each image of a data set, and of the places that are left on its last sheet."""
+    n = -(-N // PER_SHEET) * PER_SHEET
+    return np.random.default_rng(dataset).integers(0, 256, (n, 3), dtype=np.uint8)
+
+
 def _write_images(
     folder: Path, dataset: int, classes: tuple[str, ...], labels: np.ndarray, groups: np.ndarray, kind: Kind
 ) -> None:
@@ -170,8 +176,8 @@ def _write_images(
     for sheet in range(-(-N // PER_SHEET)):
         path = folder / "thumbnails" / str(dataset) / str(sheet // PER_FOLDER) / f"{sheet}.webp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        colours = np.random.default_rng((dataset, sheet)).integers(0, 256, (PER_SHEET // COLUMNS, COLUMNS, 3), dtype=np.uint8)
-        Image.fromarray(colours.repeat(SIDE, 0).repeat(SIDE, 1)).save(path, quality=60)
+        tiles = colours(dataset)[sheet * PER_SHEET : (sheet + 1) * PER_SHEET].reshape(-1, COLUMNS, 3)
+        Image.fromarray(tiles.repeat(SIDE, 0).repeat(SIDE, 1)).save(path, quality=60)
 
 
 def _write_run(data: Path, run: int, kind: Kind, made: MadeUp, on_water: np.ndarray) -> None:

@@ -66,8 +66,8 @@ class Photos:
         found = []
         for path in self.sheets:
             pixels = np.asarray(Image.open(path).convert("RGB"))
-            assert pixels.shape == (4 * side, 4 * side, 3)
-            found += [pixels[y : y + side, x : x + side] for y in range(0, 4 * side, side) for x in range(0, 4 * side, side)]
+            assert pixels.shape == (3 * side, 3 * side, 3)
+            found += [pixels[y : y + side, x : x + side] for y in range(0, 3 * side, side) for x in range(0, 3 * side, side)]
         return np.stack(found[: len(self.kept.keys)]).astype(float)
 
 
@@ -110,7 +110,7 @@ def test_tiles_are_the_centres_of_the_images(
 ) -> None:
     monkeypatch.setattr(thumbnails, "QUALITY", 100)  # so that what differs is where the pixels are from
     photos.save_features(background=background)
-    assert photos.write(n_shown) == {"side": side, "columns": 4, "per_sheet": 16, "per_folder": 256}
+    assert photos.write(n_shown) == {"side": side, "columns": 3, "per_sheet": 9, "per_folder": 256}
     expected = []
     for key in photos.kept.keys:
         image = Image.open(photos.path(key))
@@ -126,9 +126,9 @@ def test_tiles_are_the_centres_of_the_images(
 def test_sheets_are_divided_among_folders(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thumbnails, "PER_FOLDER", 2)
     whole = replace(photos, kept=replace(photos.kept, keys=np.arange(N)))
-    assert whole.write() == {"side": 64, "columns": 4, "per_sheet": 16, "per_folder": 2}
+    assert whole.write() == {"side": 64, "columns": 3, "per_sheet": 9, "per_folder": 2}
     top = photos.site / "thumbnails/3"
-    assert whole.sheets == [top / "0/0.webp", top / "0/1.webp", top / "1/2.webp"]
+    assert whole.sheets == [top / f"{sheet // 2}/{sheet}.webp" for sheet in range(5)]
 
 
 def test_sheets_of_the_same_images_are_kept(photos: Photos, read: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +138,7 @@ def test_sheets_of_the_same_images_are_kept(photos: Photos, read: list[int], cap
     assert len(read) == n
     photos.sheets[1].unlink()
     photos.write()
-    assert len(read) == n + n - 16
+    assert len(read) == n + 9
     shutil.rmtree(photos.root)  # whole sheets need no images
     assert photos.write() == layout
     assert not caplog.records
@@ -166,7 +166,7 @@ def test_sheets_of_others_are_made_again(photos: Photos, read: list[int], change
     read.clear()
     assert isinstance(now.write(n_shown), dict)
     assert len(read) == len(now.kept.keys)
-    assert len(now.sheets) == -(-len(now.kept.keys) // 16)
+    assert len(now.sheets) == -(-len(now.kept.keys) // 9)
     if change == "images":
         assert np.abs(photos.tiles(64)[1] - [255, 0, 0]).mean() < 6
 
@@ -185,11 +185,11 @@ def test_an_interrupted_run_resumes(photos: Photos, read: list[int], monkeypatch
         during.setattr(thumbnails, "square", stopped)
         with pytest.raises(KeyboardInterrupt):
             photos.write()
-    assert [path.name for path in photos.sheets] == ["0.webp"]
+    assert [path.name for path in photos.sheets] == ["0.webp", "1.webp"]
     read.clear()
     photos.write()
-    assert len(read) == N - 16
-    assert len(photos.sheets) == 3
+    assert len(read) == N - 18
+    assert len(photos.sheets) == 5
 
 
 def test_images_that_cannot_be_read_are_grey(photos: Photos, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,5 +238,5 @@ def test_without_the_images_there_is_a_reason(
 def test_published_features_are_taken_to_be_of_the_images(photos: Photos, caplog: pytest.LogCaptureFixture) -> None:
     photos.remove_features()
     assert isinstance(photos.write(), dict)
-    assert len(photos.sheets) == 2
+    assert len(photos.sheets) == 3
     assert not caplog.records

@@ -2,7 +2,7 @@
 // Chunks of data: scripts, since a page from file:// may not fetch anything. pack.py describes how they are stored.
 
 /** Bytes of chunks that are kept for later. */
-const KEPT_BYTES = 120e6;
+const KEPT_BYTES = 60e6;
 /** Name -> the chunk, the one used last at the end. @type {Map<string, Promise<any>>} */
 const chunks = new Map();
 /** @type {Map<string, number>} */
@@ -118,9 +118,19 @@ async function strengthsOf(run, dataset, image) {
   return { concepts: found.indices.subarray(start, end), strengths: found.values.subarray(start, end) };
 }
 
-/** The weights of a run's probe: concept -> its weight for every class. @param {number} run
- * @returns {Promise<(concept: number) => Float32Array>} */
-async function weightsOf(run) {
+/** @type {{ run: number, rows?: Promise<(concept: number) => Float32Array> }} */
+let keptWeights = { run: -1 };
+
+/** The weights of a run's probe: concept -> its weight for every class. Those of one run are kept, whatever their size.
+ * @param {number} run */
+function weightsOf(run) {
+  if (keptWeights.run !== run || !keptWeights.rows) keptWeights = { run, rows: readWeights(run) };
+  keptWeights.rows?.catch(() => (keptWeights = { run: -1 }));
+  return /** @type {Promise<(concept: number) => Float32Array>} */ (keptWeights.rows);
+}
+
+/** @param {number} run @returns {Promise<(concept: number) => Float32Array>} */
+async function readWeights(run) {
   const { n_latents, weight_rows: rows } = site.runs[run];
   const names = Array.from({ length: Math.ceil(n_latents / rows) }, (_, k) => `weights_${k}`);
   const parts = await Promise.all(names.map((name) => /** @type {Promise<Weights>} */ (ofRun(run, name))));

@@ -46,7 +46,8 @@ function refill(element, ...children) {
 
 /** A number with some decimals; a dash if it is unknown. @param {number} value @param {number} [digits] */
 function fixed(value, digits = 2) {
-  return Number.isFinite(value) ? value.toFixed(digits).replace("-", "−") : "–";
+  if (!Number.isFinite(value)) return "–";
+  return value.toFixed(digits).replace(/^-(0(\.0*)?)$/, "$1").replace("-", "−");
 }
 
 /** A fraction in percent; a dash if it is unknown. @param {number} value @param {number} [digits] */
@@ -75,7 +76,8 @@ function badge(verdict) {
   return h("span", { class: `badge ${verdict || "untested"}` }, said);
 }
 
-/** A note on something that is missing, and perhaps the command that makes it. @param {string} text @param {string} [command] */
+/** A note on something that is missing, and perhaps the command that makes it.
+ * @param {string} text @param {string} [command] */
 function note(text, command) {
   return h("p", { class: "note" }, text, command ? [" To make it, run ", h("code", {}, command), "."] : null);
 }

@@ -76,7 +76,8 @@ function showBar(route) {
     site.runs.map((one, number) => h("option", { value: number, selected: number === route.run }, one.label)),
   );
   const choice = site.runs.length > 1 && route.view !== "runs" ? h("label", {}, "Run ", runs) : null;
-  const help = h("button", { type: "button", class: "quiet", "aria-label": "Keys", title: "Keys (?)", onclick: showHelp }, "?");
+  const about = { type: "button", class: "quiet", "aria-label": "Keys", title: "Keys (?)" };
+  const help = h("button", { ...about, onclick: showHelp }, "?");
   refill(byId("tools"), choice, help);
 }
 

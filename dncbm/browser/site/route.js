@@ -54,7 +54,8 @@ function replaceAddress(hash) {
   document.dispatchEvent(new Event("addresschange"));
 }
 
-/** A whole number from the address, from 0 to below n; null if it is none. @param {string | undefined} text @param {number} n */
+/** A whole number from the address, from 0 to below n; null if it is none.
+ * @param {string | undefined} text @param {number} n */
 function numberIn(text, n) {
   return text !== undefined && /^\d{1,9}$/.test(text) && Number(text) < n ? Number(text) : null;
 }

@@ -263,7 +263,7 @@ def contact_sheet(dump: Dump, kind: str) -> None:
 
 
 def link_sheets(artifacts: Artifacts, run: SAERun) -> None:
-    """Link the contact sheets of an SAE to each other and to its browsers. One that cannot be read or written stays as it is."""
+    """Link the contact sheets of an SAE to each other and to its browsers. One that cannot be read stays as it is."""
     sheets: dict[Path, str] = {}
     analyses = artifacts.settings.analysis_dir
     for kind in sorted(path.name for path in analyses.iterdir() if path.is_dir()) if analyses.is_dir() else ():
