@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(DEMO) examples/openmoji/explain.py
 	$(DEMO) scripts/15_report.py --seed 49
 	$(DEMO) scripts/11_export_model.py --overwrite --license cc-by-sa-4.0 --output examples/openmoji/run/model
-	$(DEMO) scripts/16_browse.py --overwrite --seed 49 --beside seed=50 --browser_folder examples/openmoji/run/browser
+	$(DEMO) scripts/16_browse.py --overwrite --seed 49 --beside seed=50
 
 test: $(VENV)/.installed $(NODE_MODULES)
 	$(RUN) -m ruff check .

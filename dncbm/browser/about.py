@@ -1,6 +1,7 @@
 """What a site says about itself and its runs: settings, figures, what the report says, and how everything was made."""
 
 import json
+import logging
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dncbm.browser.shown import CLASSES_PER_CHUNK, CONCEPTS_PER_CHUNK, IMAGES_PER_CHUNK, Kept, ShownRun, weight_rows
+import dncbm
+from dncbm.browser.shown import (
+    CLASSES_PER_CHUNK,
+    CONCEPTS_PER_CHUNK,
+    IMAGES_PER_CHUNK,
+    Kept,
+    ShownRun,
+    weight_rows,
+    with_strengths,
+)
 from dncbm.concepts.evidence.images import evidence_datasets
 from dncbm.concepts.sae import SAE_SPLITS, sae_metrics, sae_path
 from dncbm.explain.report.document import listed, percent, points
@@ -25,13 +35,15 @@ from dncbm.explain.report.ways import ON_FEATURES, Ways
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Browse, Explained, ProbeRun, SAERun
-from dncbm.runs.errors import StaleArtifact
+from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import check_chain, file_hash, fingerprint, manifest_path, package_versions, read_manifest, text_hash
 from dncbm.runs.settings import Settings
 from dncbm.runs.stage import Command
 
-JUDGED = ("SAE", "names", "probe")
-"""Artifacts without which what a report says is about another run."""
+INDIRECT = (", train", ", train_val")
+"""How the artifacts end that reach a report through the SAE and the probe alone."""
+RESULTS = "results of the probe and its baselines"
+ROOT = Path(dncbm.__file__).resolve().parents[1]
 Made = Mapping[str, tuple[Path, Mapping[str, Any]]]
 
 
@@ -39,7 +51,7 @@ Made = Mapping[str, tuple[Path, Mapping[str, Any]]]
 
 
 def about_run(
-    settings: Settings, shown: ShownRun, probe: ProbeRun, kept: Sequence[Kept], label: str, folder_of_report: Path
+    settings: Settings, shown: ShownRun, probe: ProbeRun, split: str, kept: Sequence[Kept], label: str, folder_of_report: Path
 ) -> dict[str, Any]:
     """What a site says about a run: `Run` of types.d.ts.
 
@@ -47,25 +59,25 @@ def about_run(
         settings: the config.
         shown: the run.
         probe: its probe, which need not exist.
+        split: the split of the images.
         kept: the images of each data set.
         label: what tells the run from others.
         folder_of_report: where its report is, if there is one.
 
-    Raises UserError if a manifest, the claims of the report or the results of probes are damaged; StaleArtifact if what the
-    probe was made from has changed since.
+    Raises UserError if a manifest, the claims of the report or the results of probes are damaged.
     """
     run = shown.run
-    probed = None if shown.probe is None else read_probed(settings, run, shown.probe, "cpu")
+    probed, unmeasured = _probed(settings, shown)
     made = artifacts_made(settings, run, probe, probed.baseline if probed else None)
     reported = read_claims(folder_of_report)
-    newer = [] if reported is None else _newer(made, reported.made)
+    newer = [] if reported is None else _newer(made, rows_of_probe(settings, run, probe), reported.made)
     claims = None if reported is None or newer else reported
     active = [np.bincount(one.indices, minlength=shown.n_latents) for one in shown.strengths if one is not None]
     verdicts = Counter(name.verdict for name in shown.names or () if name.verdict)
     return {
         "name": run.config_name, "label": label, "n_latents": shown.n_latents,
         "has_strengths": [one is not None for one in shown.strengths],
-        "n_silent": int((np.sum(active, axis=0) == 0).sum()) if active else 0,
+        "n_silent": int((np.sum(active, axis=0) == 0).sum()) if active else None,
         "has_names": shown.names is not None, "verdicts": dict(verdicts), "has_probe": shown.weight is not None,
         "figures": [*_figures_of_sae(settings, run), *_figures_of_probe(settings, run, probe, probed)],
         "settings": [*_settings("SAE", run), *(_settings("probe", shown.probe) if shown.probe else ())],
@@ -78,21 +90,39 @@ def about_run(
         ],
         "claims_made": "" if claims is None else f"{claims.made.astimezone(timezone.utc):%Y-%m-%d %H:%M}",
         "missing": [
-            *_missing_names(settings, shown, probe), *_missing_probe(settings, shown, probe, kept, probed),
+            *_missing_names(settings, shown, probe), *_missing_strengths(settings, shown, probe, split, kept),
+            *unmeasured, *_missing_probe(settings, shown, probe, probed),
             *_missing_report(settings, run, probe, reported, newer),
         ],
+        "commands": {
+            name: _command(settings, run, probe, command)
+            for name, command in (("names", commands.NAMES), ("probe", commands.PROBE), ("intervene", commands.INTERVENE))
+        },
         "weight_rows": 1 if shown.weight is None else weight_rows(*shown.weight.shape),
     }  # fmt: skip
 
 
-def _newer(made: Made, than: datetime) -> list[str]:
-    """Which of JUDGED were made after a report."""
+def _probed(settings: Settings, shown: ShownRun) -> tuple[ProbeFound | None, list[dict[str, str]]]:
+    """The figures of the probe, which are of val whatever is shown; and what to say if they cannot be measured."""
+    if shown.probe is None:
+        return None, []
+    try:
+        return read_probed(settings, shown.run, shown.probe, "cpu"), []
+    except UserError as error:
+        logging.getLogger(__name__).warning(f"the accuracy of the probe on val is left out: {error}")
+    what = "The accuracy of the probe on val is left out: what it is measured on is missing, damaged or out of date."
+    return None, [_lack(settings, shown.run, shown.probe, what, commands.STRENGTHS)]
+
+
+def _newer(made: Made, rows: Sequence[Mapping[str, str]], than: datetime) -> list[str]:
+    """What a report rests on and was made after it: artifacts, and rows of the results."""
+    times = [(title, found["made"]) for title, (_, found) in made.items() if not title.endswith(INDIRECT)]
     newer = list[str]()
-    for title in JUDGED:
+    for title, time in [*times, *((RESULTS, row["time"]) for row in rows)]:
         with suppress(ValueError, TypeError):  # an artifact of others may not say when it was made
-            if title in made and datetime.fromisoformat(str(made[title][1]["made"])) > than:
+            if datetime.fromisoformat(str(time)) > than:
                 newer.append(title)
-    return newer
+    return list(dict.fromkeys(newer))
 
 
 def _figures_of_sae(settings: Settings, run: SAERun) -> Iterator[tuple[str, str]]:
@@ -134,7 +164,20 @@ def _settings(what: str, run: SAERun | ProbeRun) -> Iterator[tuple[str, list[tup
 
 def _lack(settings: Settings, run: SAERun, probe: ProbeRun, what: str, command: Command, *more: str) -> dict[str, str]:
     """What a site lacks, and the command that makes it."""
-    return {"what": what, "command": Ways(settings, run, probe).command(command, *more).text}
+    return {"what": what, "command": _command(settings, run, probe, command, *more)}
+
+
+def _command(settings: Settings, run: SAERun, probe: ProbeRun, command: Command, *more: str) -> str:
+    """A command line that means this run, with the config if it is not the default one."""
+    text = Ways(settings, run, probe).command(command, *more).text
+    return text if settings.path == ROOT / "config.py" else f"DNCBM_CONFIG={shlex.quote(_public(settings.path))} {text}"
+
+
+def _public(path: Path) -> str:
+    """A path as a site that is published shows it: without where things lie on this machine."""
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return f"/path/to/{path.name}" if path.is_absolute() else path.as_posix()
 
 
 def _missing_names(settings: Settings, shown: ShownRun, probe: ProbeRun) -> Iterator[dict[str, str]]:
@@ -160,18 +203,24 @@ def _missing_names(settings: Settings, shown: ShownRun, probe: ProbeRun) -> Iter
         yield lack(f"Stability is out of date and left out: {why}.", commands.SEED_STABILITY, "--overwrite")
 
 
-def _missing_probe(
-    settings: Settings, shown: ShownRun, probe: ProbeRun, kept: Sequence[Kept], found: ProbeFound | None
+def _missing_strengths(
+    settings: Settings, shown: ShownRun, probe: ProbeRun, split: str, kept: Sequence[Kept]
 ) -> Iterator[dict[str, str]]:
-    """Of concept strengths, the probe and its baselines."""
+    there, with_images = with_strengths(settings, shown.run, split), [one.dataset for one in kept]
+    without = [one for one, strengths in zip(with_images, shown.strengths, strict=True) if strengths is None]
+    for dataset in dict.fromkeys([*without, *(one for one in (*there, probe.dataset) if one not in with_images)]):
+        what = f"The concept strengths of {dataset} are of no images." if dataset in there else (
+            f"There are no concept strengths of {dataset}."
+        )  # fmt: skip
+        yield _lack(settings, shown.run, replace(probe, dataset=dataset), what, commands.STRENGTHS)
+
+
+def _missing_probe(
+    settings: Settings, shown: ShownRun, probe: ProbeRun, found: ProbeFound | None
+) -> Iterator[dict[str, str]]:  # fmt: skip
+    """Of the probe and its baselines."""
     run = shown.run
     lack = partial(_lack, settings, run, probe)
-    without = [one.dataset for one, strengths in zip(kept, shown.strengths, strict=True) if strengths is None]
-    if not any(one.dataset == probe.dataset for one in kept):
-        without.append(probe.dataset)
-    for dataset in without:
-        of = replace(probe, dataset=dataset)
-        yield _lack(settings, run, of, f"There are no concept strengths of {dataset}.", commands.STRENGTHS)
     if not Artifacts(settings).probe(run, probe).is_file():
         yield lack(f"No probe classifies {probe.dataset} by these concepts.", commands.PROBE)
     elif found is not None:
@@ -187,7 +236,7 @@ def _missing_report(
     if reported is None:
         yield _lack(settings, run, probe, "There is no report of what this run supports.", commands.REPORT)
     elif newer:
-        what = f"The report is left out, since it is older than: {listed(newer)}."
+        what = f"The report is left out: it is older than {listed(newer)}."
         yield _lack(settings, run, probe, what, commands.REPORT)
 
 
@@ -211,7 +260,7 @@ def optional_inputs(settings: Settings, run: SAERun, probe: ProbeRun) -> dict[st
         paths["stability over seeds"] = stability
     found: dict[str, Path | str] = {title: path for title, path in paths.items() if not _changed(path)}
     if rows := rows_of_probe(settings, run, probe):
-        found["results of the probe and its baselines"] = text_hash(json.dumps(row, sort_keys=True) for row in rows)
+        found[RESULTS] = text_hash(json.dumps(row, sort_keys=True) for row in rows)
     if (claims := artifacts.report(run, probe) / CLAIMS).is_file():
         found["report"] = file_hash(claims)
     return found
@@ -280,6 +329,6 @@ def _dataset(settings: Settings, kept: Kept, thumbnails: Mapping[str, int] | str
 def command_again(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained, browse: Browse) -> str:
     """The command line that makes a site again."""
     more = ["--probe_split", explained.split]
-    more += ["--browser_folder", shlex.quote(str(browse.output))] if browse.output else []
+    more += ["--browser_folder", shlex.quote(_public(browse.output))] if browse.output else []
     more += ["--beside", *map(shlex.quote, browse.beside)] if browse.beside else []
-    return Ways(settings, run, probe).command(commands.BROWSE, *more).text
+    return _command(settings, run, probe, commands.BROWSE, *more)

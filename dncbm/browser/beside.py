@@ -24,6 +24,11 @@ from sparse_autoencoder.declare import Flag, build, flags, values
 
 BY_NAME = "sae"
 """The flag that names a run."""
+IN_WORDS = {
+    "l1_coeff": "L1 coefficient", "l0_coeff": "L0 coefficient", "save_suffix": "suffix", "num_epochs": "epochs",
+    "train_sae_bs": "batch size", "lr": "learning rate", "resample_freq": "resampling frequency",
+}  # fmt: skip
+"""What flags are called in labels, where that is not their own name."""
 
 
 def runs_beside(settings: Settings, run: SAERun, probe: ProbeRun, beside: Sequence[str]) -> list[tuple[SAERun, ProbeRun]]:
@@ -128,19 +133,22 @@ def _probe_of(run: SAERun, probe: ProbeRun, other: SAERun) -> ProbeRun:
 
 
 def labels_of(runs: Sequence[SAERun]) -> list[str]:
-    """What tells each SAE from the others, `seed 50` or `topk k 32`; of a single one, its encoder."""
+    """What tells each SAE from the others, `seed 50` or `topk, k 32`; of a single one, its encoder."""
     if len(runs) == 1:
         return [runs[0].encoder]
     shown = {name: about for name, about in flags(SAERun).items() if about.setting.in_name or about.variants}
     found = [{name: value for name, value in values(run).items() if name in shown} for run in runs]
     telling = [name for name in shown if len({str(one.get(name)) for one in found}) > 1]
-    return [" ".join(_told(name, one[name]) for name in telling if name in one) for one in found]
+    return [", ".join(_told(name, one[name]) for name in telling if name in one) for one in found]
 
 
 def _told(name: str, value: Any) -> str:
     if name == "sae_type":
         return str(value)
-    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'none' if value == '' else value}"
+    words = IN_WORDS.get(name, name.replace("_", " "))
+    if value == "":
+        return f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
 
 
 def matched(settings: Settings, first: ShownRun, second: ShownRun) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Chunks of numbers that pages read image by image: names and labels, concept strengths, the probe's weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,33 +9,17 @@ from tqdm import tqdm
 
 from dncbm.browser.pack import write_chunk
 from dncbm.browser.shown import IMAGES_PER_CHUNK, Kept, ShownRun, weight_rows
-from dncbm.features.datasets.probe import ProbeImages, probe_images
-from dncbm.features.stage import are_extracted
-from dncbm.runs.declarations import SAERun
-from dncbm.runs.errors import UserError
-from dncbm.runs.settings import Settings
 
 
-def images_of(settings: Settings, run: SAERun, kept: Kept, split: str) -> ProbeImages | None:
-    """The images of the data set's own split; None if they are missing, or have changed since features were extracted."""
-    try:
-        images = probe_images(settings, kept.dataset, settings.own_split(kept.dataset, split))
-    except UserError:
-        return None
-    is_theirs = are_extracted(settings, images, kept.dataset, run.encoder, run.hook, split)
-    return images if is_theirs and int(kept.keys.max()) < len(images.labels) else None
-
-
-def write_images(kept: Kept, images: ProbeImages | None, data: Path, dataset: int) -> None:
+def write_images(kept: Kept, names: Sequence[str], data: Path, dataset: int) -> None:
     """Write the chunk `images_<d>`: names, classes, keys, labels and groups of the kept images of data set d.
 
-    Names are of files, without folders; `image 12` where images are missing.
+    `names` are those of the image files, or empty if they are unknown; then images are called `image 12`.
     """
-    keys, groups = kept.keys.tolist(), np.zeros(0) if kept.groups is None else kept.groups
-    names = [images.image_name(key).rpartition("/")[2] if images else f"image {key}" for key in keys]
+    groups = np.zeros(0) if kept.groups is None else kept.groups
     content = {
-        "names": names, "classes": list(kept.classes), "key": kept.keys.astype(np.int32),
-        "label": kept.labels.astype(np.int32), "group": groups.astype(np.int32),
+        "names": list(names) or [f"image {key}" for key in kept.keys.tolist()], "classes": list(kept.classes),
+        "key": kept.keys.astype(np.int32), "label": kept.labels.astype(np.int32), "group": groups.astype(np.int32),
     }  # fmt: skip
     write_chunk(data, f"images_{dataset}", content)
 

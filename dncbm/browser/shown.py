@@ -84,13 +84,15 @@ def with_strengths(settings: Settings, run: SAERun, split: str) -> list[str]:
     return [name for name in settings.probe_datasets if manifest_path(artifacts.strengths(run, name, split)).is_file()]
 
 
-def kept_images(settings: Settings, run: SAERun, split: str) -> list[Kept]:
+def kept_images(settings: Settings, run: SAERun, split: str, first: str) -> list[Kept]:
     """The images that a site shows: of every probe data set with strengths of the split, at most MOST_IMAGES.
+
+    The data set `first` comes first if it is among them.
 
     Raises UserError if strengths or labels are damaged; StaleArtifact if what they were made from has changed since.
     """
     found = []
-    for dataset in with_strengths(settings, run, split):
+    for dataset in sorted(with_strengths(settings, run, split), key=lambda name: name != first):
         every = _keys(finished_strengths(settings, run, dataset, split))
         n = min(len(every), MOST_IMAGES)
         if not n:

@@ -75,8 +75,8 @@ interface Run {
   n_latents: number;
   /** Whether there are strengths of each data set. Without them, its numbers are NaN and its images -1. */
   has_strengths: boolean[];
-  /** Latents that no kept image activates. */
-  n_silent: number;
+  /** Latents that no kept image activates; null if there are no strengths. */
+  n_silent: number | null;
   has_names: boolean;
   /** Verdict -> number of latents. */
   verdicts: Record<string, number>;
@@ -94,6 +94,8 @@ interface Run {
   claims_made: string;
   /** What was not run, and the command that runs it. */
   missing: { what: string; command: string }[];
+  /** The command lines of some stages for this run, whether they were run or not. */
+  commands: { names: string; probe: string; intervene: string };
   /** Rows of weights in a chunk weights_<k>. */
   weight_rows: number;
 }

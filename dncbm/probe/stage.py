@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,14 +255,16 @@ def load_probe(settings: Settings, run: SAERun, probe: ProbeRun) -> torch.Tensor
 
 
 def _width(settings: Settings, run: SAERun, probe: ProbeRun) -> int | None:
-    """Number of inputs; None if they have been moved away."""
+    """Number of inputs; None if they have been moved away, or concept strengths are damaged, which whoever reads them says."""
     artifacts = Artifacts(settings)
     if probe.on_features:
         folder = artifacts.features(probe.dataset, run.encoder, run.hook, "val")
         is_there = manifest_path(folder).is_file()
         return open_features(settings, probe.dataset, run.encoder, run.hook, "val").width if is_there else None
     folder = artifacts.strengths(run, probe.dataset, "val")
-    return strengths_width(folder) if manifest_path(folder).is_file() else None
+    with suppress(UserError):
+        return strengths_width(folder) if manifest_path(folder).is_file() else None
+    return None
 
 
 PROBE = commands.PROBE.stage(

@@ -145,12 +145,14 @@ def _runs(kind: Kind, n_classes: int) -> list[dict[str, Any]]:
         verdicts = {"named": F - 4, "collision": 2, "abstains": 2} if kind.has_names else {}
         runs.append({
             "name": "lr0.001_" + "l1coeff0.0005_" * 8, "label": f"seed {49 + run}", "n_latents": F,
-            "has_strengths": [kind.has_strengths] * 2 + [kind.has_strengths and run == 0], "n_silent": 1,
+            "has_strengths": [kind.has_strengths] * 2 + [kind.has_strengths and run == 0],
+            "n_silent": 1 if kind.has_strengths else None,
             "has_names": kind.has_names, "verdicts": verdicts, "has_probe": n_classes > 0,
             "figures": [["L0 on val", "13.4"], ["Top-1 on val", "73.3 %"]],
             "settings": [["SAE", [["lr", "0.001"], ["l1_coeff", "5e-4"]]]],
             "provenance": [["SAE", "2026-11-28 20:57", "02ae76"]],
             "claims": claims if run == 0 else None, "claims_made": "2026-11-28 21:00", "weight_rows": WEIGHT_ROWS,
+            "commands": {name: f"python scripts/{name}.py --sae run_{run}" for name in ("names", "probe", "intervene")},
             "missing": [{"what": "Stability over seeds was not measured.", "command": "python scripts/14_seed_stability.py"}],
         })  # fmt: skip
     return runs

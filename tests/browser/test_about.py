@@ -1,5 +1,6 @@
 """What a site says about itself: the contract's fields, figures against formulas, commands that mean the run, the report."""
 
+import csv
 import json
 import re
 import shlex
@@ -18,17 +19,20 @@ from dncbm.bottleneck.run import run_of_flags
 from dncbm.browser.about import about_run, about_site, command_again, optional_inputs
 from dncbm.browser.shown import kept_images, read_run
 from dncbm.cli import main, parse
+from dncbm.explain.report.probe import read_probed
+from dncbm.explain.report.provenance import artifacts_made
 from dncbm.explain.report.stage import CLAIMS, FILES, read_claims
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Browse, Explained, ProbeRun, SAERun
 from dncbm.runs.find import find
-from dncbm.runs.manifests import check_chain, manifest_path, read_manifest
+from dncbm.runs.manifests import check_chain, making, manifest_path, read_manifest
 from dncbm.runs.settings import Settings, load_settings
 from dncbm.stages import COMMANDS, STAGES
 from sparse_autoencoder.declare import build, values
 from tests.bottleneck.conftest import SmallRun
 
-TYPES = Path(__file__).parents[2] / "dncbm" / "browser" / "types.d.ts"
+ROOT = Path(__file__).parents[2]
+TYPES = ROOT / "dncbm" / "browser" / "types.d.ts"
 BASELINE = ["--probe_on_features", "--probe_solver", "adam", "--probe_epochs", "2"]
 NO_PICTURES = "The folder of the images is missing."
 
@@ -68,9 +72,9 @@ def of(settings: Settings) -> tuple[SAERun, ProbeRun]:
 def said(settings: Settings, label: str = "tiny") -> dict[str, Any]:
     """What a site says about the run."""
     run, probe = of(settings)
-    kept = kept_images(settings, run, "val")
+    kept = kept_images(settings, run, "val", "pets")
     shown = read_run(settings, run, probe, "val", kept)
-    found = about_run(settings, shown, probe, kept, label, Artifacts(settings).report(run, probe))
+    found = about_run(settings, shown, probe, "val", kept, label, Artifacts(settings).report(run, probe))
     json.dumps(found, allow_nan=False)
     return found
 
@@ -78,7 +82,7 @@ def said(settings: Settings, label: str = "tiny") -> dict[str, Any]:
 def test_a_run_says_what_its_artifacts_hold(complete: Settings) -> None:
     assert run_of_flags(complete, {}) == of(complete)
     (run, probe), found = of(complete), said(complete)
-    kept = kept_images(complete, run, "val")
+    kept = kept_images(complete, run, "val", "pets")
     shown = read_run(complete, run, probe, "val", kept)
     assert found.keys() == fields_of("Run")
     z, weight, labels = shown.strengths[0].toarray(), shown.weight.numpy(), kept[0].labels
@@ -122,20 +126,55 @@ def test_claims_are_those_of_the_report(complete: Settings) -> None:
     assert found["claims_made"] == reported.made.strftime("%Y-%m-%d %H:%M")
 
 
-@pytest.mark.parametrize("changed", ["SAE", "probe"])
-def test_a_report_that_is_older_than_the_run_is_left_out(copy: Settings, changed: str) -> None:
+RESTS_ON = {
+    "SAE", "names", "evidence from images of photos", "stability over seeds", "concept strengths of pets, val", "probe",
+    "probe on raw features", "zero-shot baseline", "accuracy with few concepts",
+}  # fmt: skip
+
+
+def made_then(artifact: Path, time: str) -> None:
+    path = manifest_path(artifact)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"made": time}))
+
+
+def test_a_report_that_is_older_than_what_it_rests_on_is_left_out(copy: Settings) -> None:
     run, probe = of(copy)
-    path = manifest_path({"SAE": Artifacts(copy).sae(run), "probe": Artifacts(copy).probe(run, probe)}[changed])
-    made = json.loads(path.read_text())
-    path.write_text(json.dumps(made | {"made": "2100-01-01T00:00:00+00:00"}))
-    found = said(copy)
-    assert found["claims"] is None
-    assert found["claims_made"] == ""
-    (lack,) = found["missing"]
-    assert lack["what"].endswith(f"older than: {changed}.")
-    assert lack["command"].startswith("python scripts/15_report.py")
-    path.write_text(json.dumps(made | {"made": "long ago"}))
-    assert said(copy)["claims"] is not None, "an artifact of others may not say when it was made"
+    nec = Artifacts(copy).nec(run, "pets")
+    with making(nec, "nec", {}, {}, overwrite=False) as work:
+        (nec / "nec.csv").write_text("nothing reads more than when it was made")
+        work.done([nec / "nec.csv"])
+    made_then(nec, "2000-01-01T00:00:00+00:00")
+    assert said(copy)["claims"] is not None
+    baseline = read_probed(copy, run, probe, "cpu").baseline
+    made = artifacts_made(copy, run, probe, baseline)
+    assert made.keys() >= RESTS_ON
+    for title in sorted(RESTS_ON | {"features of pets, train"}):
+        path = made[title][0]
+        before = manifest_path(path).read_text()
+        made_then(path, "2100-01-01T00:00:00+00:00")
+        found = said(copy)
+        if title in RESTS_ON:
+            assert found["claims"] is None, title
+            assert found["claims_made"] == ""
+            (lack,) = found["missing"]
+            assert lack["what"] == f"The report is left out: it is older than {title}."
+            assert "scripts/15_report.py" in lack["command"]
+        else:
+            assert found["claims"] is not None, title
+        made_then(path, "long ago")
+        assert said(copy)["claims"] is not None, "an artifact of others may not say when it was made"
+        manifest_path(path).write_text(before)
+    results = Artifacts(copy).probe_results()
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["time"] = "2100-01-01T00:00:00+00:00" if row["method"] == "zero_shot" else row["time"]
+    with results.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    (lack,) = said(copy)["missing"]
+    assert lack["what"] == "The report is left out: it is older than results of the probe and its baselines."
 
 
 # Artifacts that are removed -> the scripts that make what is missing then, in the order in which a site says so.
@@ -176,7 +215,7 @@ def test_what_is_missing_is_said_with_a_command_that_finds_the_run(
     run, _ = of(copy)
     remove(copy, what)
     found = said(copy)
-    words = [shlex.split(one["command"]) for one in found["missing"]]
+    words = [shlex.split(one["command"].removeprefix("DNCBM_CONFIG=/path/to/config.py ")) for one in found["missing"]]
     assert [one[1].removeprefix("scripts/") for one in words] == LACKING[what]
     assert all(one["what"].endswith(".") for one in found["missing"])
     monkeypatch.setenv("DNCBM_CONFIG", str(copy.path))
@@ -236,7 +275,7 @@ def test_damaged_claims_are_refused(copy: Settings, refusal: Callable) -> None:
 
 def site(settings: Settings, runs: list[dict[str, Any]], thumbnails: Any = NO_PICTURES) -> dict[str, Any]:
     run, probe = of(settings)
-    kept = kept_images(settings, run, "val")
+    kept = kept_images(settings, run, "val", "pets")
     matches = [(0, 1)] if len(runs) > 1 else []
     found = about_site(settings, run, probe, Explained("val"), kept, runs, [thumbnails], matches, "command", FILES[0])
     json.dumps(found, allow_nan=False)
@@ -278,8 +317,8 @@ def test_its_command_makes_it_again(complete: Settings, monkeypatch: pytest.Monk
     browse = Browse(Path("a folder/$x"), ("seed=50", "sae_type=topk,k=2"))
     command = command_again(complete, run, probe, Explained("train_val"), browse)
     monkeypatch.setenv("DNCBM_CONFIG", str(complete.path))
-    python, script, *flags = shlex.split(command)
-    assert (python, script) == ("python", "scripts/16_browse.py")
+    config, python, script, *flags = shlex.split(command)
+    assert (config, python, script) == ("DNCBM_CONFIG=/path/to/config.py", "python", "scripts/16_browse.py")
     _, told, given = parse(COMMANDS["browse"], flags)
     found = find(complete, STAGES["probe"], told, given)
     assert (build(SAERun, found), build(ProbeRun, found)) == (run, probe)
@@ -287,12 +326,40 @@ def test_its_command_makes_it_again(complete: Settings, monkeypatch: pytest.Monk
     plain = command_again(complete, run, probe, Explained("val"), Browse())
     assert "--beside" not in plain
     assert "--browser_folder" not in plain
+    elsewhere = command_again(complete, run, probe, Explained("val"), Browse(Path("/home/me/a site")))
+    assert shlex.split(elsewhere)[-2:] == ["--browser_folder", "/path/to/a site"]
+
+
+def test_the_commands_of_a_run_mean_this_run(complete: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, probe = of(complete)
+    monkeypatch.setenv("DNCBM_CONFIG", str(complete.path))
+    found = said(complete)["commands"]
+    assert found.keys() == {"names", "probe", "intervene"}
+    for name, text in found.items():
+        _, _, script, *flags = shlex.split(text)
+        assert script == f"scripts/{COMMANDS[name].script}"
+        _, told, given = parse(COMMANDS[name], flags)
+        told = find(complete, STAGES["probe" if name == "intervene" else "sae"], told, given)
+        assert build(SAERun, told).config_name == run.config_name
+        if name != "names":
+            assert build(ProbeRun, told).config_name == probe.config_name
+
+
+def test_commands_name_the_config_unless_it_is_the_default_one(complete: Settings) -> None:
+    run, probe = of(complete)
+    for path, prefix in (
+        (ROOT / "config.py", ""), (ROOT / "examples/openmoji/config.py", "DNCBM_CONFIG=examples/openmoji/config.py "),
+        (Path("/home/me/my config.py"), "DNCBM_CONFIG='/path/to/my config.py' "),
+    ):  # fmt: skip
+        settings = replace(complete, path=path)
+        command = command_again(settings, run, probe, Explained("val"), Browse())
+        assert command.startswith(f"{prefix}python scripts/16_browse.py")
 
 
 def test_a_latent_is_silent_if_no_image_of_any_data_set_activates_it(complete: Settings) -> None:
     """Without strengths, it is not known."""
     run, probe = of(complete)
-    kept = kept_images(complete, run, "val")
+    kept = kept_images(complete, run, "val", "pets")
     shown = read_run(complete, run, probe, "val", kept)
     other = np.zeros((2, shown.n_latents), np.float32)
     silent = (shown.strengths[0].toarray() == 0).all(axis=0)
@@ -300,7 +367,7 @@ def test_a_latent_is_silent_if_no_image_of_any_data_set_activates_it(complete: S
     folder = Artifacts(complete).report(run, probe)
     both = replace(shown, strengths=(shown.strengths[0], scipy.sparse.csr_matrix(other)))
     two = [kept[0], replace(kept[0], dataset="b", keys=np.arange(2), labels=np.zeros(2, np.int64))]
-    assert about_run(complete, both, probe, two, "", folder)["n_silent"] == silent.sum() - 1
+    assert about_run(complete, both, probe, "val", two, "", folder)["n_silent"] == silent.sum() - 1
     none = replace(shown, strengths=(None,), probe=None, weight=None, probed=None)
-    found = about_run(complete, none, probe, kept, "", folder)
-    assert (found["n_silent"], found["has_strengths"], found["has_probe"]) == (0, [False], False)
+    found = about_run(complete, none, probe, "val", kept, "", folder)
+    assert (found["n_silent"], found["has_strengths"], found["has_probe"]) == (None, [False], False)

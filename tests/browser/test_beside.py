@@ -131,9 +131,9 @@ RELU, SEEDED = SAERun(), SAERun(training=TrainingSettings(seed=50))
     [
         ([RELU], ["clip_RN50"]),
         ([RELU, SEEDED], ["seed 49", "seed 50"]),
-        ([RELU, SAERun(sparsity=TopK(8))], ["relu l1_coeff 3e-05", "topk k 8"]),
+        ([RELU, SAERun(sparsity=TopK(8))], ["relu, L1 coefficient 3e-05", "topk, k 8"]),
         ([SAERun(sparsity=TopK(k)) for k in (8, 16)], ["k 8", "k 16"]),
-        ([RELU, replace(SEEDED, suffix="_x")], ["save_suffix none seed 49", "save_suffix _x seed 50"]),
+        ([RELU, replace(SEEDED, suffix="_x")], ["no suffix, seed 49", "suffix _x, seed 50"]),
     ],
 )
 def test_labels_say_what_differs(runs: list[SAERun], labels: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The pages in Chromium, as a person uses them: what they show, compute and link to, on made-up sites and a real run's."""
 
+import base64
 import io
 import re
 from collections.abc import Callable
@@ -66,6 +67,8 @@ VIEWS = {
     "edited image": (EDITED, "0_003.png"),
     "hostile image without a probe": ("#/image/1/1", '"><img src=x onerror=alert(4)>.png'),
     "image without a picture": ("#/image/2/1", '"><img src=x onerror=alert(4)>.png'),
+    "edits": ("#/edits?edit=0%3A0.5%2C12%3A0", "What is edited"),
+    "edited class": ("#/class/0?edit=0:0", CLASSES[0]),
     "runs": ("#/runs", "Two runs side by side"),
     "other run": ("#/concepts?run=1", "Concepts"),
     "no such page": ("#/nowhere", "There is no such page"),
@@ -79,6 +82,11 @@ def overflow(page: Page, width: int) -> int:
     page.set_viewport_size({"width": width, "height": 800})
     root = "document.documentElement"
     return int(page.evaluate(f"{root}.scrollWidth - {root}.getBoundingClientRect().width"))
+
+
+def settle_address(page: Page) -> None:
+    """Wait until the address says all that is shown: it follows at most some three times a second."""
+    page.wait_for_function("() => location.hash === currentEntry().hash")
 
 
 def cards(page: Page) -> Locator:
@@ -146,11 +154,11 @@ def test_dark_mode_and_reduced_motion_are_obeyed(open_page, made_up) -> None:
 
 EMPTY = {
     "no probe": ({"n_runs": 1, "n_classes": 0}, {
-        "": "This run", "#/classes": "07_train_linear_probe.py", "#/class/0": "07_train_linear_probe.py",
-        "#/concept/0": "07_train_linear_probe.py", "#/image/0/3": "Concepts that are active on this image",
+        "": "This run", "#/classes": "scripts/probe.py", "#/class/0": "scripts/probe.py",
+        "#/concept/0": "scripts/probe.py", "#/image/0/3": "Concepts that are active on this image",
     }),
     "no names": ({"n_runs": 1, "has_names": False}, {
-        "": "They have no names", "#/concepts": "latent 12", "#/concept/12": "04_assign_names.py", EDITED: "latent 12",
+        "": "They have no names", "#/concepts": "latent 12", "#/concept/12": "scripts/names.py", EDITED: "latent 12",
     }),
     "no images": ({"n_runs": 1, "has_thumbnails": False}, {
         "": "The folder of the images is missing.", "#/concepts": "The folder of the images is missing.",
@@ -163,10 +171,10 @@ EMPTY = {
     "one class": ({"n_runs": 1, "n_classes": 1}, {
         "#/classes": "1 class", "#/class/0": "There is no other class.", EDITED: "100.0 %",
     }),
-    "one run": ({"n_runs": 1}, {"": "This run", "#/runs": "--beside seed=50"}),
+    "one run": ({"n_runs": 1}, {"": "This run", "#/runs": "--beside FLAG=VALUE"}),
     "everything": ({}, {
         f"#/concept/{DEAD}": "This latent is dead", "#/concept/12?run=1": "This run has no strengths of this data set.",
-        "#/concept/99": "This cannot be shown", "#/class/9": "There is no such class",
+        "#/concept/99": "There is no such concept", "#/class/9": "There is no such class",
         "#/image/0/60": "There is no such image", "#/image/7/0": "There is no such image",
     }),
 }  # fmt: skip
@@ -175,7 +183,7 @@ EMPTY = {
 @pytest.mark.parametrize("kind", EMPTY)
 def test_what_is_missing_is_said(open_page, made_up, kind: str) -> None:
     what, views = EMPTY[kind]
-    page = open_page(made_up(**what).folder, logs="There is no such concept" if kind == "everything" else None)
+    page = open_page(made_up(**what).folder)
     for address, text in views.items():
         page.goto(page.url.split("#")[0] + (address or "#/start"))
         settle(page)
@@ -201,6 +209,7 @@ def test_search_finds_names_and_candidates_as_one_types(open_page, made_up, quer
     wanted = [12] if query == "#12" else [index for index in range(F) if holds[index]]
     expect_cards(page, [made.shown[index] for index in wanted])
     expect(page.get_by_text("No concept matches")).to_have_count(int(not wanted))
+    settle_address(page)
     page.reload()
     settle(page)
     expect_cards(page, [made.shown[index] for index in wanted])
@@ -240,6 +249,7 @@ def test_the_table_sorts_by_its_headings(open_page, made_up) -> None:
         heading.get_by_role("button").click()
         expect(page.get_by_role("rowheader").first).to_have_text(made.shown[first])
         expect(heading).to_have_attribute("aria-sort", direction)
+    settle_address(page)
     page.reload()
     settle(page)
     expect(page.get_by_role("rowheader").first).to_have_text(made.shown[F - 1])
@@ -262,7 +272,7 @@ def test_a_concept_shows_its_images_and_its_votes(open_page, made_up) -> None:
         assert np.abs(colour - colours(0)[top[place]]).max() < 30, place
     votes = page.get_by_role("table", name="Votes for").get_by_role("row")
     expect(votes).to_have_text([re.compile(f"{CLASSES[c]}.*{weight[c]:.3f}") for c in np.argsort(-weight) if weight[c] > 0])
-    assert f"Active on {100 * (z > 0).mean():.1f} % of 60 images" in page.get_by_role("main").inner_text()
+    assert f"Active on {100 * (z > 0).mean():.1f} % of the 60 images" in page.get_by_role("main").inner_text()
     shown.get_by_role("link").first.click()
     settle(page)
     expect(page.get_by_role("heading", level=1)).to_have_text(f"0_{top[0]:03d}.png")
@@ -365,9 +375,9 @@ def test_everything_can_be_reached_with_the_keyboard(open_page, made_up) -> None
     keys.press("ArrowLeft")
     expect(heading).to_have_text("water")
     keys.press("?")
-    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
     keys.press("Escape")
-    expect(page.get_by_role("dialog", name="Keys")).to_be_hidden()
+    expect(page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_hidden()
     keys.press("Escape")
     expect(heading).to_have_text("Concepts")
     keys.press("/")
@@ -401,6 +411,100 @@ def test_the_first_tab_leads_past_the_bar(open_page, made_up) -> None:
         "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth"
     )
     assert outline == "solid3px"
+
+
+LAST_NEIGHBOUR = ".neighbours li:last-child a"
+
+
+@pytest.mark.parametrize(
+    ("view", "focused", "key", "leaves"),
+    [
+        ("#/concept/3", "h1", "ArrowRight", True),
+        ("#/concept/3", "h1", "Shift+ArrowRight", False),
+        ("#/concept/3", LAST_NEIGHBOUR, "ArrowRight", False),
+        ("#/image/0/3", ".all-classes summary", "ArrowRight", False),
+        ("#/image/0/3", ".all-classes .scroll", "ArrowRight", False),
+    ],
+)
+def test_arrows_leave_a_page_only_where_they_do_nothing_else(
+    open_page, made_up, view: str, focused: str, key: str, leaves: bool
+) -> None:
+    page = open_page(made_up().folder, view)
+    page.evaluate("for (const one of document.querySelectorAll('main details')) one.open = true")
+    page.locator(focused).last.focus()
+    page.keyboard.press(key)
+    assert page.evaluate("location.hash") == ("#/concept/4" if leaves else view)
+    if leaves:
+        settle(page)
+        page.evaluate("getSelection().selectAllChildren(document.querySelector('h1'))")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("location.hash") == "#/concept/4"
+
+
+REFUSE = """() => {
+    const replaceState = history.replaceState.bind(history);
+    window.calls = 0;
+    history.replaceState = (...all) => {
+        window.calls += 1;
+        if (window.refuses) throw new DOMException("more than 100 times in 30 seconds", "SecurityError");
+        replaceState(...all);
+    };
+}"""
+
+
+def test_the_address_follows_where_the_browser_refuses_many_changes(open_page, made_up) -> None:
+    page = open_page(made_up().folder, f"#/runs?edit={CONFOUND}:0")
+    page.evaluate(REFUSE)
+    slider, output = page.get_by_role("slider"), page.locator("output")
+    slider.focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowLeft")
+    expect(output).to_have_text("0.50")
+    settle_address(page)
+    assert page.evaluate("location.hash") == "#/runs?edit=12:0&a=0&b=1&at=0.5"
+    assert page.evaluate("calls") < 20
+    page.evaluate("window.refuses = true")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => currentEntry().hash.endsWith('at=0.51')")
+    expect(output).to_have_text("0.51")
+    own = page.locator(".pairs > li").first.get_by_role("link").first
+    assert (own.get_attribute("href") or "").endswith("?edit=12:0")
+    page.evaluate("window.refuses = false")
+    settle_address(page)
+    assert page.evaluate("location.hash").endswith("at=0.51")
+    page.get_by_role("navigation", name="Views").get_by_role("link", name="Start").click()
+    settle(page)
+    assert page.evaluate("location.hash") == "#/start?edit=12:0"
+
+
+BREAK_DATA = "() => { window.whole = scriptText; scriptText = async () => 'AAAA'; }"
+
+
+def test_what_cannot_be_read_is_named_and_read_again(open_page, made_up) -> None:
+    page = open_page(made_up().folder, logs="Cannot read data/0/concept")
+    page.evaluate(BREAK_DATA)
+    page.evaluate("location.hash = '#/concept/3'")
+    expect(page.get_by_role("main")).to_contain_text("Cannot read data/0/concept")
+    expect(page.get_by_role("main").get_by_role("link", name="Start")).to_be_visible()
+    page.evaluate("() => { scriptText = window.whole; }")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(NAMES[3] + " #3")
+
+
+def test_a_data_set_that_cannot_be_read_leaves_the_list_as_it_was(open_page, made_up) -> None:
+    page = open_page(made_up().folder, "#/concepts")
+    page.evaluate(BREAK_DATA)
+    page.get_by_label("Images of").select_option("drawings")
+    expect(page.get_by_text("Cannot read data/0/tops_1.js")).to_be_visible()
+    expect(page.get_by_label("Images of")).to_have_value("0")
+    expect(cards(page)).to_have_count(F)
+    assert page.evaluate("location.hash") == "#/concepts"
+
+
+def test_base64_is_read_without_the_new_method_too(open_page, made_up) -> None:
+    page = open_page(made_up().folder)
+    read = "text => { Uint8Array.fromBase64 = undefined; return [...bytesOf(text)]; }"
+    assert page.evaluate(read, base64.b64encode(bytes(range(256))).decode()) == list(range(256))
 
 
 # ------------------------------------------------------------------------------------------------------ interventions
@@ -463,11 +567,11 @@ def accuracy_table(page: Page) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("run", [0, 1])
-def test_removing_a_concept_everywhere_measures_the_accuracy_again(open_page, made_up, run: int) -> None:
+def test_removing_a_concept_can_measure_the_accuracy_again(open_page, made_up, run: int) -> None:
     made = made_up()
     with_water = int((made.strengths[run][0][:, CONFOUND] > 0).argmax())
     page = open_page(made.folder, f"#/image/0/{with_water}" + f"?run={run}" * run)
-    page.get_by_role("button", name="Remove everywhere: water").click()
+    page.get_by_role("button", name="Remove and measure accuracy: water").click()
     before, after = made.right({}, run), made.right({CONFOUND: 0}, run)
     parts = {"Overall": np.ones(N, dtype=bool)} | {group: made.groups == number for number, group in enumerate(GROUPS)}
     wanted = {
@@ -480,7 +584,80 @@ def test_removing_a_concept_everywhere_measures_the_accuracy_again(open_page, ma
     assert before.mean() < after.mean()
 
 
-@pytest.mark.parametrize("factors", [{CONFOUND: 0.0, 3: 0.0, 10: 0.0}, {i: 0.5 for i in range(FIRST_HOSTILE, F)} | {3: 2.0}])
+HOLD = """pattern => {
+  const [append, held] = [Element.prototype.append, []];
+  Element.prototype.append = function (...all) {
+    if (all[0]?.src?.includes(pattern)) held.push(() => append.apply(this, all));
+    else append.apply(this, all);
+  };
+  window.release = () => { Element.prototype.append = append; held.forEach((one) => one()); };
+}"""
+"""Holds the chunks whose paths contain a text back until `release()`."""
+
+
+def test_edits_restored_while_the_weights_load_do_not_come_back(open_page, made_up) -> None:
+    made = made_up()
+    page = open_page(made.folder)
+    page.evaluate(HOLD, "weights_")
+    page.evaluate(f"location.hash = '{EDITED}'")
+    page.get_by_role("button", name="Restore all").click()
+    page.evaluate("release()")
+    np.testing.assert_allclose(logits(page), made.logits({})[3], atol=1e-5)
+    expect(page.locator(".contributions .edited")).to_have_count(0)
+    assert edits_in(page) == {}
+
+
+def test_the_next_view_takes_the_last_edit_and_none_made_while_it_loads(open_page, made_up) -> None:
+    page = open_page(made_up().folder, "#/image/0/3")
+    row = page.locator(".contributions li").first
+    concept = int(row.get_attribute("data-concept") or "")
+    move = "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }"
+    for factor in ("0.9", "0.6", "0.2"):
+        row.get_by_role("slider").evaluate(move, factor)
+    page.evaluate("document.querySelector('a[rel=next]').click()")
+    settle(page)
+    assert page.url.split("#")[1].startswith("/image/0/4")
+    assert edits_in(page) == {concept: 0.2}
+    page.evaluate(HOLD, "data/1/")
+    page.get_by_label("Run").select_option("1")
+    page.wait_for_function("location.hash.includes('run=1')")
+    page.get_by_role("slider").first.evaluate(move, "0.2")
+    page.get_by_role("button", name=re.compile("^Remove and measure")).first.click()
+    page.evaluate("release()")
+    settle(page)
+    expect(page.get_by_text("No concept is edited.")).to_be_visible()
+    assert edits_in(page) == {}
+
+
+def test_what_edits_do_is_announced_on_their_own_page_only(open_page, made_up) -> None:
+    made = made_up()
+    image = wrongly_gull(made)
+    page = open_page(made.folder, f"#/image/0/{image}")
+    status = page.locator("#status")
+    page.get_by_role("button", name="Remove water", exact=True).click()
+    expect(status).to_have_text(f"Predicted now: {CLASSES[made.labels[image]]}.")
+    page.get_by_role("button", name="Restore water").click()
+    expect(status).to_have_text("Predicted now: gull.")
+    for leaves in (False, True):
+        page.evaluate(HOLD, "strengths_0_1")
+        page.get_by_role("button", name="Remove and measure accuracy: water").click()
+        page.get_by_role("button", name="Cancel").focus()
+        if leaves:
+            page.evaluate("location.hash = '#/classes'")
+            settle(page)
+        page.evaluate("release()")
+        if not leaves:
+            expect(page.get_by_role("region", name="Accuracy with these edits")).to_be_focused()
+            expect(status).to_have_text(re.compile("^Accuracy: "))
+            page.evaluate("chunks.delete('0/strengths_0_1')")
+    page.wait_for_timeout(300)
+    assert not (status.text_content() or "").startswith("Accuracy")
+
+
+EXPORTED = [{CONFOUND: 0.0, 3: 0.0, 10: 0.0}, dict.fromkeys(range(F), 0.0), {i: 0.5 for i in range(F)} | {3: 2.0, DEAD: 0.0}]
+
+
+@pytest.mark.parametrize("factors", EXPORTED, ids=["some removed", "all removed", "all scaled"])
 def test_the_exported_list_is_what_the_stage_reads(open_page, made_up, tmp_path: Path, factors: dict[int, float]) -> None:
     made = made_up()
     edit = ",".join(f"{concept}:{factor:g}" for concept, factor in factors.items())

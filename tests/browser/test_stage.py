@@ -16,10 +16,15 @@ import pytest
 import scipy.sparse
 
 from dncbm.browser import images, shown, stage, thumbnails
+from dncbm.cli import parse
 from dncbm.concepts.naming import ConceptName, write_names
+from dncbm.explain.report.stage import write_report
 from dncbm.features.datasets.probe import display_name
-from dncbm.runs.declarations import Browse, Explained
+from dncbm.runs.declarations import Browse, Explained, ProbeRun, Report
+from dncbm.runs.errors import UserError
 from dncbm.runs.manifests import Outcome, manifest_path, read_manifest, write_json
+from dncbm.stages import COMMANDS
+from sparse_autoencoder.declare import build
 from tests.browser.test_pack import read_chunk
 from tests.explain import conftest as explained
 from tests.explain.conftest import CLASSES, MINE, NAMES, F, N, World, strengths
@@ -37,9 +42,11 @@ def folder(tmp_path: Path) -> Path:
 def browse(world: World, folder: Path) -> Callable[..., Outcome]:
     """Runs the stage."""
 
-    def run(beside: tuple[str, ...] = (), **options: Any) -> Outcome:
-        browse = Browse(folder, beside)
-        return stage.write_browser(world.settings, world.run, world.probe, Explained("val"), browse, device="cpu", **options)
+    def run(
+        beside: tuple[str, ...] = (), split: str = "val", probe: ProbeRun = world.probe, overwrite: bool = False
+    ) -> Outcome:  # fmt: skip
+        declared = world.run, probe, Explained(split), Browse(folder, beside)
+        return stage.write_browser(world.settings, *declared, device="cpu", overwrite=overwrite)
 
     return run
 
@@ -172,17 +179,57 @@ def test_what_is_missing_is_left_out(
     assert concepts["activity"].size == F * len(site["datasets"])
 
 
+EXPORT = '{"stage": "export", "settings": {}, "inputs": {}, "outputs": {"a": {"bytes": 1, "sha256": ""}}}'
+
+
+@pytest.mark.parametrize("text", [EXPORT, '{"name": "a web app"}'])
 @pytest.mark.parametrize("held", ["index.html", "data/notes.txt", "style.css", "manifest.json", ""])
 def test_a_folder_of_something_else_is_refused(
-    held: str, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
-) -> None:
+    held: str, text: str, browse: Callable[..., Outcome], folder: Path
+) -> None:  # fmt: skip
     path = folder / held
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"stage": "export", "settings": {}, "inputs": {}, "outputs": {"a": {"bytes": 1, "sha256": ""}}}')
+    path.write_text(text)
     for overwrite in (False, True):
-        with refusal("--browser_folder", folder):
+        with pytest.raises(UserError, match=re.escape(str(folder))) as caught:
             browse(overwrite=overwrite)
+        assert "--browser_folder" in str(caught.value)
+        assert "--overwrite" not in str(caught.value)
     assert [one for one in (folder, *folder.rglob("*")) if one.is_file()] == [path]
+    assert path.read_text() == text
+
+
+def test_a_link_to_nothing_is_refused(browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]) -> None:
+    folder.symlink_to("nowhere")
+    with refusal("--browser_folder", folder, "link"):
+        browse()
+
+
+def test_files_of_others_stay(
+    world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browse()
+    write_report(world.settings, world.run, world.probe, Report(folder), device="cpu")
+    report = {name: content for name, content in tree(folder).items() if name.startswith(("report", "figures", "claims"))}
+    assert {"report.html", "report.md"} < report.keys()
+    others = ("notes.txt", "data/mine.js", "data/0/notes.js", "thumbnails/7/x/1.webp", "thumbnails/1/0/mine.webp")
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    assert browse() is Outcome.ALREADY_DONE
+    lose_strengths(world, "mine")
+    browse(overwrite=True)
+    assert tree(folder).items() >= (report | dict.fromkeys(others, b"mine")).items()
+    assert {path.parts[1] for path in map(Path, read_manifest(folder)["outputs"]) if path.parts[0] == "thumbnails"} == {"0"}
+
+
+def test_a_dropped_run_leaves_nothing(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    world.save_sae(replace(world.run, training=replace(world.run.training, seed=7)))
+    browse(("seed=7",))
+    lose_strengths(world, "mine")
+    browse(overwrite=True)
+    folders = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()}
+    assert folders == {"data", "data/0", "thumbnails", "thumbnails/0", "thumbnails/0/0"}
 
 
 def test_a_site_is_made_again_only_on_request(
@@ -210,18 +257,140 @@ def test_a_site_is_made_again_only_on_request(
     assert (folder / "notes.txt").read_text() == (folder / "data" / "notes.txt").read_text() == "mine"
 
 
+def lose_folder(world: World) -> Path:
+    return world.settings.path.parent / "mine"
+
+
+def lose_files(world: World) -> Path:
+    """The lists of places365 stay."""
+    return world.settings.path.parent / "places" / "val_256"
+
+
+@pytest.mark.parametrize(("lose", "dataset", "name"), [(lose_folder, 1, "0.png"), (lose_files, 0, "0000.jpg")])
+@pytest.mark.parametrize("has_features", [False, True])
 def test_images_that_come_back_are_shown(
+    lose: Callable[[World], Path], dataset: int, name: str, has_features: bool, world: World,
+    browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What they were in an earlier site matters only as long as it has their thumbnails."""
+    if has_features:
+        world.save_features(DATASETS[dataset])
+    images = lose(world)
+    away = images.with_name("away")
+
+    def holds() -> tuple[bool, str]:
+        about = chunk(folder, "site")["datasets"][dataset]
+        assert (about["thumbnails"] is None) == bool(about["no_thumbnails"])
+        return about["thumbnails"] is not None, chunk(folder, f"images_{dataset}")["names"][0]
+
+    def again() -> None:
+        away.rename(images)
+        with refusal("images", "--overwrite"):
+            browse()
+        browse(overwrite=True)
+        assert holds() == (True, name)
+
+    images.rename(away)
+    images.mkdir()
+    browse()
+    assert holds() == (False, "image 0")
+    assert len(caplog.records) == 1
+    assert browse() is Outcome.ALREADY_DONE
+    assert len(caplog.records) == 1
+    images.rmdir()
+    again()
+    images.rename(away)  # made again without them, it keeps what it has
+    world.make_names([*NAMES[:-1], "renamed"])
+    browse(overwrite=True)
+    assert holds() == (True, name)
+    away.rename(images)
+    assert browse() is Outcome.ALREADY_DONE
+    images.rename(away)  # thumbnails of other images do not help
+    keys = world.keys if dataset == 0 else np.arange(10)
+    world.save_strengths(np.ones((len(keys) - 1, F), np.float32), np.delete(keys, 1), DATASETS[dataset])
+    browse(overwrite=True)
+    assert holds() == (False, "image 0")
+    again()
+
+
+def test_images_are_listed_once_and_only_for_work(
+    world: World, browse: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = list[str](), thumbnails.probe_images
+    monkeypatch.setattr(thumbnails, "probe_images", lambda *args: (listed.append(args[1]), real(*args))[1])
+    browse()
+    assert listed == DATASETS
+    assert browse() is Outcome.ALREADY_DONE
+    world.make_names([*NAMES[:-1], "renamed"])
+    assert browse(overwrite=True) is Outcome.RAN
+    assert listed == DATASETS
+
+
+def test_another_probed_data_set_or_order_is_another_site(
     world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]
 ) -> None:
-    mine = world.settings.path.parent / "mine"
-    mine.rename(mine.with_name("away"))
+    for seed in (7, 8):
+        world.save_sae(replace(world.run, training=replace(world.run.training, seed=seed)))
+    browse(("seed=7", "seed=8"))
+    with refusal("runs was", "seed 8", "--overwrite"):
+        browse(("seed=8", "seed=7"))
+    with refusal("probe_dataset was 'places365', now 'imagenet'"):
+        browse(("seed=7", "seed=8"), probe=ProbeRun("imagenet"))
+    browse(("seed=8", "seed=7"), overwrite=True)
+    assert [run["label"] for run in chunk(folder, "site")["runs"]] == ["seed 49", "seed 8", "seed 7"]
+
+
+def test_the_data_set_of_the_probe_comes_first_or_is_missed_aloud(
+    browse: Callable[..., Outcome], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    browse(probe=ProbeRun("mine"))
+    assert [one["name"] for one in chunk(folder, "site")["datasets"]] == ["mine", "places365"]
+    assert not caplog.records
+    browse(probe=ProbeRun("imagenet"), overwrite=True)
+    (record,) = caplog.records
+    assert "imagenet has no concept strengths of its val split" in record.getMessage()
+
+
+@pytest.mark.parametrize("val", ["missing", "damaged", "of other images"])
+def test_a_site_of_train_needs_no_strengths_of_val(
+    val: str, world: World, browse: Callable[..., Outcome], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for dataset in DATASETS:
+        np.save(world.artifacts.labels(dataset, "train"), np.zeros(10, np.int64))
+    world.save_strengths(strengths(3, 10), np.arange(10), "places365", "train")
+    of_val = world.artifacts.strengths(world.run, "places365", "val")
+    if val == "missing":
+        shutil.rmtree(of_val)
+    elif val == "damaged":
+        next(of_val.glob("*.npz")).write_bytes(b"x")
+    else:
+        world.save_strengths(world.z[:5], 1000 + np.arange(5))
+    assert browse(split="train") is Outcome.RAN
+    run = chunk(folder, "site")["runs"][0]
+    assert run["has_probe"]
+    assert run["figures"] == []
+    assert [one["what"] for one in run["missing"] if "on val is left out" in one["what"]]
+    assert [record for record in caplog.records if "on val is left out" in record.getMessage()]
+
+
+def test_strengths_of_no_images_are_not_called_missing(
+    world: World, browse: Callable[..., Outcome], folder: Path
+) -> None:  # fmt: skip
+    world.save_strengths(np.zeros((0, F), np.float32), np.arange(0), "mine")
     browse()
-    mine.with_name("away").rename(mine)
-    with refusal("images", "--overwrite"):
-        browse()
-    browse(overwrite=True)
-    assert chunk(folder, "site")["datasets"][1]["thumbnails"]
-    assert chunk(folder, "images_1")["names"][0] == "0.png"
+    said = [one["what"] for one in chunk(folder, "site")["runs"][0]["missing"]]
+    assert "The concept strengths of mine are of no images." in said
+    assert not any(what.startswith("There are no concept strengths") for what in said)
+
+
+def test_a_site_does_not_say_where_it_was_made(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    world.save_sae(replace(world.run, training=replace(world.run.training, seed=7)))
+    lose_images(world)
+    browse(("seed=7",))
+    for name in chunks(folder):
+        assert str(folder.parent) not in str(chunk(folder, name)), name
+    assert not [name for name, content in tree(folder).items() if str(folder.parent).encode() in content]
+    assert "--browser_folder /path/to/site" in chunk(folder, "site")["command"]
 
 
 def test_a_damaged_site_is_made_again(browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any]) -> None:
@@ -236,22 +405,47 @@ def test_a_damaged_site_is_made_again(browse: Callable[..., Outcome], folder: Pa
     assert tree(folder).keys() == first.keys()
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError, UserError])
+@pytest.mark.parametrize("where", ["write_images", "write_concepts", "write_thumbnails"])
+def test_an_earlier_site_stays_until_a_new_one_is_whole(
+    where: str, failure: type[BaseException], world: World, browse: Callable[..., Outcome], folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    browse()
+    first = tree(folder)
+    world.make_names([*NAMES[:-1], "renamed"])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, where, fail)
+        with pytest.raises(failure):
+            browse(overwrite=True)
+    assert tree(folder) == first
+    browse(overwrite=True)
+    assert tree(folder).keys() == first.keys()
+    assert chunk(folder, "0/concepts")["names"][-1] == "renamed"
+
+
 def test_an_interrupted_run_resumes(
     world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
+    def interrupt(*args: Any) -> list[Path]:
+        write(*args)
         raise KeyboardInterrupt
 
+    write = stage.write_thumbnails
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "write_concepts", interrupt)
+        patch.setattr(stage, "write_thumbnails", interrupt)
         with pytest.raises(KeyboardInterrupt):
             browse()
     assert not (folder / "index.html").exists()
-    begun = {path: path.stat().st_mtime_ns for path in (folder / "thumbnails").rglob("*.webp")}
-    assert begun
+    begun = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.webp")}
+    assert len(begun) == -(-N // thumbnails.PER_SHEET)
     world.make_names([*NAMES[:-1], "renamed"])  # nothing of the unfinished site is lost, so that no flag is needed
     assert browse() is Outcome.RAN
-    assert {path: path.stat().st_mtime_ns for path in (folder / "thumbnails").rglob("*.webp")} == begun
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "thumbnails/0").rglob("*.webp")} == begun
     assert chunk(folder, "0/concepts")["names"][-1] == "renamed"
 
 
@@ -316,9 +510,11 @@ def test_runs_side_by_side_show_the_same_images(
     assert site["matches"] == [[0, 1]]
     assert "match_0_1" in chunks(folder)
 
+    before = tree(folder)
     world.save_strengths(world.z[2:], world.keys[2:], run=other)
     with refusal("lack 2 of the images", other.config_name):
         browse(("seed=7",), overwrite=True)
+    assert tree(folder) == before
 
 
 def test_contact_sheets_link_to_the_browser(script: Callable[..., None], world: World) -> None:
@@ -334,6 +530,21 @@ def test_contact_sheets_link_to_the_browser(script: Callable[..., None], world: 
     assert linked() == [page]
     script("task_agnosticity_plot", "--num_workers 0 --overwrite")
     assert linked() == [page]
+
+
+def test_the_demo_writes_its_browser_where_contact_sheets_look_for_it() -> None:
+    recipe = (Path(stage.__file__).parents[2] / "Makefile").read_text()
+    (flags,) = re.findall(r"scripts/16_browse\.py (.*)", recipe)
+    assert build(Browse, parse(COMMANDS["browse"], flags.split())[1]) == Browse(None, ("seed=50",))
+
+
+def test_a_site_holds_a_copy_of_its_report(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    write_report(world.settings, world.run, world.probe, device="cpu")
+    browse()
+    report = chunk(folder, "site")["report"]
+    assert report in read_manifest(folder)["outputs"]
+    original = world.artifacts.report(world.run, world.probe) / "report.html"
+    assert (folder / report).read_bytes() == original.read_bytes()
 
 
 def test_the_command_line(script: Callable[..., None], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Sheets of thumbnails against PIL by hand, and what is made again when."""
 
-import logging
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from dncbm.browser import thumbnails
+from dncbm.browser.folder import NEW, put_in_place
 from dncbm.browser.shown import Kept
-from dncbm.browser.thumbnails import write_thumbnails
+from dncbm.browser.thumbnails import NoPictures, Pictures, find_pictures, write_thumbnails
 from dncbm.features.datasets.probe import ProbeShards, probe_images
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
@@ -27,6 +28,12 @@ LARGE, MEDIUM = 60_001, 60_000
 """Images on a site with tiles of 64 and of 96 pixels."""
 
 
+def sheets_in(site: Path) -> list[Path]:
+    """Every file of the data set but the record, hidden ones too."""
+    found = (path for path in (site / "thumbnails/3").rglob("*") if path.is_file())
+    return sorted((path for path in found if path.name != "made.json"), key=lambda path: int(path.stem))
+
+
 @dataclass(frozen=True)
 class Photos:
     """A data set of N images, of which every second is kept, and the site."""
@@ -36,8 +43,17 @@ class Photos:
     kept: Kept
     site: Path
 
-    def write(self, n_shown: int = LARGE) -> dict[str, int] | str:
-        return write_thumbnails(self.settings, RUN, self.kept, "val", self.site, 3, n_shown)
+    def find(self, n_shown: int = LARGE) -> Pictures | NoPictures:
+        return find_pictures(self.settings, RUN, self.kept, "val", self.site, 3, n_shown)
+
+    def write(self, n_shown: int = LARGE) -> dict[str, int] | NoPictures:
+        """As a site does that shows nothing else."""
+        found, stay = self.find(n_shown), list[Path]()
+        if isinstance(found, Pictures):
+            stay = write_thumbnails(self.settings, RUN, self.kept, "val", self.site, 3, found)
+        (self.site / NEW).mkdir(parents=True, exist_ok=True)
+        put_in_place(self.site, stay)
+        return found.layout if isinstance(found, Pictures) else found
 
     def save_features(self, **settings: Any) -> None:
         """Features as if they had just been extracted; nothing reads more than the manifest."""
@@ -57,9 +73,7 @@ class Photos:
 
     @property
     def sheets(self) -> list[Path]:
-        """Every file of the data set but the record, hidden ones too."""
-        found = (path for path in (self.site / "thumbnails/3").rglob("*") if path.is_file())
-        return sorted((path for path in found if path.name != "made.json"), key=lambda path: int(path.stem))
+        return sheets_in(self.site)
 
     def tiles(self, side: int) -> np.ndarray:
         """The tiles of the kept images, n x side x side x 3."""
@@ -142,6 +156,9 @@ def test_sheets_of_the_same_images_are_kept(photos: Photos, read: list[int], cap
     shutil.rmtree(photos.root)  # whole sheets need no images
     assert photos.write() == layout
     assert not caplog.records
+    found = photos.find()
+    assert isinstance(found, Pictures)
+    assert found.names == [f"{key:03d}.{'png' if key % 6 == 0 else 'jpg'}" for key in photos.kept.keys]
 
 
 @pytest.mark.parametrize("change", ["side", "keys", "images", "background", "data set", "record"])
@@ -172,24 +189,32 @@ def test_sheets_of_others_are_made_again(photos: Photos, read: list[int], change
 
 
 def test_an_interrupted_run_resumes(photos: Photos, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier sheets stay meanwhile, and one with an image that cannot be read counts only when that is recorded."""
+    photos.write()
+    first = {path: path.read_bytes() for path in photos.sheets}
     photos = replace(photos, kept=replace(photos.kept, keys=np.arange(N)))
+    photos.path(2).write_bytes(b"no image")
+    photos.save_features()
+    read.clear()
     with monkeypatch.context() as during:
         during.setattr(thumbnails, "default_cores", lambda: 1)
         real = thumbnails.square
 
         def stopped(image: Image.Image, side: int) -> Image.Image:
-            if len(read) >= 20:
+            if len(read) >= 29:
                 raise KeyboardInterrupt
             return real(image, side)
 
         during.setattr(thumbnails, "square", stopped)
         with pytest.raises(KeyboardInterrupt):
             photos.write()
-    assert [path.name for path in photos.sheets] == ["0.webp", "1.webp"]
+    assert [path.name for path in sheets_in(photos.site / NEW)] == ["1.webp", "2.webp"]
+    assert {path: path.read_bytes() for path in photos.sheets} == first
     read.clear()
     photos.write()
-    assert len(read) == N - 18
+    assert len(read) == N - 18 + 9  # the sheet with the grey image twice
     assert len(photos.sheets) == 5
+    assert json.loads((photos.site / "thumbnails/3/made.json").read_text())["grey"] == [0]
 
 
 def test_images_that_cannot_be_read_are_grey(photos: Photos, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,32 +231,59 @@ def test_images_that_cannot_be_read_are_grey(photos: Photos, caplog: pytest.LogC
     np.testing.assert_array_equal(photos.kept.keys[is_grey], [2, 10])
 
 
+def test_images_that_could_not_be_read_are_tried_again(
+    photos: Photos, read: list[int], caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    photos.remove_features()  # published ones are of any images
+    content = photos.path(20).read_bytes()
+    photos.path(20).write_bytes(b"no image")
+    photos.write()
+    away = photos.root.rename(photos.root.with_name("away"))
+    layout = photos.write()  # a grey tile is better than none
+    away.rename(photos.root)
+    read.clear()
+    assert photos.write() == layout
+    assert len(read) == 2 * 9
+    photos.path(20).write_bytes(content)
+    read.clear()
+    photos.write()
+    assert len(read) == 9
+    assert not (np.abs(photos.tiles(64) - 128).mean(axis=(1, 2, 3)) < 3).any()
+    photos.write()
+    assert len(read) == 9
+
+
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
         ("folder", "The images of photos were missing when this site was made."),
+        ("files", "The images of photos were missing when this site was made."),
         ("split", "The images of photos were missing when this site was made."),
         ("more", "The images of photos have changed since the features were extracted."),
         ("fewer", "The images of photos have changed since the features were extracted."),
     ],
 )
 def test_without_the_images_there_is_a_reason(
-    photos: Photos, caplog: pytest.LogCaptureFixture, case: str, expected: str
-) -> None:
+    photos: Photos, monkeypatch: pytest.MonkeyPatch, case: str, expected: str
+) -> None:  # fmt: skip
     photos.write(MEDIUM)
     if case in ("folder", "split"):
         shutil.rmtree(photos.root / ("val" if case == "split" else ""))
+    elif case == "files":  # a table lists them
+        images = probe_images(photos.settings, "photos", "val")
+        gone = replace(images, sizes=np.full(N, -1))
+        monkeypatch.setattr(thumbnails, "probe_images", lambda *_: gone)
+        photos.remove_features()
     elif case == "more":
         shutil.copy(photos.path(1), photos.root / "val" / "a" / "more.jpg")
     elif case == "fewer":  # of published features, which have no manifest
         photos.remove_features()
         photos.path(N - 1).unlink()
-    with caplog.at_level(logging.WARNING):
-        assert photos.write() == expected
-    assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
-    assert "\n" not in message
-    assert ("put" if "changed" in expected else "config.py") in message
+    found = photos.write()
+    assert isinstance(found, NoPictures)
+    assert found.why == expected
+    assert "\n" not in found.to_do
+    assert ("put" if "changed" in expected else "config.py") in found.to_do
     assert not photos.sheets
 
 

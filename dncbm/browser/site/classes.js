@@ -19,9 +19,9 @@ function unknownLast(a, b) {
   return Number(Number.isNaN(a)) - Number(Number.isNaN(b));
 }
 
-/** @param {string} title */
-function noProbe(title) {
-  return h("div", {}, h("h1", {}, title), note("This run has no probe.", "python scripts/07_train_linear_probe.py"));
+/** @param {Route} route @param {string} title */
+function noProbe(route, title) {
+  return h("div", {}, h("h1", {}, title), note("This run has no probe.", site.runs[route.run].commands.probe));
 }
 
 /** @param {Route} route @returns {Promise<ClassFacts[]>} */
@@ -35,7 +35,7 @@ async function classFacts(route) {
 
 /** @type {View} */
 async function showClasses(route) {
-  if (!site.runs[route.run].has_probe) return noProbe("Classes");
+  if (!site.runs[route.run].has_probe) return noProbe(route, "Classes");
   const facts = await classFacts(route);
   const [body, found] = [h("tbody", { class: "arrows" }), h("p", { role: "status" })];
   const search = h("input", { type: "search", value: route.params.get("q") ?? "", oninput: () => changed() });
@@ -52,6 +52,7 @@ async function showClasses(route) {
       : `${counted(shown.length, "class", "classes")} of ${facts.length.toLocaleString("en")}`;
   };
   const changed = () => {
+    if (isLeft()) return;
     replaceAddress(linkTo(route, "classes", { ...editsOf(currentRoute()), q: search.value.trim(), sort: sort.value }));
     fill();
   };
@@ -59,13 +60,16 @@ async function showClasses(route) {
   const controls = h("div", { class: "controls" }, h("label", {}, "Search", search), h("label", {}, "Order", sort));
   const of = `The classes of ${site.datasets[Number(site.probed)].name} (${site.split})`;
   const lead = h("p", {}, of, ": images, share that the probe predicts right, and mean logit of the class over its images.");
-  return h("div", { class: "classes-view" }, h("h1", {}, "Classes"), lead, controls, found, classTable(body));
+  const top = [h("h1", {}, "Classes"), withoutEdits(route), lead, controls];
+  return h("div", { class: "classes-view" }, top, found, classTable(body));
 }
 
 /** @param {HTMLElement} body */
 function classTable(body) {
   const numbers = ["Images", "Accuracy", "Mean logit"].map((text) => h("th", { scope: "col", class: "number" }, text));
-  return h("table", { class: "class-table" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Class"), numbers)), body);
+  const head = h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Class"), numbers));
+  const region = { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of the classes" };
+  return h("div", region, h("table", { class: "class-table" }, head, body));
 }
 
 /** @param {ClassFacts} facts */
@@ -81,7 +85,7 @@ function classLine({ number, name, size, right, logit }) {
 async function showClass(route) {
   const number = numberIn(route.parts[0], site.classes.length);
   const { run } = route;
-  if (!site.runs[run].has_probe) return noProbe("Class");
+  if (!site.runs[run].has_probe) return noProbe(route, "Class");
   const all = h("a", { rel: "up", href: linkTo(route, "classes", editsOf(route)) }, "↑ Classes");
   if (number === null) return h("div", {}, h("h1", {}, "There is no such class"), h("p", {}, all));
   const per = site.per_chunk.classes;
@@ -92,13 +96,13 @@ async function showClass(route) {
   ]);
   /** @type {ShownClass} */
   const shown = { route, facts: facts[number], details, row: number % per, labels, predicted, images };
-  const before = number > 0 && h("a", { rel: "prev", href: classLink(route, number - 1) }, "← Class before");
+  const before = number > 0 && h("a", { rel: "prev", href: classLink(route, number - 1) }, "← Previous class");
   const last = site.classes.length - 1;
   const after = number < last && h("a", { rel: "next", href: classLink(route, number + 1) }, "Next class →");
   const { size, right } = shown.facts;
   return h(
     "article", { class: "class-view" }, h("nav", { class: "pager", "aria-label": "Classes" }, before, all, after),
-    h("h1", {}, named(site.classes[number])),
+    h("h1", {}, named(site.classes[number])), withoutEdits(route),
     size ? h("p", {}, `${counted(size, "image")}, ${percent(right)} of them predicted right`) : null,
     size ? [classConcepts(shown), classImages(shown), classConfusions(shown)]
       : note("None of the images here is of this class, so nothing is known of it but its weights."),

@@ -24,7 +24,7 @@ addEventListener("hashchange", ({ oldURL }) => {
 async function showConcept(route) {
   const run = site.runs[route.run];
   const concept = numberIn(route.parts[0], run.n_latents);
-  if (concept === null) throw new Error(`There is no such concept: this run's are numbered from 0 to ${run.n_latents - 1}.`);
+  if (concept === null) return noSuchConcept(route, run);
   const dataset = cardDataset(run);
   const [concepts, { details, row }, tops] = await Promise.all([
     /** @type {Promise<Concepts>} */ (ofRun(route.run, "concepts")),
@@ -40,6 +40,12 @@ async function showConcept(route) {
     site.datasets.map((_, number) => datasetSection(shown, number)),
     votesSection(shown), neighboursSection(shown), edits,
   );
+}
+
+/** @param {Route} route @param {Run} run */
+function noSuchConcept(route, run) {
+  const all = h("a", { href: linkTo(route, "concepts", editsOf(route)) }, `All ${counted(run.n_latents, "concept")}`);
+  return h("div", {}, h("h1", {}, "There is no such concept"), h("p", {}, all, `, numbered from 0 to ${run.n_latents - 1}.`));
 }
 
 /** The data set whose images stand for a concept, as in the list of concepts; null if there are none. @param {Run} run */
@@ -75,7 +81,7 @@ function conceptHead({ run, concept, concepts }) {
   const [rate, classes] = [concepts.rate[concept], concepts.n_classes[concept]];
   const facts = [
     `Latent ${concept} of ${run.n_latents.toLocaleString("en")}`,
-    Number.isFinite(rate) && `active on ${percent(rate)} of the SAE's training images`,
+    Number.isFinite(rate) && `active on ${shareOfImages(rate)} of the SAE's training images`,
     run.has_probe && classes > 0 && `a leading concept of ${counted(classes, "class", "classes")}`,
   ];
   return [
@@ -85,13 +91,15 @@ function conceptHead({ run, concept, concepts }) {
   ];
 }
 
-/** Remove it everywhere, or restore it, and show what that does to the accuracy. @param {number} concept
+/** Remove it and show what that does to the accuracy, or restore it. @param {number} concept
  * @param {HTMLElement} edits the panel */
 function removalButton(concept, edits) {
   const isEdited = () => readEdits(currentRoute()).has(concept);
-  const title = () => (isEdited() ? "Restore this concept" : "Remove this concept everywhere");
+  const title = () => (isEdited() ? "Restore this concept" : "Remove this concept and measure accuracy");
   const toggle = () => {
-    changeEdits(readEdits(currentRoute()).set(concept, isEdited() ? 1 : 0));
+    const restores = isEdited();
+    changeEdits(readEdits(currentRoute()).set(concept, restores ? 1 : 0));
+    if (restores) return announce("Restored");
     edits.dispatchEvent(new Event("measure"));
     edits.scrollIntoView();
     edits.querySelector("h2")?.focus({ preventScroll: true });
@@ -129,7 +137,7 @@ function smallNumber(value) {
 function nameSection({ route, run, concept, concepts }) {
   const heading = h("h2", {}, "Its name");
   if (!run.has_names) {
-    return h("section", {}, heading, note("The list of names is missing.", "python scripts/04_assign_names.py"));
+    return h("section", {}, heading, note("The list of names is missing.", run.commands.names));
   }
   const similarities = concepts.similarities.row(concept);
   const rows = concepts.words[concept].map((word, place) => ({
@@ -165,14 +173,14 @@ function searchLink(route, word) {
 }
 
 /** @param {ShownConcept} shown */
-function evidenceSection({ concept, concepts }) {
+function evidenceSection({ run, concept, concepts }) {
   const known = evidenceFacts(concepts, concept).filter(Boolean);
   const { evidence_dataset: from } = concepts;
   return h(
     "section", {}, h("h2", {}, "Evidence"),
     from !== "" && known.length > 0 &&
       h("p", { class: "faint" }, "Names and MonoScore were tested on images of ", named(from), "."),
-    known.length ? factList(known) : note("Nothing was measured of this latent beyond its name."),
+    known.length ? factList(known) : note(run.has_names ? "Only its name was assessed." : "Nothing was assessed."),
   );
 }
 
@@ -201,7 +209,7 @@ function datasetSection({ route, run, concept, concepts, details, row }, number)
   const { name, n, of, thumbnails, no_thumbnails } = site.datasets[number];
   const most = concepts.most.row(concept)[number];
   const heading = h("h2", {}, "Images of ", named(name));
-  const kept = `${counted(n, "image")}${n < of ? `, kept of ${of.toLocaleString("en")}` : ""}`;
+  const kept = `the ${counted(n, "image")}${n < of ? ` kept (of ${of.toLocaleString("en")})` : ""}`;
   if (!run.has_strengths[number]) return h("section", {}, heading, note("This run has no strengths of this data set."));
   if (!(most > 0)) return h("section", {}, heading, note(`It is active on none of ${kept}.`));
   const { top, top_strengths, sampled, sampled_strengths, histogram: counts } = details.datasets[number];
@@ -209,7 +217,7 @@ function datasetSection({ route, run, concept, concepts, details, row }, number)
   const drawn = {
     route, number, most, images: sampled.row(row), strengths: sampled_strengths.row(row), counts: counts.row(row),
   };
-  const [share, mean] = [percent(concepts.activity.row(concept)[number]), strength(concepts.mean.row(concept)[number])];
+  const [share, mean] = [shareOfImages(concepts.activity.row(concept)[number]), strength(concepts.mean.row(concept)[number])];
   return h(
     "section", {}, heading,
     h("p", {}, `Active on ${share} of ${kept}. Largest strength ${strength(most)}, mean ${mean}.`),
@@ -243,7 +251,7 @@ function rangeParts({ route, number, most, images, strengths, counts }) {
 /** @param {ShownConcept} shown */
 function votesSection({ route, run, details, row }) {
   if (!run.has_probe) {
-    const missing = note("The probe is missing, so it votes for no class.", "python scripts/07_train_linear_probe.py");
+    const missing = note("The probe is missing, so it votes for no class.", run.commands.probe);
     return h("section", {}, h("h2", {}, "Classes"), missing);
   }
   const { for_classes, for_weights, against_classes, against_weights } = details;

@@ -108,9 +108,17 @@ async function showConcepts(route) {
   };
   list.columns = CONCEPT_COLUMNS.filter((column) => isKnown(list, column));
   list.filters = CONCEPT_FILTERS.filter((filter) => filter.known(list));
-  const page = h("div", {}, h("h1", {}, "Concepts"), conceptControls(list), filterControls(list), list.results);
+  const page = h(
+    "div", {}, h("h1", {}, "Concepts"), conceptControls(list), filterControls(list), columnMeanings(list), list.results,
+  );
   fillResults(list);
   return page;
+}
+
+/** @param {ConceptList} list */
+function columnMeanings({ columns }) {
+  const meanings = columns.map(({ title, about }) => [h("dt", {}, title), h("dd", {}, about)]);
+  return h("details", { class: "meanings" }, h("summary", {}, "What the columns mean"), h("dl", {}, meanings));
 }
 
 /** The data set of the address, or else the first one that can be shown. @param {Run} run @param {URLSearchParams} params */
@@ -186,20 +194,19 @@ function conceptOrder(list) {
   return order;
 }
 
-/** Those with a value that they know. @param {ConceptList} list */
-function activeFilters({ filters, params }) {
-  return filters.filter(({ key, choices }) => {
-    const value = params.get(key);
-    return value && (!choices || choices.some(([choice]) => choice === value));
+/** The tests of the filters with a value that they know. @param {ConceptList} list */
+function filterTests(list) {
+  return list.filters.flatMap(({ key, choices, keeps }) => {
+    const value = list.params.get(key);
+    const isKnown = value && (!choices || choices.some(([choice]) => choice === value));
+    return (isKnown && keeps(list, value)) || [];
   });
 }
 
 /** The concepts of the address, in its order. @param {ConceptList} list */
 function foundConcepts(list) {
-  const tests = activeFilters(list).map(({ key, keeps }) => keeps(list, list.params.get(key) ?? ""));
-  tests.push(searchTest(list));
-  const kept = tests.filter((test) => test !== null);
-  return conceptOrder(list).filter((concept) => kept.every((test) => test(concept)));
+  const tests = [...filterTests(list), searchTest(list) ?? []].flat();
+  return conceptOrder(list).filter((concept) => tests.every((test) => test(concept)));
 }
 
 /** @param {URLSearchParams} params */
@@ -242,8 +249,8 @@ function changeList(list, changes) {
     if (value) list.params.set(key, value);
     else list.params.delete(key);
   }
-  replaceAddress(linkTo(list.route, "concepts", list.params));
   announce(counted(fillResults(list), "concept"));
+  replaceAddress(linkTo(list.route, "concepts", list.params));
 }
 
 /** @param {ConceptList} list */
@@ -265,7 +272,7 @@ function conceptControls(list) {
 /** From the search to its first result. @param {ConceptList} list @param {KeyboardEvent} event */
 function toFirstResult(list, event) {
   const first = list.results.querySelector("a[data-item]");
-  if (!["ArrowDown", "Enter"].includes(event.key) || !(first instanceof HTMLElement)) return;
+  if (event.isComposing || !["ArrowDown", "Enter"].includes(event.key) || !(first instanceof HTMLElement)) return;
   event.preventDefault();
   first.focus();
 }
@@ -285,21 +292,23 @@ function datasetControl(list) {
     const selected = dataset === list.dataset;
     return list.run.has_strengths[dataset] ? h("option", { value: dataset, selected }, name) : null;
   });
-  const select = h("select", { onchange: () => changeDataset(list, Number(select.value)) }, options);
+  const select = h("select", { onchange: () => changeDataset(list, select) }, options);
   return select.length > 1 ? h("label", {}, "Images of", select) : null;
 }
 
-/** @param {ConceptList} list @param {number} dataset */
-async function changeDataset(list, dataset) {
-  list.params.set("data", String(dataset));
-  changeList(list, {});
+/** @param {ConceptList} list @param {HTMLSelectElement} select */
+async function changeDataset(list, select) {
+  const dataset = Number(select.value);
+  const isLate = () => !select.isConnected || Number(select.value) !== dataset; // something else was chosen meanwhile
   try {
     const tops = await topsOf(list.route.run, dataset);
-    if (list.params.get("data") !== String(dataset)) return; // another one was chosen meanwhile
+    if (isLate()) return;
     Object.assign(list, { dataset, tops });
-    fillResults(list);
+    changeList(list, { data: select.value });
   } catch (error) {
-    refill(list.results, note(error instanceof Error ? error.message : String(error)));
+    if (isLate()) return;
+    select.value = String(list.dataset);
+    list.results.prepend(note(error instanceof Error ? error.message : String(error)));
   }
 }
 
@@ -325,7 +334,7 @@ function filterControls(list) {
     go(linkTo(list.route, "concepts", list.params));
   };
   return h(
-    "details", { class: "filters", open: activeFilters(list).length > 0 }, list.summary,
+    "details", { class: "filters", open: filterTests(list).length > 0 }, list.summary,
     h(
       "div", { class: "controls" }, list.filters.map((filter) => filterControl(list, filter)),
       h("button", { type: "button", onclick: clear }, "Clear"),
@@ -375,7 +384,7 @@ function fillResults(list) {
   sort.value = column.key;
   direction.textContent = ascending ? "↑" : "↓";
   direction.title = direction.ariaLabel = ascending ? "Ascending" : "Descending";
-  const filtered = activeFilters(list).length;
+  const filtered = filterTests(list).length;
   summary.textContent = filtered ? `Filters (${filtered})` : "Filters";
   refill(
     results, missingImages(list), resultCount(concepts, found.length, page * per, shown.length),

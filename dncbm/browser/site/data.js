@@ -31,30 +31,36 @@ function chunk(name) {
 /** @param {string} name @returns {Promise<any>} */
 async function readChunk(name) {
   try {
-    const text = await scriptText(name);
-    const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const stream = new Blob([bytesOf(await scriptText(name))]).stream().pipeThrough(new DecompressionStream("gzip"));
     const buffer = await new Response(stream).arrayBuffer();
     chunkBytes.set(name, buffer.byteLength);
     dropOldChunks();
     return unpacked(buffer);
-  } catch (error) {
+  } catch (cause) {
     chunks.delete(name);
-    throw error;
+    throw new Error(`Cannot read data/${name}.js. Copy the whole folder again.`, { cause });
   }
+}
+
+/** @param {string} text in base64 */
+function bytesOf(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let place = 0; place < letters.length; place++) bytes[place] = letters.charCodeAt(place);
+  return bytes;
 }
 
 /** @param {string} name @returns {Promise<string>} */
 function scriptText(name) {
-  const path = `data/${name}.js`;
   return new Promise((resolve, reject) => {
     const script = document.createElement("script");
     awaited.set(name, resolve);
-    script.src = path;
+    script.src = `data/${name}.js`;
     script.onload = script.onerror = () => {
       script.remove();
       awaited.delete(name);
-      reject(new Error(`Cannot read ${path}. Copy the whole folder again.`)); // nothing happens if it was read
+      reject(new Error("The script did not load")); // nothing happens if it did
     };
     document.head.append(script);
   });

@@ -30,9 +30,26 @@ function editText(edits) {
 
 /** Write edits to the address of what is shown. @param {Edits} edits */
 function changeEdits(edits) {
+  changeParam("edit", editText(edits));
+}
+
+/** Write to the address of what is shown. @param {string} name @param {string} value */
+function changeParam(name, value) {
+  if (isLeft()) return;
   const route = currentRoute();
-  route.params.set("edit", editText(edits));
+  route.params.set(name, value);
   replaceAddress(linkTo(route, [route.view, ...route.parts].join("/"), route.params));
+}
+
+/** Whether what is shown was left: the address is that of the next view, which still loads. */
+function isLeft() {
+  return byId("content").hasAttribute("aria-busy");
+}
+
+/** Whether the address is a view's own. @param {Route} route of the view */
+function isShown({ view, parts, run }) {
+  const now = currentRoute();
+  return now.view === view && now.run === run && now.parts.join("/") === parts.join("/");
 }
 
 /** Links of this run take the edits along, and what shows edits follows them. */
@@ -176,6 +193,30 @@ function accuraciesBy(part, names, label, before, after) {
 
 // --------------------------------------------------------------------------------------------------------- the panel
 
+/** All edits, in a view of their own. @type {View} */
+async function showEdits(route) {
+  if (!site.runs[route.run].has_probe) return noProbe(route, "What is edited");
+  return h("div", {}, h("h1", {}, "What is edited"), editPanel(route));
+}
+
+/** A note for figures that edits do not change; nothing if there are no edits. @param {Route} route */
+function withoutEdits(route) {
+  return readEdits(route).size ? note("All figures on this page are without edits.") : null;
+}
+
+/** How many concepts are edited, as a link to them; nothing if none is. */
+function editCount() {
+  const count = h("span", { class: "edit-count follows-edits", oneditschange: () => update() });
+  const update = () => {
+    const route = currentRoute();
+    const { size } = readEdits(route);
+    const link = size && h("a", { href: linkTo(route, "edits", editsOf(route)) }, `${counted(size, "concept")} edited`);
+    refill(count, link || null);
+  };
+  update();
+  return count;
+}
+
 /** What is edited, what that does to the accuracy, and the edits as a list for 13_intervene.py. @param {Route} route */
 function editPanel(route) {
   const [list, result, exported] = [h("div"), h("div", { class: "accuracy-result" }), h("div")];
@@ -184,7 +225,7 @@ function editPanel(route) {
   let stop = new AbortController();
   const update = async () => {
     const edits = readEdits(currentRoute());
-    if (editText(edits) === text) return;
+    if (!isShown(route) || editText(edits) === text) return;
     text = editText(edits);
     stop.abort();
     refill(result);
@@ -198,9 +239,11 @@ function editPanel(route) {
     refill(exported, edits.size ? exportPart(route, edits, concepts, open) : null);
   };
   const measure = () => {
+    const edits = readEdits(currentRoute());
+    if (!edits.size || isLeft()) return;
     stop.abort();
     stop = new AbortController();
-    return showAccuracy(route, readEdits(currentRoute()), result, stop);
+    showAccuracy(route, edits, result, stop);
   };
   refill(list, noEdits());
   update();
@@ -210,8 +253,8 @@ function editPanel(route) {
 
 function noEdits() {
   return note(
-    "No concept is edited. Remove a concept here or on the page of an image, where sliders also scale its strength, to see " +
-      "what the probe predicts then. Edits apply to every image. They are part of the address, so you can send them.",
+    "No concept is edited. Remove a concept on its own page, or on that of an image, where sliders also scale its strength. " +
+      "Edits are part of the address, so you can send them.",
   );
 }
 
@@ -252,26 +295,40 @@ function copyButton(title, text, otherwise) {
   return button;
 }
 
-/** Compute the accuracy, with its progress and a way to stop. @param {Route} route @param {Edits} edits
- * @param {HTMLElement} result @param {AbortController} stop */
+/** Compute the accuracy, with its progress and a way to stop. Leaving the view stops it, too.
+ * @param {Route} route @param {Edits} edits @param {HTMLElement} result @param {AbortController} stop */
 async function showAccuracy(route, edits, result, stop) {
+  const abort = () => stop.abort();
   const bar = h("progress", { max: 1, value: 0, "aria-label": "Images predicted again" });
   const done = h("span", { class: "number" });
-  const cancel = h("button", { type: "button", onclick: () => stop.abort() }, "Cancel");
+  const cancel = h("button", { type: "button", onclick: abort }, "Cancel");
   refill(result, h("div", { class: "actions" }, bar, done, cancel));
+  addEventListener("hashchange", abort);
   announce("Computing the accuracy.");
   try {
     const found = await accuracyWith(route, edits, (images, of) => {
       bar.value = images / of;
       done.textContent = `${images.toLocaleString("en")} of ${counted(of, "image")}`;
     }, stop.signal);
-    refill(result, accuracyTable(found));
+    replaceProgress(result, bar, accuracyTable(found));
     const [{ before, after }] = found.rows;
     announce(`Accuracy: ${percent(before)} before, ${percent(after)} with these edits.`);
   } catch (error) {
     const problem = error instanceof Error ? error.message : String(error);
-    if (result.contains(bar)) refill(result, stop.signal.aborted ? null : note(problem));
+    replaceProgress(result, bar, stop.signal.aborted ? null : note(problem));
+  } finally {
+    removeEventListener("hashchange", abort);
   }
+}
+
+/** Show what came of it where the progress was; the focus does not get lost. @param {HTMLElement} result
+ * @param {HTMLElement} bar of the progress @param {Child} found */
+function replaceProgress(result, bar, found) {
+  if (!result.contains(bar)) return; // another computation has begun
+  const hadFocus = result.contains(document.activeElement);
+  refill(result, found);
+  const next = result.querySelector(".scroll") ?? result.parentElement?.querySelector("button.main");
+  if (hadFocus && next instanceof HTMLElement) next.focus();
 }
 
 /** @param {{ changed: number, rows: Accuracy[] }} found */
@@ -287,7 +344,7 @@ function accuracyTable({ changed, rows }) {
     );
   });
   const head = (/** @type {string} */ text) => h("th", { scope: "col", class: text === "Part" ? null : "number" }, text);
-  const heads = ["Part", "Images", "Before", "After", "Difference in points"].map(head);
+  const heads = ["Part", "Images", "Before", "After", "Change in points"].map(head);
   const kept = n < of ? `${n.toLocaleString("en")} of ${counted(of, "image")}` : counted(n, "image");
   return [
     h(
@@ -309,21 +366,13 @@ function conceptList(route, edits, concepts) {
   const all = [...edits];
   const removes = all.every(([, factor]) => factor === 0);
   const file = removes ? "removed_concepts.txt" : "scaled_concepts.txt";
-  const { encoder, sae_dataset: trained, datasets, probed } = site;
-  const words = ["python", "scripts/13_intervene.py", "--img_enc_name", encoder, "--sae_dataset", trained];
-  words.push("--sae", site.runs[route.run].name, "--probe_dataset", datasets[Number(probed)].name);
-  words.push(removes ? "--remove" : "--scale", file);
+  const command = `${site.runs[route.run].commands.intervene} ${removes ? "--remove" : "--scale"} ${file}`;
   const said = removes ? "Concepts that are removed" : "Concepts and the factors of their strengths";
-  const about = `# ${said}, from the browser of ${site.title}. Run: ${words.map(shellWord).join(" ")}`.replace(/\s+/g, " ");
+  const about = `# ${said}, from the browser of ${site.title}. Run: ${command}`.replace(/\s+/g, " ");
   const spelled = (/** @type {number} */ concept) =>
     site.runs[route.run].has_names ? (concepts.spellings[concept] ?? concepts.labels[concept]) : String(concept);
   const lines = all.map(([concept, factor]) => (removes ? spelled(concept) : `${spelled(concept)},${factor}`));
   return { file, text: [about, ...lines, ""].join("\n") };
-}
-
-/** A word as a shell reads it. @param {string} word */
-function shellWord(word) {
-  return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
 }
 
 /** @param {Route} route @param {Edits} edits @param {Concepts} concepts @param {boolean} [open] */

@@ -4,8 +4,6 @@
 /** Contributions that are shown at first, and classes. */
 const FIRST_SHOWN = 12;
 const TOP_CLASSES = 10;
-/** Milliseconds between changes of the address: browsers refuse more than some 200 in 10 s. */
-const ADDRESS_PAUSE = 150;
 /** Milliseconds that a view waits for the weights, so that going back finds the page as tall as it was. */
 const WEIGHTS_PATIENCE = 300;
 
@@ -50,7 +48,7 @@ async function filledOrNoted(filling, place) {
 function imagePager(route, dataset, image, images) {
   const ofClass = dataset === site.probed && site.runs[route.run].has_probe;
   const label = images.label[image];
-  const before = h("a", { rel: "prev", href: imageLink(route, dataset, image - 1) }, "← Image before");
+  const before = h("a", { rel: "prev", href: imageLink(route, dataset, image - 1) }, "← Previous image");
   const after = h("a", { rel: "next", href: imageLink(route, dataset, image + 1) }, "Next image →");
   const up = ofClass
     ? h("a", { rel: "up", href: classLink(route, label) }, "↑ Class ", named(images.classes[label]))
@@ -84,6 +82,8 @@ function showAllButton(n, onclick) {
 /** @param {Route} route @param {number} dataset @param {number} image @param {HTMLElement} place */
 async function fillStrengths(route, dataset, image, place) {
   const title = h("h2", { id: "reasons-title" }, "Concepts");
+  const other = site.probed !== null && dataset !== site.probed && site.runs[route.run].has_probe;
+  const why = other && note(`The probe classifies ${site.datasets[Number(site.probed)].name}, so it predicts nothing here.`);
   if (!site.runs[route.run].has_strengths[dataset]) {
     return refill(place, title, note(`This run has no concept strengths of ${site.datasets[dataset].name}.`));
   }
@@ -101,13 +101,13 @@ async function fillStrengths(route, dataset, image, place) {
     refill(list, bars("Concepts that are active on this image, by strength", rows.slice(0, n), { text: strength }), more);
   };
   shows(FIRST_SHOWN);
-  return refill(place, title, list);
+  return refill(place, title, why, list);
 }
 
 // ------------------------------------------------------------------------------------------------ images with a probe
 
 /**
- * An image and what the probe makes of it. `edits` follows the sliders at once, the address a little later.
+ * An image and what the probe makes of it.
  * @typedef {object} Explained
  * @property {Uint16Array | Uint32Array} concepts that are active
  * @property {Float32Array} strengths
@@ -117,9 +117,9 @@ async function fillStrengths(route, dataset, image, place) {
  * @property {Float64Array} before logits without edits
  * @property {Float64Array} logits
  * @property {Float64Array} probabilities
- * @property {Edits} edits
+ * @property {Edits} edits those of the address
  * @property {(concept: number, factor: number) => void} edit
- * @property {(concept: number) => void} removeEverywhere
+ * @property {(concept: number) => void} removeAndMeasure
  */
 
 /** @param {Route} route @param {number} image @param {Images} images @param {HTMLElement} view */
@@ -132,47 +132,29 @@ async function explainImage(route, image, images, view) {
   /** @type {Explained} */
   const found = {
     concepts, strengths, weightOf, labels, truth: images.label[image], before, logits: before,
-    probabilities: softmax(before), edits: readEdits(route), edit: () => {}, removeEverywhere: () => {},
+    probabilities: softmax(before), get edits() { return readEdits(currentRoute()); },
+    edit: (concept, factor) => changeEdits(found.edits.set(concept, factor)),
+    removeAndMeasure: (concept) => {
+      found.edit(concept, 0);
+      const panel = view.querySelector(".edits");
+      panel?.dispatchEvent(new Event("measure"));
+      panel?.querySelector(".accuracy-result")?.scrollIntoView({ block: "center" });
+    },
   };
   const parts = [predictionPart(found), reasonsPart(found)];
   const update = () => {
+    if (!isShown(route)) return;
     found.logits = logitsOf(concepts, strengths, weightOf, site.classes.length, found.edits);
     found.probabilities = softmax(found.logits);
     for (const part of parts) part.update();
   };
-  followSliders(found, view, update);
+  let frame = 0;
+  view.addEventListener("editschange", () => {
+    frame ||= requestAnimationFrame(() => ((frame = 0), update()));
+  });
   update();
   refill(/** @type {HTMLElement} */ (view.querySelector(".prediction")), parts[0].element);
   refill(/** @type {HTMLElement} */ (view.querySelector(".reasons")), parts[1].element);
-}
-
-/** What is shown follows an edit in the next frame, the address as often as browsers allow.
- * @param {Explained} found @param {HTMLElement} view @param {() => void} update */
-function followSliders(found, view, update) {
-  let [frame, timer, written] = [0, 0, 0];
-  const write = () => {
-    written = performance.now();
-    timer = 0;
-    if (view.isConnected) changeEdits(found.edits);
-  };
-  found.edit = (concept, factor) => {
-    found.edits = tidied(new Map(found.edits).set(concept, factor));
-    frame ||= requestAnimationFrame(() => ((frame = 0), update()));
-    timer ||= setTimeout(write, Math.max(ADDRESS_PAUSE - (performance.now() - written), 0));
-  };
-  found.removeEverywhere = (concept) => {
-    found.edit(concept, 0);
-    clearTimeout(timer);
-    write();
-    const panel = view.querySelector(".edits");
-    panel?.dispatchEvent(new Event("measure"));
-    panel?.querySelector(".accuracy-result")?.scrollIntoView({ block: "center" });
-  };
-  view.addEventListener("editschange", () => {
-    if (timer) return; // the sliders are ahead of the address
-    found.edits = readEdits(currentRoute());
-    frame ||= requestAnimationFrame(() => ((frame = 0), update()));
-  });
 }
 
 // --------------------------------------------------------------------------------------------------- the prediction
@@ -184,16 +166,21 @@ function predictionPart(found) {
   const [said, top, table] = [h("div", { class: "predicted" }), h("div"), allClasses(found)];
   const was = softmax(found.before);
   const first = predictedOf(found.before);
+  /** @type {number | null} */
+  let last = null;
   const update = () => {
     const { logits, probabilities, edits } = found;
     const now = predictedOf(logits);
+    if (last !== null && now !== last) announce(`Predicted now: ${site.classes[now]}.`);
+    last = now;
     refill(
       said, predictionLine(found, edits.size ? "Without edits" : "Predicted", first, was[first]),
       edits.size ? predictionLine(found, "With edits", now, probabilities[now]) : null,
     );
     const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, TOP_CLASSES);
     const rows = order.map((number) => {
-      const text = `${edits.size ? `${fixed(100 * was[number], 1)} → ` : ""}${percent(probabilities[number])}`;
+      const [before, after] = [percent(was[number]), percent(probabilities[number])];
+      const text = before === after ? after : `${before.replace(" %", "")} → ${after}`;
       return { label: classNamed(found, number), value: probabilities[number], text };
     });
     refill(top, bars(`Most probable classes${edits.size ? ", without → with edits" : ""}`, rows, { most: 1 }));
@@ -287,7 +274,7 @@ function reasonChoice({ before, truth }, changed) {
   const asked = currentRoute().params.get("of") ?? "";
   const option = (/** @type {string | number} */ value, /** @type {string} */ text) =>
     h("option", { value, selected: asked === String(value) }, shortened(text));
-  const select = h("select", { onchange: () => (rememberReason(select.value), changed()) });
+  const select = h("select", { onchange: () => (changeParam("of", select.value), changed()) });
   add(select, [option("", `the predicted class, ${site.classes[first]}`)]);
   const both = `predicted minus true, ${shortened(site.classes[first])} − ${site.classes[truth]}`;
   if (first !== truth) add(select, [option("difference", both)]);
@@ -301,7 +288,8 @@ function reasonChoice({ before, truth }, changed) {
     }
     return { number: first, minus: truth, text: ["the logit of ", name(first), " minus that of ", name(truth)] };
   };
-  const about = "Each concept adds its strength times its weight for the class. A slider multiplies the strength.";
+  const about = "Each concept adds its strength times its weight for the class. A slider multiplies the strength. Such an " +
+    "edit applies to every image.";
   const controls = h("div", { class: "controls" }, h("label", {}, "Logit of", select));
   return { element: h("div", {}, h("p", {}, about), controls), chosen };
 }
@@ -309,13 +297,6 @@ function reasonChoice({ before, truth }, changed) {
 /** A text that fits into a choice. @param {string} text */
 function shortened(text) {
   return text.length > 80 ? `${text.slice(0, 79)}…` : text;
-}
-
-/** @param {string} of */
-function rememberReason(of) {
-  const route = currentRoute();
-  route.params.set("of", of);
-  replaceAddress(linkTo(route, [route.view, ...route.parts].join("/"), route.params));
 }
 
 /** Places of the concepts by their contribution without edits, the largest in absolute value first: rows stay where they are
@@ -326,7 +307,7 @@ function contributionOrder({ concepts, strengths, weightOf }, { number, minus })
 }
 
 /** @typedef {{ element: HTMLElement, at: number, bar: HTMLElement, sum: HTMLElement, slider: HTMLInputElement,
- *   factor: HTMLElement }} ContributionRow */
+ *   factor: HTMLElement, toggle: HTMLElement }} ContributionRow */
 
 /** @param {Explained} found @param {number} at place among the active concepts @param {ChosenReason} chosen
  * @returns {ContributionRow} */
@@ -341,25 +322,25 @@ function contributionRow(found, at, chosen) {
   });
   const button = (/** @type {string} */ text, /** @type {string} */ said, /** @type {() => void} */ onclick) =>
     h("button", { type: "button", class: "quiet", "aria-label": said, onclick }, text);
+  const toggle = button("Remove", "", () => found.edit(concept, found.edits.has(concept) ? 1 : 0));
   const link = h("a", { href: conceptLink(currentRoute(), concept) }, named(label));
   const element = h(
     "li", { "data-concept": concept, "data-weight": weightFor(found.weightOf(concept), chosen.number, chosen.minus) },
     h("div", { class: "who" }, link), h("div", { class: "drawn", "aria-hidden": "true" }, bar), sum,
     h("div", { class: "slide" }, slider, factor),
     h(
-      "div", { class: "buttons" }, button("Remove", `Remove ${label}`, () => found.edit(concept, 0)),
-      button("Restore", `Restore ${label}`, () => found.edit(concept, 1)),
-      button("Remove everywhere", `Remove everywhere: ${label}`, () => found.removeEverywhere(concept)),
+      "div", { class: "buttons" }, toggle,
+      button("Remove and measure", `Remove and measure accuracy: ${label}`, () => found.removeAndMeasure(concept)),
     ),
   );
-  return { element, at, bar, sum, slider, factor };
+  return { element, at, bar, sum, slider, factor, toggle };
 }
 
 /** @param {Explained} found @param {ChosenReason} chosen @param {ContributionRow[]} rows @param {HTMLElement} sum */
-function updateRows({ concepts, strengths, weightOf, edits }, { number, minus, text }, rows, sum) {
+function updateRows({ concepts, strengths, weightOf, edits, labels }, { number, minus, text }, rows, sum) {
   const values = contributionsTo(concepts, strengths, weightOf, edits, number, minus);
   const full = values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-30);
-  for (const { at, bar, sum: line, slider, factor: said, element } of rows) {
+  for (const { at, bar, sum: line, slider, factor: said, element, toggle } of rows) {
     const factor = edits.get(concepts[at]) ?? 1;
     const weight = weightFor(weightOf(concepts[at]), number, minus);
     drawBar(bar, values[at] / full, true);
@@ -369,6 +350,8 @@ function updateRows({ concepts, strengths, weightOf, edits }, { number, minus, t
     slider.setAttribute("aria-valuetext", `${factor.toFixed(2)} times`);
     said.textContent = `${factor.toFixed(2)} ×`;
     element.classList.toggle("edited", factor !== 1);
+    toggle.textContent = factor === 1 ? "Remove" : "Restore";
+    toggle.ariaLabel = `${toggle.textContent} ${labels[concepts[at]]}`;
     element.dataset.contribution = String(values[at]);
   }
   const total = values.reduce((a, b) => a + b, 0);

@@ -9,6 +9,7 @@ const VIEWS = {
   classes: showClasses,
   class: showClass,
   image: showImage,
+  edits: showEdits,
   runs: showRuns,
 };
 /** Keys and what they do, for the help. */
@@ -27,7 +28,7 @@ function byId(id) {
 }
 
 async function show() {
-  const [turn, route] = [++shown, currentRoute()];
+  const [turn, route, place] = [++shown, currentRoute(), history.state];
   const main = byId("content");
   main.setAttribute("aria-busy", "true");
   /** @type {HTMLElement} */
@@ -35,7 +36,7 @@ async function show() {
   try {
     found = await (Object.hasOwn(VIEWS, route.view) ? VIEWS[route.view] : showNothing)(route);
   } catch (error) {
-    found = h("div", {}, h("h1", {}, "This cannot be shown"), note(error instanceof Error ? error.message : String(error)));
+    found = h("div", {}, h("h1", {}, "This cannot be shown"), failure(error, show), toStart(route));
     console.error(error);
   }
   if (turn !== shown) return; // another view was asked for meanwhile
@@ -43,10 +44,10 @@ async function show() {
   main.removeAttribute("aria-busy");
   showBar(route);
   const heading = found.querySelector("h1");
-  document.title = [heading?.textContent, site.title].filter(Boolean).join(" · ");
+  document.title = [...new Set([heading?.textContent, site.title])].filter(Boolean).join(" · ");
   heading?.setAttribute("tabindex", "-1");
-  scrollTo(0, history.state?.y ?? 0);
-  const first = found.querySelectorAll("[data-item]")[history.state?.item ?? -1] ?? found.querySelector("[data-focus]");
+  scrollTo(0, place?.y ?? 0);
+  const first = found.querySelectorAll("[data-item]")[place?.item ?? -1] ?? found.querySelector("[data-focus]");
   if (first instanceof HTMLElement) first.focus({ preventScroll: true });
   else if (turn > 1) heading?.focus({ preventScroll: true });
   main.dataset.shown = location.hash || "#/start";
@@ -54,8 +55,18 @@ async function show() {
 
 /** @type {View} */
 async function showNothing(route) {
-  const start = h("a", { href: linkTo(route, "start") }, "Start");
-  return h("div", {}, h("h1", {}, "There is no such page"), h("p", {}, "Go to ", start, "."));
+  return h("div", {}, h("h1", {}, "There is no such page"), toStart(route));
+}
+
+/** @param {Route} route */
+function toStart(route) {
+  return h("p", {}, "Go to ", h("a", { href: linkTo(route, "start", editsOf(route)) }, "Start"), ".");
+}
+
+/** @param {unknown} error @param {() => void} again */
+function failure(error, again) {
+  const retry = h("button", { type: "button", onclick: again }, "Try again");
+  return [note(error instanceof Error ? error.message : String(error)), h("p", {}, retry)];
 }
 
 /** @param {Route} route */
@@ -76,9 +87,9 @@ function showBar(route) {
     site.runs.map((one, number) => h("option", { value: number, selected: number === route.run }, one.label)),
   );
   const choice = site.runs.length > 1 && route.view !== "runs" ? h("label", {}, "Run ", runs) : null;
-  const about = { type: "button", class: "quiet", "aria-label": "Keys", title: "Keys (?)" };
+  const about = { type: "button", class: "quiet", "aria-label": "Keyboard shortcuts", title: "Keyboard shortcuts (?)" };
   const help = h("button", { ...about, onclick: showHelp }, "?");
-  refill(byId("tools"), choice, help);
+  refill(byId("tools"), run.has_probe && editCount(), choice, help);
 }
 
 /** The same view of another run. Concepts differ from run to run, so that of one concept becomes all of them.
@@ -93,7 +104,7 @@ function showHelp() {
   const help = /** @type {HTMLDialogElement} */ (byId("help"));
   const rows = KEYS.map(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)]);
   const close = h("button", { type: "button", onclick: () => help.close() }, "Close");
-  refill(help, h("h2", { id: "help-title" }, "Keys"), h("dl", {}, rows), close);
+  refill(help, h("h2", { id: "help-title" }, "Keyboard shortcuts"), h("dl", {}, rows), close);
   help.showModal();
 }
 
@@ -101,24 +112,31 @@ function showHelp() {
 function onKey(event) {
   const target = /** @type {HTMLElement} */ (event.target);
   const typing = target.matches("input, select, textarea");
-  if (event.ctrlKey || event.metaKey || event.altKey || /** @type {HTMLDialogElement} */ (byId("help")).open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if (/** @type {HTMLDialogElement} */ (byId("help")).open) return;
   if (event.key === "Escape") {
     event.preventDefault(); // it would clear the search
     return leave(target);
   }
-  if (typing || event.defaultPrevented) return;
+  if (typing || event.defaultPrevented || (event.shiftKey && event.key.startsWith("Arrow"))) return; // shift selects
   if (event.key === "/") {
     const search = document.querySelector("input[type=search]");
     if (search instanceof HTMLInputElement) search.select();
     else go(linkTo(currentRoute(), "concepts", { ...editsOf(currentRoute()), focus: "search" }));
   } else if (event.key === "?") showHelp();
-  else if (event.key.startsWith("Arrow") && moveFocus(target, event.key)) event.preventDefault();
-  else if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
-    const other = document.querySelector(`a[rel=${event.key === "ArrowLeft" ? "prev" : "next"}]`);
-    if (other instanceof HTMLElement) other.click();
-    return;
-  } else return;
+  else if (!event.key.startsWith("Arrow") || !(moveFocus(target, event.key) || turnPage(target, event.key))) return;
   event.preventDefault();
+}
+
+/** Show what is before or after: from a list only its own pages, and nothing where the key scrolls or text is selected.
+ * Returns whether it does. @param {HTMLElement} target @param {string} key */
+function turnPage(target, key) {
+  const rel = { ArrowLeft: "prev", ArrowRight: "next" }[key];
+  const inList = target.closest(".arrows");
+  if (!rel || !getSelection()?.isCollapsed || (!inList && target.closest(".scroll, summary"))) return false;
+  const other = document.querySelector(`${inList ? ".pages " : ""}a[rel=${rel}]`);
+  if (other instanceof HTMLElement) other.click();
+  return Boolean(other);
 }
 
 /** @param {HTMLElement} target */
@@ -161,8 +179,9 @@ function announce(text) {
 
 /** Remember how far a page is scrolled and which item of a list has the focus, so that "back" returns there. */
 function rememberPlace() {
+  if (byId("content").hasAttribute("aria-busy")) return; // the view before is still shown
   const item = [...document.querySelectorAll("[data-item]")].findIndex((one) => one === document.activeElement);
-  history.replaceState({ y: scrollY, item }, "");
+  changeEntry({ state: { y: scrollY, item } });
 }
 
 async function start() {
@@ -170,8 +189,7 @@ async function start() {
   try {
     site = await chunk("site");
   } catch (error) {
-    byId("content").replaceChildren(note(error instanceof Error ? error.message : String(error)));
-    return;
+    return refill(byId("content"), failure(error, () => location.reload()));
   }
   history.scrollRestoration = "manual";
   addEventListener("hashchange", () => {
@@ -183,7 +201,12 @@ async function start() {
     clearTimeout(timer);
     timer = setTimeout(rememberPlace, 150);
   });
-  addEventListener("click", ({ target }) => target instanceof Element && target.closest("a") && rememberPlace(), true);
+  addEventListener("click", ({ target }) => {
+    if (target instanceof Element && target.closest("a")) rememberPlace();
+    writeEntry(); // before a link is followed, or the address copied
+  }, true);
+  addEventListener("blur", writeEntry);
+  addEventListener("pagehide", writeEntry);
   document.querySelector(".skip")?.addEventListener("click", (event) => {
     event.preventDefault(); // its hash would be an address of ours
     byId("content").focus();

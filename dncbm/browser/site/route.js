@@ -3,7 +3,7 @@
 
 /** @returns {Route} */
 function currentRoute() {
-  const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
+  const [path, query] = currentEntry().hash.replace(/^#\/?/, "").split("?");
   const [view, ...parts] = path.split("/");
   const params = new URLSearchParams(query ?? "");
   const run = Number(params.get("run") ?? 0);
@@ -20,7 +20,7 @@ function linkTo(route, path, params = {}) {
   const kept = given.filter(([key, value]) => key !== "run" && value !== null && value !== undefined && value !== "");
   if (route.run) kept.push(["run", String(route.run)]);
   const query = new URLSearchParams(/** @type {[string, string][]} */ (kept)).toString();
-  return `#/${path}${query ? `?${query}` : ""}`;
+  return `#/${path}${query ? `?${query}` : ""}`.replaceAll("%3A", ":").replaceAll("%2C", ","); // as people write edits
 }
 
 /** @param {Route} route @param {number} concept */
@@ -45,13 +45,52 @@ function editsOf(route) {
 
 /** Go to an address: "back" returns to where this was. @param {string} hash */
 function go(hash) {
+  writeEntry();
   location.hash = hash;
 }
 
 /** The view has changed itself: only its address follows, and "back" passes over it. @param {string} hash */
 function replaceAddress(hash) {
-  history.replaceState(history.state, "", hash);
+  changeEntry({ hash });
   document.dispatchEvent(new Event("addresschange"));
+}
+
+// ---------------------------------------------------------------------------------------------- the entry of the history
+
+/** Milliseconds between changes of the entry: Safari refuses more than 100 in 30 s. */
+const ENTRY_PAUSE = 350;
+/** What the entry is to be, while its writing waits; `from` is its address until then.
+ * @typedef {{ from: string, hash: string, state: any }} Entry @type {Entry | null} */
+let unwritten = null;
+let [entryTimer, entryWritten] = [0, -Infinity];
+
+/** The entry of what is shown. Its hash may be newer than that of the address. @returns {Entry} */
+function currentEntry() {
+  if (unwritten?.from !== location.hash) unwritten = null; // that entry was left
+  return unwritten ?? { from: location.hash, hash: location.hash, state: history.state };
+}
+
+/** Change the entry, at once or after a pause. @param {Partial<Entry>} changes */
+function changeEntry(changes) {
+  unwritten = { ...currentEntry(), ...changes };
+  const wait = entryWritten + ENTRY_PAUSE - performance.now();
+  if (wait <= 0) writeEntry();
+  else entryTimer ||= setTimeout(writeEntry, wait);
+}
+
+/** Write what waits; later if the browser refuses. */
+function writeEntry() {
+  clearTimeout(entryTimer);
+  entryTimer = 0;
+  const { hash, state } = currentEntry();
+  if (!unwritten) return;
+  entryWritten = performance.now();
+  try {
+    history.replaceState(state, "", hash);
+    unwritten = null;
+  } catch {
+    entryTimer = setTimeout(writeEntry, 10 * ENTRY_PAUSE);
+  }
 }
 
 /** A whole number from the address, from 0 to below n; null if it is none.

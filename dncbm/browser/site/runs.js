@@ -14,10 +14,11 @@ const USUAL_COSINE = 0.9;
 /** @type {View} */
 async function showRuns(route) {
   const heading = h("h1", {}, "Two runs side by side");
-  const command = "python scripts/16_browse.py --beside seed=50";
+  const command = site.command.includes("--beside") ? site.command : `${site.command} --beside FLAG=VALUE`;
   if (site.runs.length < 2) return h("div", {}, heading, note("A second run is missing here.", command));
   const a = numberIn(route.params.get("a") ?? undefined, site.runs.length) ?? 0;
-  const b = numberIn(route.params.get("b") ?? undefined, site.runs.length) ?? (a === 0 ? 1 : 0);
+  const asked = numberIn(route.params.get("b") ?? undefined, site.runs.length);
+  const b = asked === null || (asked === a && site.runs.length === 2) ? Number(a === 0) : asked;
   const chosen = site.runs.length > 2 ? runSelects(route, a, b) : null;
   if (a === b) return h("div", {}, heading, chosen, note("Choose two different runs."));
   if (!site.matches.some(([one, other]) => one === Math.min(a, b) && other === Math.max(a, b))) {
@@ -117,7 +118,7 @@ function pairChoice(params) {
 /** @param {[number, number]} runs @param {PairChoice} choice */
 function pairParams([a, b], { at, show, q, sort, page }) {
   return {
-    a, b, q, at: at === USUAL_COSINE ? null : at, show: show === "matched" ? null : show,
+    ...editsOf(currentRoute()), a, b, q, at: at === USUAL_COSINE ? null : at, show: show === "matched" ? null : show,
     sort: sort === "cosine" ? null : sort, page: page ? page + 1 : null,
   };
 }
@@ -172,7 +173,7 @@ function pagesOf(compared, choice) {
   return [
     h("p", { class: "faint count" }, counted(found.length, what), only && " without a match at this cosine", shown,
       only && ". Beside each is its partner."),
-    found.length ? pairTable(compared, found.slice(start, start + PAIRS_PER_PAGE)) : note(`No ${what} is like this.`),
+    found.length ? pairTable(compared, found.slice(start, start + PAIRS_PER_PAGE)) : note(`No ${what} matches.`),
     pages > 1 && h(
       "nav", { class: "pages", "aria-label": "Pages" },
       page > 0 && h("a", { rel: "prev", href: to(page - 1) }, "← Previous"),
@@ -220,11 +221,12 @@ function pairTable(compared, pairs) {
 }
 
 /** @param {Comparison} compared @param {number} side @param {number} concept */
-function pairSide({ runs, concepts, tops, datasets }, side, concept) {
+function pairSide({ route, runs, concepts, tops, datasets }, side, concept) {
   if (concept < 0) return h("div", { class: "faint" }, "no partner");
-  const found = tops[side];
+  const [found, run] = [tops[side], runs[side]];
+  const edits = run === route.run ? editsOf(currentRoute()) : {}; // they are of this run's concepts
   return h(
-    "a", { href: linkTo({ run: runs[side] }, `concept/${concept}`), "data-item": true },
+    "a", { href: linkTo({ run }, `concept/${concept}`, edits), "data-item": true },
     named(concepts[side].labels[concept]), found && topPictures(found, datasets[side], concept, 3),
   );
 }

@@ -50,22 +50,25 @@ function howToRead(run) {
     : " They have no names, so look at the images that activate them.";
   const probe = run.has_probe
     ? " A linear classifier adds up strength × weight, a concept's contribution to a class, over the concepts of an image."
-      + " So you can take each prediction apart, remove a concept from one image or from all, and see what changes."
+      + " So you can take each prediction apart, remove a concept or scale its strength on every image, and see what changes."
     : "";
   return [
     h("h2", {}, "How to read this"),
     h("p", {}, "An image encoder turns an image into a vector whose numbers mean nothing by themselves. A sparse autoencoder"
       + " rewrites the vector as a sum of a few out of many directions, the concepts, each with a strength.", names, probe),
-    h("p", {}, "Every view has its own address that you can send to others; what you edit is part of it. Press ",
-      h("kbd", {}, "?"), " for the keys."),
+    h("p", {}, "Every view has its own address, and what you edit is part of it. Once the folder is on a web host, you can"
+      + " send these addresses to others. Press ",
+      h("kbd", {}, "?"), " for the keyboard shortcuts."),
   ];
 }
 
 /** @param {Run} run */
-function runFigures({ figures, n_silent, n_latents, has_strengths }) {
-  const silent = `${n_silent.toLocaleString("en")} of ${n_latents.toLocaleString("en")}`;
+function runFigures({ figures, n_silent, n_latents }) {
   const all = [...figures];
-  if (has_strengths.some(Boolean)) all.push(["Concepts that none of these images activates", silent]);
+  if (n_silent !== null) {
+    const silent = `${n_silent.toLocaleString("en")} of ${n_latents.toLocaleString("en")}`;
+    all.push(["Concepts that none of these images activates", silent]);
+  }
   const rows = all.map(([title, value]) => factRow(title, value));
   return h("section", {}, h("h3", {}, "Figures"), h("table", {}, h("tbody", {}, rows)));
 }
@@ -91,8 +94,8 @@ function verdictCounts(route, run) {
 
 /** @param {Run} run */
 function claimList({ claims, claims_made }) {
+  if (!claims) return null; // `missing` says so
   const title = h("h2", {}, "What this run supports");
-  if (!claims) return [title, note("This run has no report that says what it supports.", "python scripts/15_report.py")];
   const report = site.report ? h("a", { href: site.report }, "report") : "report";
   const items = claims.map(({ text, criterion, status, rests_on }) => {
     const [mark, kind] = CLAIM_MARKS[status] ?? CLAIM_MARKS["not tested"];

@@ -1,6 +1,7 @@
 """The report stage: reads all that is known of a run, and writes `report.html`, `report.md` and `claims.json`."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -216,11 +217,17 @@ def _fresh(
         return None, ways.not_run(why, command, *more, *again)
 
 
+def check_parents(flag: str, folder: Path) -> None:
+    """Raises UserError if the folder of a flag cannot be made, since a file or a broken link is in its place or above it."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            raise UserError(f"{flag} {folder}: {path} is {what}: name a folder")
+
+
 def check_folder(folder: Path) -> None:
     """Raises UserError if a report cannot be written to a folder, or would replace a file that is no report of ours."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--report_folder {folder}: {path} is a file: name a folder")
+    check_parents("--report_folder", folder)
     page = folder / FILES[0]
     if page.is_dir() or (page.is_file() and GENERATOR.encode() not in page.read_bytes()[:LEAD]):
         raise UserError(f"{page} is not a report of this tool: name another --report_folder, or move it away")
