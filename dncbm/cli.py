@@ -14,6 +14,7 @@ import argparse
 import errno
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -265,11 +266,14 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _stdout_is_open() -> bool:
+    """Whether somebody reads the output. Flushing tells only if something was left to write."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         return False
-    return True
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Format(logging.Formatter):

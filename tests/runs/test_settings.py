@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,10 @@ def test_images_have_a_licence_in_words(write_config: Callable[..., Path], refus
         load_settings(path)
 
 
-def test_the_demo_says_whose_its_images_are() -> None:
-    sources = load_settings(REPOSITORY / "examples" / "openmoji" / "config.py").probe_datasets.values()
+def test_the_demo_says_whose_its_images_are(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    config = shutil.copy(REPOSITORY / "examples" / "openmoji" / "config.py", tmp_path)
+    sources = load_settings(Path(config)).probe_datasets.values()
     assert all("OpenMoji" in (source.license or "") and "CC BY-SA 4.0" in (source.license or "") for source in sources)
 
 
