@@ -12,7 +12,8 @@ The other figures are of the pages, opened from file:// in headless Chromium, ea
 `concept_worst_s` of random concepts, all of whose images are decoded; `image_first_s`, an image with all weights to load, and
 `image_median_s`, further ones; `search_median_s`, one key stroke; `edit_median_s`, one move of a slider; `accuracy_s`, the
 accuracy of all images of the split without the concept that is active most often. `memory_mib`: the memory of the process of
-the page after all this (proportional set size), and `memory_empty_mib` that of an empty page.
+the page after all this (proportional set size), `memory_collected_mib` the same once garbage is collected, which Chromium puts
+off, of which `memory_images_mib` are decoded images, which it drops when memory is short; `memory_empty_mib`: an empty page.
 """
 
 import argparse
@@ -163,14 +164,14 @@ def made(config: Path, folder: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- the pages
 
 
-def memory_mib(of: str) -> float:
-    """Proportional set size of the largest process of a Chromium whose command line holds a text."""
+def memory_mib(of: str, field: str = "Pss") -> float:
+    """Proportional set size of the largest renderer of the Chromium whose command line holds a text."""
     found = [0.0]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().decode(errors="replace")
             if "--type=renderer" in line and of in line:
-                found.append(int(re.findall(r"^Pss:\s+(\d+)", (process / "smaps_rollup").read_text(), re.M)[0]) / 1024)
+                found.append(int(re.findall(rf"^{field}:\s+(\d+)", (process / "smaps_rollup").read_text(), re.M)[0]) / 1024)
         except OSError:  # it has ended
             continue
     return max(found)
@@ -202,6 +203,7 @@ def measure_pages(folder: Path, sizes: Sizes) -> dict[str, float]:
         search = page.get_by_role("searchbox")
         strokes = [page.evaluate(STROKE, [search.element_handle(), "word 12"[:n]]) for n in range(1, 8)]
         found["search_median_s"] = statistics.median(strokes) / 1000
+        page.evaluate(DECODED)  # what was found is looked at before the next click
         times = [seconds(page, f"#/concept/{draw.randrange(sizes['latents'])}") for _ in range(40)]
         found |= {"concept_median_s": statistics.median(times), "concept_worst_s": max(times)}
         found["image_first_s"] = seconds(page, "#/image/0/0")
@@ -212,6 +214,8 @@ def measure_pages(folder: Path, sizes: Sizes) -> dict[str, float]:
         found["edit_median_s"] = statistics.median(moves) / 1000
         found["accuracy_s"] = page.evaluate(ACCURACY) / 1000
         found["memory_mib"] = memory_mib(profile)
+        context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+        found |= {"memory_collected_mib": memory_mib(profile), "memory_images_mib": memory_mib(profile, "Pss_Shmem")}
         context.close()
     return found
 
