@@ -1,8 +1,9 @@
 """Discover-then-Name concept bottlenecks: from any CLIP-like image encoder to an interpretable classifier.
 
-Seven rooms, each importing only those before it: `runs` (what a run is and where it lies), `features` (images to features),
+Eight rooms, each importing only those before it: `runs` (what a run is and where it lies), `features` (images to features),
 `concepts` (features to named concepts), `probe` (concept strengths to predictions), `explain` (predictions to figures),
-`bottleneck` (the result as one object) and `reproduce` (all of it, for many encoders, data sets, settings and seeds).
+`browser` (a run as a folder of pages), `bottleneck` (the result as one object) and `reproduce` (all of it, for many encoders,
+data sets, settings and seeds).
 `stages` lists the stages in order; `cli` makes command lines of them.
 
 What most people import is here. A stage is a function of the config and of declarations, for example
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from dncbm.bottleneck.export import export_model
     from dncbm.bottleneck.model import ConceptBottleneckModel
+    from dncbm.browser.stage import write_browser
     from dncbm.concepts.alignment import align_names
     from dncbm.concepts.evidence.images import name_evidence, read_evidence
     from dncbm.concepts.evidence.stability import read_stability, seed_stability
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
     from dncbm.runs.artifacts import Artifacts
     from dncbm.runs.declarations import (
         Alignment,
+        Browse,
         Compact,
         Evidence,
+        Explained,
         Export,
         Extraction,
         Grid,
@@ -72,12 +76,13 @@ __all__ = [  # noqa: RUF022 - by meaning
     # the config, paths, errors
     "Artifacts", "Settings", "StaleArtifact", "UserError", "load_settings",
     # declarations: what a run is
-    "Alignment", "Compact", "Evidence", "Export", "Extraction", "Grid", "Intervention", "NamedEncoder", "Naming", "Partition",
-    "ProbeDataset", "ProbeFeatures", "ProbeRun", "Report", "SAEFeatures", "SAERun", "Seeds", "Splits",
+    "Alignment", "Browse", "Compact", "Evidence", "Explained", "Export", "Extraction", "Grid", "Intervention", "NamedEncoder",
+    "Naming", "Partition", "ProbeDataset", "ProbeFeatures", "ProbeRun", "Report", "SAEFeatures", "SAERun", "Seeds", "Splits",
     # stages, in order
     "STAGES", "save_sae_features", "train_sae", "save_vocabulary_embeddings", "assign_names", "save_probe_features",
     "save_concept_strengths", "train_linear_probe", "evaluate_zero_shot", "accuracy_at_nec", "export_model",
     "measure_intervention", "name_evidence", "align_names", "measure_compact", "seed_stability", "write_report",
+    "write_browser",
     # what they made
     "load_concept_strengths", "load_encoder", "load_probe", "load_probe_data", "load_sae", "load_vocabulary",
     "open_features", "read_compact", "read_evidence", "read_name_tests", "read_names", "read_stability",
@@ -94,6 +99,7 @@ _MODULES = {
     **dict.fromkeys(("assign_names", "read_name_tests", "read_names"), "dncbm.concepts.naming"),
     **dict.fromkeys(("measure_compact", "read_compact"), "dncbm.probe.compact"),
     "write_report": "dncbm.explain.report.stage",
+    "write_browser": "dncbm.browser.stage",
     **dict.fromkeys(("load_sae", "train_sae"), "dncbm.concepts.sae"),
     **dict.fromkeys(("load_concept_strengths", "save_concept_strengths"), "dncbm.concepts.strengths"),
     **dict.fromkeys(("load_vocabulary", "save_vocabulary_embeddings"), "dncbm.concepts.vocabulary"),
@@ -106,8 +112,10 @@ _MODULES = {
     **dict.fromkeys(
         (
             "Alignment",
+            "Browse",
             "Compact",
             "Evidence",
+            "Explained",
             "Export",
             "Extraction",
             "Grid",
