@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import dncbm
+from dncbm.browser.concepts import N_PARTS
 from dncbm.browser.shown import (
     CLASSES_PER_CHUNK,
     CONCEPTS_PER_CHUNK,
@@ -25,7 +26,9 @@ from dncbm.browser.shown import (
     with_strengths,
 )
 from dncbm.concepts.evidence.images import evidence_datasets
+from dncbm.concepts.evidence.prediction import FDR
 from dncbm.concepts.sae import SAE_SPLITS, sae_metrics, sae_path
+from dncbm.explain.report.claims import STABLE
 from dncbm.explain.report.document import listed, percent, points
 from dncbm.explain.report.probe import ProbeFound, read_probed, rows_of_probe
 from dncbm.explain.report.provenance import HASH, artifacts_made, changed_and_same, written_time
@@ -299,7 +302,7 @@ def about_site(
         "probed": probed, "classes": [] if probed is None else list(kept[probed].classes),
         "groups": [] if probed is None else list(kept[probed].group_names), "runs": list(runs), "report": report,
         "per_chunk": {"concepts": CONCEPTS_PER_CHUNK, "classes": CLASSES_PER_CHUNK, "images": IMAGES_PER_CHUNK},
-        "matches": [list(pair) for pair in matches],
+        "range_parts": N_PARTS, "criteria": {"cosine": STABLE, "fdr": FDR}, "matches": [list(pair) for pair in matches],
     }  # fmt: skip
 
 

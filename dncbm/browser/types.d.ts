@@ -39,6 +39,10 @@ interface Site {
   report: string | null;
   /** Concepts, classes and images in a chunk. */
   per_chunk: { concepts: number; classes: number; images: number };
+  /** Equal parts of the range of strengths from which images are sampled. */
+  range_parts: number;
+  /** What claims count by: the cosine above which a latent is found again, and the false discovery rate of evidence. */
+  criteria: { cosine: number; fdr: number };
   /** Pairs of runs that were compared: chunk match_<a>_<b> exists for each, with a < b. */
   matches: [number, number][];
 }

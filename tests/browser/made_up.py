@@ -129,7 +129,8 @@ def _site(kind: Kind, classes: tuple[str, ...]) -> dict[str, Any]:
         "title": "Concepts of made-up things", "lead": "A dictionary of <40> latents.", "made": "2026-11-28 21:05",
         "command": "python scripts/16_browse.py", "versions": {"dncbm": "1.0.0", "torch": "2.0"}, "encoder": "no_encoder",
         "sae_dataset": "photos", "split": "val", "datasets": datasets, "probed": 0 if classes else None, "classes": classes,
-        "groups": GROUPS if classes else (), "report": None, "per_chunk": PER_CHUNK, "runs": _runs(kind, len(classes)),
+        "groups": GROUPS if classes else (), "report": None, "per_chunk": PER_CHUNK, "range_parts": 6,
+        "criteria": {"cosine": 0.9, "fdr": 0.05}, "runs": _runs(kind, len(classes)),
         "matches": [[0, 1]] if kind.n_runs > 1 else [],
     }  # fmt: skip
 

@@ -4,8 +4,6 @@
 /** @typedef {{ route: Route, run: Run, concept: number, concepts: Concepts, details: ConceptDetails, row: number,
  *   dataset: number | null, tops: Tops | null }} ShownConcept */
 
-/** Parts of the range of strengths from which images are drawn. */
-const RANGE_PARTS = 6;
 /** What a verdict says. @type {Record<string, string>} */
 const CONCEPT_VERDICTS = {
   named: "Its nearest word stands out more than those of random directions do. That does not make the name right.",
@@ -232,10 +230,11 @@ function datasetSection({ route, run, concept, concepts, details, row }, number)
 /** Images from equal parts of the range of strengths, the highest first. @param {{ route: Route, number: number, most: number,
  *   images: Int32Array, strengths: Float32Array, counts: Int32Array }} drawn */
 function rangeParts({ route, number, most, images, strengths, counts }) {
-  const [each, bins] = [images.length / RANGE_PARTS, counts.length / RANGE_PARTS];
-  const parts = Array.from({ length: RANGE_PARTS }, (_, part) => {
-    const [start, below] = [part * each, RANGE_PARTS - 1 - part];
-    const range = `${strength((most * below) / RANGE_PARTS)}–${strength((most * (below + 1)) / RANGE_PARTS)}`;
+  const n_parts = site.range_parts;
+  const [each, bins] = [images.length / n_parts, counts.length / n_parts];
+  const parts = Array.from({ length: n_parts }, (_, part) => {
+    const [start, below] = [part * each, n_parts - 1 - part];
+    const range = `${strength((most * below) / n_parts)}–${strength((most * (below + 1)) / n_parts)}`;
     const n = counts.subarray(below * bins, (below + 1) * bins).reduce((sum, one) => sum + one, 0);
     const drawn = images.subarray(start, start + each);
     return h(

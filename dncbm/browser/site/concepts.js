@@ -63,7 +63,7 @@ const CONCEPT_FILTERS = [
     choices: [["yes", "better than random words"], ["no", "no better"], ["unknown", "not known"]],
     keeps: ({ concepts }, value) => (concept) => {
       const q = concepts.auc_q[concept];
-      return value === "unknown" ? Number.isNaN(q) : value === "yes" ? q <= 0.05 : q > 0.05;
+      return value === "unknown" ? Number.isNaN(q) : value === "yes" ? q <= site.criteria.fdr : q > site.criteria.fdr;
     } },
   { key: "uses", title: "Leading concept of", known: (list) => isOffered(list, "classes"),
     choices: [["0", "no class"], ["1-2", "1 or 2 classes"], ["3-", "3 or more classes"]],

@@ -8,8 +8,6 @@
 /** What the list shows. @typedef {{ at: number, show: string, q: string, sort: string, page: number }} PairChoice */
 
 const PAIRS_PER_PAGE = 50;
-/** The cosine above which METHOD counts a latent as found again. */
-const USUAL_COSINE = 0.9;
 
 /** @type {View} */
 async function showRuns(route) {
@@ -105,9 +103,10 @@ function pairList(compared) {
 
 /** @param {URLSearchParams} params @returns {PairChoice} */
 function pairChoice(params) {
-  const [at, show] = [Number(params.get("at") ?? USUAL_COSINE), params.get("show") ?? ""];
+  const { cosine } = site.criteria;
+  const [at, show] = [Number(params.get("at") ?? cosine), params.get("show") ?? ""];
   return {
-    at: at >= 0 && at <= 1 ? at : USUAL_COSINE,
+    at: at >= 0 && at <= 1 ? at : cosine,
     show: ["a", "b"].includes(show) ? show : "matched",
     q: params.get("q") ?? "",
     sort: params.get("sort") === "activity" ? "activity" : "cosine",
@@ -118,7 +117,7 @@ function pairChoice(params) {
 /** @param {[number, number]} runs @param {PairChoice} choice */
 function pairParams([a, b], { at, show, q, sort, page }) {
   return {
-    ...editsOf(currentRoute()), a, b, q, at: at === USUAL_COSINE ? null : at, show: show === "matched" ? null : show,
+    ...editsOf(currentRoute()), a, b, q, at: at === site.criteria.cosine ? null : at, show: show === "matched" ? null : show,
     sort: sort === "cosine" ? null : sort, page: page ? page + 1 : null,
   };
 }
