@@ -124,7 +124,11 @@ def _inputs(settings: Settings, runs: Runs, split: str, kept: list[Kept]) -> dic
     found: dict[str, Path | str] = {
         "code of the pages": text_hash(f"{path.name} {file_hash(path)}" for path in sorted(SITE.iterdir()))
     }
-    found |= {f"{one.dataset} split": artifacts.probe_split(one.dataset) for one in kept}
+    for one in kept:
+        of_split = settings.own_split(one.dataset, split)
+        where = {"labels": artifacts.labels(one.dataset, of_split), "groups": artifacts.groups(one.dataset, of_split)}
+        found |= {f"{one.dataset} split": artifacts.probe_split(one.dataset)}
+        found |= {f"{one.dataset} {split} {what}": path for what, path in where.items() if path.is_file()}
     for number, ((run, probe), label) in enumerate(zip(runs, labels_of([run for run, _ in runs]), strict=True)):
         available = with_strengths(settings, run, split)
         of_run: dict[str, Path | str] = {"SAE": sae_path(settings, run)}

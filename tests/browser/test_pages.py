@@ -318,7 +318,56 @@ def test_two_runs_are_compared(open_page, made_up) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(made.shown[DEAD + 1])
 
 
+@pytest.mark.parametrize("chosen", ["all", "right", "wrong", "taken-1", "group-1"])
+def test_a_class_shows_all_of_its_images_or_some_by_what_is_predicted(open_page, made_up, chosen: str) -> None:
+    made = made_up()
+    predicted, (choice, _, number) = made.logits({}).argmax(axis=1), chosen.partition("-")
+    kept = {
+        "all": made.labels == 0, "right": predicted == 0, "wrong": predicted != 0, "taken": predicted == 1,
+        "group": made.groups == 1,
+    }[choice] & (made.labels == 0)  # fmt: skip
+    wanted = np.flatnonzero(kept).tolist()
+    page = open_page(made.folder, "#/class/0")
+    page.get_by_role("combobox", name="Show").select_option(chosen)
+    images = page.get_by_role("list", name="Images of the class").get_by_role("link")
+    expect(images).to_have_count(len(wanted))
+    for _ in range(2):
+        assert [int(re.findall(r"\d+", link.get_attribute("href") or "")[1]) for link in images.all()] == wanted
+        page.reload()
+        settle(page)
+    assert page.url.endswith(f"#/class/0?images={chosen}")
+
+
+def test_images_of_a_large_class_are_shown_bit_by_bit(open_page, made_up) -> None:
+    page = open_page(made_up(n_classes=1).folder, "#/class/0?images=all")
+    images = page.get_by_role("list", name="Images of the class").get_by_role("link")
+    expect(images).to_have_count(48)
+    page.get_by_role("button", name=f"Show {N - 48} more of {N - 48}").click()
+    expect(images).to_have_count(N)
+    expect(images.nth(48)).to_be_focused()
+    expect(page.get_by_role("button", name="Show")).to_have_count(0)
+
+
 # --------------------------------------------------------------------------------------------- addresses and the keyboard
+
+
+def test_next_and_previous_follow_the_list(open_page, made_up) -> None:
+    page = open_page(made_up().folder, "#/concepts?sort=index&order=reversed&verdict=collision,abstains")
+    heading = page.get_by_role("heading", level=1)
+    listed = cards(page).all_text_contents()
+    assert len(listed) == 4
+    cards(page).first.click()
+    for place, label in enumerate(listed):
+        expect(heading).to_have_text(label)
+        expect(page.get_by_role("link", name=f"List ({place + 1} of 4)")).to_be_visible()
+        page.keyboard.press("ArrowRight")
+    expect(heading).to_have_text(listed[-1])  # the list ends
+    page.keyboard.press("ArrowLeft")
+    expect(heading).to_have_text(listed[-2])
+    page.evaluate(f"location.hash = '#/concept/{CONFOUND}'")  # not in the list: by number
+    expect(heading).to_have_text(NAMES[CONFOUND])
+    page.get_by_role("link", name="Next").click()
+    expect(heading).to_have_text(NAMES[CONFOUND + 1])
 
 
 def test_back_and_forward_pass_through_the_views(open_page, made_up) -> None:

@@ -135,6 +135,22 @@ def test_groups_and_their_names(world: World, browse: Callable[..., Outcome], fo
     np.testing.assert_array_equal(chunk(folder, "images_0")["group"], groups[world.keys])
 
 
+@pytest.mark.parametrize("edited", ["labels", "groups"])
+def test_a_site_does_not_outlive_the_labels_and_groups_it_shows(
+    world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any], edited: str
+) -> None:
+    groups = np.arange(N + 1) % 3
+    np.save(world.artifacts.groups("places365", "val"), groups)
+    browse()
+    path = getattr(world.artifacts, edited)("places365", "val")
+    np.save(path, np.roll(np.load(path), 1))
+    with refusal(folder, f"places365 val {edited}", "--overwrite"):
+        browse()
+    assert browse(overwrite=True) is Outcome.RAN
+    shown_now = chunk(folder, "images_0")["label" if edited == "labels" else "group"]
+    np.testing.assert_array_equal(shown_now, np.load(path)[world.keys])
+
+
 def lose_probe(world: World) -> None:
     world.artifacts.probe(world.run, world.probe).unlink()
     manifest_path(world.artifacts.probe(world.run, world.probe)).unlink()

@@ -1,6 +1,9 @@
 "use strict";
 // All classes of the probed data set, and one of them.
 
+/** Images of a class that are shown at first, and then at a time. */
+const CLASS_IMAGES = 48;
+
 /** @typedef {{ number: number, name: string, size: number, right: number, logit: number }} ClassFacts */
 
 /** Key -> title and order of the classes, the first at the top; by number where the order leaves it open.
@@ -146,18 +149,63 @@ function classConcepts(shown) {
 }
 
 /** @param {ShownClass} shown */
-function classImages({ route, facts, details, row, predicted, images }) {
-  const found = [...details.images.row(row)].filter((image) => image >= 0);
+function classImages(shown) {
+  const choices = imageChoices(shown);
+  const results = h("div");
+  const options = choices.map(({ key, title, found }) => {
+    const n = found.length.toLocaleString("en");
+    return h("option", { value: key, selected: key === shown.route.params.get("images") }, `${shortened(title)} (${n})`);
+  });
+  const changed = () => {
+    changeParam("images", select.value);
+    fill(CLASS_IMAGES);
+    announce(counted(choices[select.selectedIndex].found.length, "image"));
+  };
+  const select = h("select", { onchange: changed }, options);
+  const fill = (/** @type {number} */ n) => {
+    const found = choices[select.selectedIndex].found;
+    const more = () => {
+      fill(n + CLASS_IMAGES);
+      results.querySelectorAll("a")[n].focus();
+    };
+    const left = Math.min(found.length - n, CLASS_IMAGES);
+    const button = left > 0 && h("button", { type: "button", onclick: more }, `Show ${left} more of ${found.length - n}`);
+    refill(results, found.length ? classGallery(shown, found.slice(0, n)) : note("There are none."), button);
+  };
+  fill(CLASS_IMAGES);
+  return h(
+    "section", {}, h("h2", {}, "Images"), h("div", { class: "controls" }, h("label", {}, "Show", select)),
+    h("p", {}, "Below each is what the probe predicts."), results,
+  );
+}
+
+/** Images of a class to choose from: a sample first, if that is not all. @param {ShownClass} shown
+ * @returns {{ key: string, title: string, found: number[] }[]} */
+function imageChoices({ facts, details, row, predicted, images }) {
+  const all = [...images.label.keys()].filter((image) => images.label[image] === facts.number);
+  const sample = [...details.images.row(row)].filter((image) => image >= 0);
+  const choice = (/** @type {string} */ key, /** @type {string} */ title, /** @type {(image: number) => boolean} */ keeps) =>
+    ({ key, title, found: all.filter(keeps) });
+  const confused = [...details.confused.row(row)].filter((number) => number >= 0);
+  return [
+    ...(sample.length < all.length ? [{ key: "", title: "drawn at random", found: sample }] : []),
+    choice("all", "all", () => true),
+    choice("right", "predicted right", (image) => predicted[image] === facts.number),
+    choice("wrong", "predicted wrong", (image) => predicted[image] !== facts.number),
+    ...confused.map((number) =>
+      choice(`taken-${number}`, `taken for ${site.classes[number]}`, (image) => predicted[image] === number)),
+    ...(images.group.length ? site.groups : []).map((name, group) =>
+      choice(`group-${group}`, `group ${name}`, (image) => images.group[image] === group)),
+  ];
+}
+
+/** @param {ShownClass} shown @param {number[]} found */
+function classGallery({ route, facts, predicted, images }, found) {
   const said = (/** @type {number} */ place) => {
     const number = predicted[found[place]];
     return number === facts.number ? "right" : `wrong: ${shortened(site.classes[number])}`;
   };
-  const drawn = `${counted(found.length, "image")} of ${facts.size.toLocaleString("en")}, drawn at random`;
-  return h(
-    "section", {}, h("h2", {}, "Images"),
-    h("p", {}, found.length === facts.size ? "All its images" : drawn, ", with what the probe predicts."),
-    gallery(route, Number(site.probed), found, "Images of the class", said, images),
-  );
+  return gallery(route, Number(site.probed), found, "Images of the class", said, images);
 }
 
 /** @param {ShownClass} shown */

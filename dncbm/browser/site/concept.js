@@ -10,12 +10,13 @@ const CONCEPT_VERDICTS = {
   collision: "It holds a word, but another latent holds the same one.",
   abstains: "It failed the test of whether it holds a word: its name is only the nearest word.",
 };
-/** Address of the list of concepts as it was left. */
-let leftList = "";
+/** Address of the list of concepts as it was left, and the concepts in it once a view has asked for them.
+ * @type {{ hash: string, found?: number[] }} */
+let leftList = { hash: "" };
 
 addEventListener("hashchange", ({ oldURL }) => {
   const { hash } = new URL(oldURL);
-  if (/^#\/concepts(\?|$)/.test(hash)) leftList = hash;
+  if (/^#\/concepts(\?|$)/.test(hash)) leftList = { hash };
 });
 
 /** @type {View} */
@@ -59,19 +60,34 @@ function isDead(concepts, concept) {
   return Number.isNaN(rate) ? !concepts.activity.row(concept).some((share) => share > 0) : rate === 0;
 }
 
-/** @param {ShownConcept} shown */
-function conceptPager({ route, run, concept }) {
-  const list = new URLSearchParams(leftList.split("?")[1]);
+/** Links to the list and to the concepts before and after this one: in the list as it was left, or else by number.
+ * @param {ShownConcept} shown */
+function conceptPager(shown) {
+  const { route, run, concept } = shown;
+  const list = new URLSearchParams(leftList.hash.split("?")[1]);
+  const found = leftConcepts(shown, list);
+  const place = found.indexOf(concept);
+  const [before, after] = place < 0 ? [concept - 1, concept + 1] : [found[place - 1] ?? -1, found[place + 1] ?? run.n_latents];
   const edit = route.params.get("edit");
   list.delete("focus");
   if (edit) list.set("edit", edit);
   else list.delete("edit");
+  const counts = [place + 1, found.length].map((n) => n.toLocaleString("en"));
+  const up = place < 0 ? "All concepts" : `↑ List (${counts.join(" of ")})`;
   return h(
     "nav", { class: "pager", "aria-label": "Concepts" },
-    concept > 0 && h("a", { rel: "prev", href: conceptLink(route, concept - 1) }, "← Previous"),
-    h("a", { rel: "up", href: linkTo(route, "concepts", list) }, "All concepts"),
-    concept + 1 < run.n_latents && h("a", { rel: "next", href: conceptLink(route, concept + 1) }, "Next →"),
+    before >= 0 && h("a", { rel: "prev", href: conceptLink(route, before) }, "← Previous"),
+    h("a", { rel: "up", href: linkTo(route, "concepts", list) }, up),
+    after < run.n_latents && h("a", { rel: "next", href: conceptLink(route, after) }, "Next →"),
   );
+}
+
+/** The concepts of the list that was left, in its order; none if that was of another run, or none was shown.
+ * @param {ShownConcept} shown @param {URLSearchParams} list its parameters */
+function leftConcepts({ route, run, concepts }, list) {
+  if (!leftList.hash || Number(list.get("run") ?? 0) !== route.run) return [];
+  leftList.found ??= foundConcepts(listingOf(run, concepts, list));
+  return leftList.found;
 }
 
 /** @param {ShownConcept} shown */

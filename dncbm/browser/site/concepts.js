@@ -38,8 +38,8 @@ const CONCEPT_COLUMNS = [
 
 /**
  * What an address may filter by. `keeps` gives the test for a value of the address, or null if the value says nothing.
- * @typedef {{ key: string, title: string, choices?: [string, string][], known: (list: ConceptList) => boolean,
- *   keeps: (list: ConceptList, value: string) => ((concept: number) => boolean) | null }} ConceptFilter
+ * @typedef {{ key: string, title: string, choices?: [string, string][], known: (list: Listing) => boolean,
+ *   keeps: (list: Listing, value: string) => ((concept: number) => boolean) | null }} ConceptFilter
  * @type {ConceptFilter[]}
  */
 const CONCEPT_FILTERS = [
@@ -77,42 +77,45 @@ const CONCEPT_FILTERS = [
 const ACTIVITY_RANGES = { some: [0, 1], none: [-1, 0], rare: [0, 0.01], often: [0.01, 0.1], mostly: [0.1, 1] };
 
 /**
- * @typedef {object} ConceptList
- * @property {Route} route
+ * Which concepts an address lists, and in which order.
+ * @typedef {object} Listing
  * @property {URLSearchParams} params what the address says, without what does not concern the list
  * @property {Run} run
  * @property {Concepts} concepts
  * @property {number} dataset whose images and activity are shown
- * @property {Tops | null} tops
  * @property {ConceptColumn[]} columns of which something is known
  * @property {ConceptFilter[]} filters that this run has anything for
  * @property {Map<string, number[]>} orders sort -> all concepts in its order
- * @property {HTMLSelectElement} sort
- * @property {HTMLButtonElement} direction
- * @property {HTMLElement} summary
- * @property {HTMLElement} results
+ *
+ * @typedef {Listing & { route: Route, tops: Tops | null, sort: HTMLSelectElement, direction: HTMLButtonElement,
+ *   summary: HTMLElement, results: HTMLElement }} ConceptList
  */
 
 /** @type {View} */
 async function showConcepts(route) {
   /** @type {Concepts} */
   const concepts = await ofRun(route.run, "concepts");
-  const run = site.runs[route.run];
-  const params = new URLSearchParams(route.params);
-  params.delete("focus");
-  const dataset = shownDataset(run, params);
+  const listing = listingOf(site.runs[route.run], concepts, route.params);
   /** @type {ConceptList} */
   const list = {
-    route, params, run, concepts, dataset, tops: await topsOf(route.run, dataset), columns: [], filters: [], orders: new Map(),
-    sort: h("select"), direction: h("button", { type: "button", class: "quiet" }), summary: h("summary"), results: h("div"),
+    ...listing, route, tops: await topsOf(route.run, listing.dataset), sort: h("select"),
+    direction: h("button", { type: "button", class: "quiet" }), summary: h("summary"), results: h("div"),
   };
-  list.columns = CONCEPT_COLUMNS.filter((column) => isKnown(list, column));
-  list.filters = CONCEPT_FILTERS.filter((filter) => filter.known(list));
   const page = h(
     "div", {}, h("h1", {}, "Concepts"), conceptControls(list), filterControls(list), columnMeanings(list), list.results,
   );
   fillResults(list);
   return page;
+}
+
+/** @param {Run} run @param {Concepts} concepts @param {URLSearchParams} asked the address @returns {Listing} */
+function listingOf(run, concepts, asked) {
+  const params = new URLSearchParams(asked);
+  params.delete("focus");
+  const listing = { params, run, concepts, dataset: shownDataset(run, params), orders: new Map() };
+  const columns = CONCEPT_COLUMNS.filter((column) => isKnown(listing, column));
+  const withColumns = { ...listing, columns, filters: [] };
+  return { ...withColumns, filters: CONCEPT_FILTERS.filter((filter) => filter.known(withColumns)) };
 }
 
 /** @param {ConceptList} list */
@@ -150,13 +153,13 @@ function nameRanks({ names, verdicts }) {
   return names.map((name, concept) => (name && verdicts[concept] !== "abstains" ? Number(ranks.get(name)) : NaN));
 }
 
-/** @param {ConceptList} list @param {ConceptColumn} column */
+/** @param {Pick<Listing, "concepts" | "run" | "dataset">} list @param {ConceptColumn} column */
 function isKnown({ concepts, run, dataset }, column) {
   if (column.key === "classes") return run.has_probe;
   return Array.prototype.some.call(column.values(concepts, dataset), Number.isFinite);
 }
 
-/** @param {ConceptList} list @param {string} key */
+/** @param {Listing} list @param {string} key */
 function isOffered(list, key) {
   return list.columns.some((column) => column.key === key);
 }
@@ -171,13 +174,13 @@ function minimumFilter(key) {
     } };
 }
 
-/** Column and direction of the address, or else the first column. @param {ConceptList} list */
+/** Column and direction of the address, or else the first column. @param {Listing} list */
 function sorting({ params, columns }) {
   const column = columns.find(({ key }) => key === params.get("sort")) ?? columns[0];
   return { column, ascending: Boolean(column.ascending) !== (params.get("order") === "reversed") };
 }
 
-/** All concepts in the order of the address; unknown values last. @param {ConceptList} list */
+/** All concepts in the order of the address; unknown values last. @param {Listing} list */
 function conceptOrder(list) {
   const { column, ascending } = sorting(list);
   const key = [column.key, ascending, list.dataset].join();
@@ -194,7 +197,7 @@ function conceptOrder(list) {
   return order;
 }
 
-/** The tests of the filters with a value that they know. @param {ConceptList} list */
+/** The tests of the filters with a value that they know. @param {Listing} list */
 function filterTests(list) {
   return list.filters.flatMap(({ key, choices, keeps }) => {
     const value = list.params.get(key);
@@ -203,7 +206,7 @@ function filterTests(list) {
   });
 }
 
-/** The concepts of the address, in its order. @param {ConceptList} list */
+/** The concepts of the address, in its order. @param {Listing} list */
 function foundConcepts(list) {
   const tests = [...filterTests(list), searchTest(list) ?? []].flat();
   return conceptOrder(list).filter((concept) => tests.every((test) => test(concept)));
@@ -214,7 +217,7 @@ function searched(params) {
   return (params.get("q") ?? "").trim().toLowerCase();
 }
 
-/** "#12" is a concept's number, "12" may be a part of a word too. @param {ConceptList} list */
+/** "#12" is a concept's number, "12" may be a part of a word too. @param {Listing} list */
 function searchTest({ params, concepts }) {
   const text = searched(params);
   const number = /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : -1;
