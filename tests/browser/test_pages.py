@@ -321,7 +321,7 @@ def test_two_runs_are_compared(open_page, made_up) -> None:
 @pytest.mark.parametrize("chosen", ["all", "right", "wrong", "taken-1", "group-1"])
 def test_a_class_shows_all_of_its_images_or_some_by_what_is_predicted(open_page, made_up, chosen: str) -> None:
     made = made_up()
-    predicted, (choice, _, number) = made.logits({}).argmax(axis=1), chosen.partition("-")
+    predicted, choice = made.logits({}).argmax(axis=1), chosen.split("-")[0]
     kept = {
         "all": made.labels == 0, "right": predicted == 0, "wrong": predicted != 0, "taken": predicted == 1,
         "group": made.groups == 1,
