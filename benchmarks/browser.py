@@ -14,6 +14,7 @@ The other figures are of the pages, opened from file:// in headless Chromium, ea
 accuracy of all images of the split without the concept that is active most often. `memory_mib`: the memory of the process of
 the page after all this (proportional set size), `memory_collected_mib` the same once garbage is collected, which Chromium puts
 off, of which `memory_images_mib` are decoded images, which it drops when memory is short; `memory_empty_mib`: an empty page.
+Chromium is driven through its debugging pipe, since with Playwright the page would also hold a record of all responses.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import re
 import resource
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -177,56 +179,112 @@ def memory_mib(of: str, field: str = "Pss") -> float:
     return max(found)
 
 
+class Tab:
+    """A page of a headless Chromium that is driven through its debugging pipe.
+
+    Playwright would have the page record all that it loads, which counts as its memory.
+    """
+
+    def __init__(self, profile: str) -> None:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        (reads, self._to), (self._answers, writes) = os.pipe(), os.pipe()
+        command = f'exec "$@" 3<&{reads} 4>&{writes}'
+        options = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", *CHROMIUM, "about:blank"]
+        started = ["sh", "-c", command, "sh", str(program), *options]
+        self._process = subprocess.Popen(started, pass_fds=(reads, writes), stderr=subprocess.DEVNULL)
+        os.close(reads)
+        os.close(writes)
+        self._received, self._sent, self._session = b"", 0, {}
+        pages = [one for one in self.send("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        attached = self.send("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the debugging protocol and wait for its answer."""
+        self._sent += 1
+        message = {"id": self._sent, "method": method, "params": params, **self._session}
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._received:
+                more = os.read(self._answers, 1 << 16)
+                if not more:
+                    raise RuntimeError("Chromium has ended")
+                self._received += more
+            line, _, self._received = self._received.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self._sent:  # others are events
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                found: dict[str, Any] = answer["result"]
+                return found
+
+    def run(self, function: str, *args: Any) -> Any:
+        """What a JavaScript function returns, or its promise fulfils."""
+        code = f"({function})({', '.join(map(json.dumps, args))})"
+        found = self.send("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(f"{code[:200]}: {found['exceptionDetails']}")
+        return found["result"].get("value")
+
+    def close(self) -> None:
+        self.send("Browser.close")
+        self._process.wait()
+
+
 def measure_pages(folder: Path, sizes: Sizes) -> dict[str, float]:
-    from playwright.sync_api import Page, sync_playwright
+    draw = random.Random(0)
 
-    address, draw = (folder / "index.html").as_uri(), random.Random(0)
-
-    def seconds(page: Page, hash_: str) -> float:
+    def seconds(hash_: str) -> float:
         """From the change of the address until the view and all of its images are there."""
         start = time.perf_counter()
-        page.evaluate("hash => { location.hash = hash; }", hash_)
-        page.wait_for_function("hash => document.getElementById('content').dataset.shown === hash", arg=hash_)
-        page.evaluate(DECODED)
+        tab.run(GO, hash_)
+        tab.run(DECODED)
         return time.perf_counter() - start
 
-    with tempfile.TemporaryDirectory() as profile, sync_playwright() as playwright:
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
-        context = playwright.chromium.launch_persistent_context(profile, executable_path=chromium, args=CHROMIUM)
-        page = context.pages[0]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        tab = Tab(profile)
         found: dict[str, float] = {"memory_empty_mib": memory_mib(profile)}
         start = time.perf_counter()
-        page.goto(address)
-        page.wait_for_function("document.getElementById('content').dataset.shown")
+        tab.send("Page.navigate", url=(folder / "index.html").as_uri())
+        tab.run(SHOWN)
         found["first_view_s"] = time.perf_counter() - start
-        found["concepts_s"] = seconds(page, "#/concepts")
-        search = page.get_by_role("searchbox")
-        strokes = [page.evaluate(STROKE, [search.element_handle(), "word 12"[:n]]) for n in range(1, 8)]
+        found["concepts_s"] = seconds("#/concepts")
+        strokes = [tab.run(STROKE, "input[type=search]", "word 12"[:n]) for n in range(1, 8)]
         found["search_median_s"] = statistics.median(strokes) / 1000
-        page.evaluate(DECODED)  # what was found is looked at before the next click
-        times = [seconds(page, f"#/concept/{draw.randrange(sizes['latents'])}") for _ in range(40)]
+        tab.run(DECODED)  # what was found is looked at before the next click
+        times = [seconds(f"#/concept/{draw.randrange(sizes['latents'])}") for _ in range(40)]
         found |= {"concept_median_s": statistics.median(times), "concept_worst_s": max(times)}
-        found["image_first_s"] = seconds(page, "#/image/0/0")
-        times = [seconds(page, f"#/image/0/{draw.randrange(sizes['images'])}") for _ in range(40)]
+        found["image_first_s"] = seconds("#/image/0/0")
+        times = [seconds(f"#/image/0/{draw.randrange(sizes['images'])}") for _ in range(40)]
         found["image_median_s"] = statistics.median(times)
-        slider = page.get_by_role("slider").first
-        moves = [page.evaluate(STROKE, [slider.element_handle(), str(n / 10)]) for n in range(10)]
+        moves = [tab.run(STROKE, "input[type=range]", str(n / 10)) for n in range(10)]
         found["edit_median_s"] = statistics.median(moves) / 1000
-        found["accuracy_s"] = page.evaluate(ACCURACY) / 1000
+        found["accuracy_s"] = tab.run(ACCURACY) / 1000
         found["memory_mib"] = memory_mib(profile)
-        context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+        tab.send("HeapProfiler.collectGarbage")
         found |= {"memory_collected_mib": memory_mib(profile), "memory_images_mib": memory_mib(profile, "Pss_Shmem")}
-        context.close()
+        tab.close()
     return found
 
 
+SHOWN = """() => new Promise((done) => {
+  const look = () => (document.getElementById('content')?.dataset.shown ? done() : setTimeout(look, 1));
+  look();
+})"""
+GO = """(hash) => new Promise((done) => {
+  location.hash = hash;
+  const look = () => (document.getElementById('content').dataset.shown === hash ? done() : setTimeout(look, 1));
+  look();
+})"""
+"""Go to a view and wait until it is shown."""
 DECODED = """async () => {
   const urls = new Set([...document.querySelectorAll('.picture')].map((one) => one.style.backgroundImage.slice(5, -2)));
   urls.delete('');
   await Promise.all([...urls].map((url) => { const image = new Image(); image.src = url; return image.decode(); }));
 }"""
 """Wait until the images of a view are decoded."""
-STROKE = """([element, value]) => {
+STROKE = """(found, value) => {
+  const element = document.querySelector(found);
   const start = performance.now();
   element.value = value;
   element.dispatchEvent(new Event('input', {bubbles: true}));

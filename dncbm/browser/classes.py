@@ -44,8 +44,7 @@ def write_classes(shown: ShownRun, kept: Sequence[Kept], data: Path, number: int
     weight, labels, seed = shown.weight, kept[shown.probed].labels, shown.run.training.seed
     n_classes = weight.shape[1]
     found = predict(strengths, weight, labels)
-    shown_predictions = {"predicted": found.classes.astype(np.int32), "probability": found.probabilities}
-    write_chunk(data, f"{number}/predictions", shown_predictions)
+    write_chunk(data, f"{number}/predictions", {"predicted": found.classes.astype(np.int32)})
     size = np.bincount(labels, minlength=n_classes)
     right = np.bincount(labels[found.classes == labels], minlength=n_classes)
     logits = np.bincount(labels, weights=found.true_logits, minlength=n_classes)

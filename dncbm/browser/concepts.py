@@ -70,8 +70,7 @@ def write_concepts(
         images.append(found)
         if columns is None:
             found["top_strengths"][:] = found["sampled_strengths"][:] = np.nan
-        tops = {"images": found["top"][:, :N_CARD], "strengths": found["top_strengths"][:, :N_CARD]}
-        write_chunk(data, f"{number}/tops_{d}", tops)
+        write_chunk(data, f"{number}/tops_{d}", {"images": found["top"][:, :N_CARD]})
     use = {
         name: np.array([getattr(one, name) for one in uses], np.float32).reshape(-1, shown.n_latents).T for name in Use._fields
     }  # fmt: skip
@@ -104,10 +103,13 @@ def name_columns(settings: Settings, shown: ShownRun) -> dict[str, object]:
     unknown, blank = np.full(n, np.nan), [""] * n
     times = Counter(name.name for name in names or ())
     return {
-        "labels": [f"latent {index}" for index in range(n)] if names is None else concept_labels(names),
+        "labels": [
+            label or f"latent {index}" for index, label in enumerate(blank if names is None else concept_labels(names))
+        ],
         "names": blank if names is None else [name.name for name in names],
         "words": [[]] * n if tests is None else tests.words,
         "verdicts": blank if names is None else [name.verdict or "" for name in names],
+        "tested": blank if tests is None else tests.centred_names,
         "alternatives": blank if tests is None else tests.alternatives,
         "spellings": {} if names is None else spellings_of_labels(names),
         "similarity": _single(unknown if names is None else _similarities(settings, shown.run, names)),

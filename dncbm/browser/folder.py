@@ -32,6 +32,8 @@ _OURS = re.compile(
 def check_folder(folder: Path) -> None:
     """Raises UserError if a site cannot be written to a folder, or would replace files that are not a site's."""
     check_parents("--browser_folder", folder)
+    if (folder / NEW).is_symlink():
+        raise UserError(f"{folder / NEW} is a link, where a new site would be made: remove it")
     made, page = dict[str, Any](), folder / PAGE
     with suppress(UserError):
         made = read_recipe(folder)

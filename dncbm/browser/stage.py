@@ -36,7 +36,7 @@ from dncbm.runs.settings import Settings
 from sparse_autoencoder.declare import values
 from sparse_autoencoder.files import whole_file
 
-FORMAT = 1
+FORMAT = 2
 """Raise this when chunks change, so that existing sites are made again."""
 Runs = list[tuple[SAERun, ProbeRun]]
 Found = list[Pictures | NoPictures]
@@ -84,6 +84,8 @@ def write_browser(
     }  # fmt: skip
     manifest = manifest_path(folder)
     earlier = manifest.read_bytes() if manifest.is_file() else None
+    if overwrite and any(isinstance(found, Pictures) and found.grey for found in pictures):
+        manifest.unlink(missing_ok=True)  # not done: images that could not be read are tried again
     with making(
         folder, BROWSE.name, recipe, _inputs(settings, runs, split, kept), overwrite=overwrite,
         run=values(run) | values(probe) | values(explained) | {"beside": list(browse.beside)},

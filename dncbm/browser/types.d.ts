@@ -123,6 +123,8 @@ interface Concepts {
   words: string[][];
   /** "named", "collision", "abstains" or "" if it was not tested. */
   verdicts: string[];
+  /** The word that was tested: the nearest one once words and latents are centred. */
+  tested: string[];
   /** For a collision, a more specific word; else "". */
   alternatives: string[];
   /** The word that soft-WPMI gives; "" if none. */
@@ -163,7 +165,6 @@ interface Concepts {
 interface Tops {
   /** F x 6: the images that activate each concept most, the strongest first. */
   images: Matrix<Int32Array>;
-  strengths: Matrix<Float32Array>;
 }
 
 /** <r>/concept_<k>: concepts k * per_chunk.concepts onwards, n of them. */
@@ -184,7 +185,7 @@ interface ConceptDetails {
 }
 
 interface ConceptImages {
-  /** n x 12: as in Tops. */
+  /** n x 12: the images that activate each concept most, the strongest first. */
   top: Matrix<Int32Array>;
   top_strengths: Matrix<Float32Array>;
   /** n x 18: from each of 6 equal parts of the range (0, most], the highest first, 3 images drawn at random. */
@@ -238,8 +239,6 @@ interface Weights {
 /** <r>/predictions: of the kept images of the probed data set. */
 interface Predictions {
   predicted: Int32Array;
-  /** Softmax probability of the predicted class. */
-  probability: Float32Array;
 }
 
 /** <r>/strengths_<d>_<k>: images k * per_chunk.images onwards, as CSR. */

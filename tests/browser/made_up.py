@@ -202,9 +202,9 @@ def _write_run(data: Path, run: int, kind: Kind, made: MadeUp, on_water: np.ndar
     known = [matrix if kind.has_strengths and not (run == 1 and d == 2) else None for d, matrix in enumerate(strengths)]
     write_chunk(data, f"{run}/concepts", _concepts(kind, made, known, weight))
     tops = [_leading(np.zeros((F, 0)) if matrix is None else matrix.T, 12) for matrix in known]
-    for dataset, (images, values) in enumerate(tops):
+    for dataset, (images, _) in enumerate(tops):
         if known[dataset] is not None:
-            write_chunk(data, f"{run}/tops_{dataset}", {"images": images[:, :6], "strengths": values[:, :6]})
+            write_chunk(data, f"{run}/tops_{dataset}", {"images": images[:, :6]})
     _write_details(data, run, rng, known, tops, weight)
     for dataset, matrix in enumerate(known):
         for chunk, first in enumerate(range(0, N, PER_CHUNK["images"]) if matrix is not None else ()):
@@ -242,6 +242,7 @@ def _concepts(kind: Kind, made: MadeUp, known: list[np.ndarray | None], weight: 
     return {
         "labels": made.shown, "names": names, "words": [words_of(index) if kind.has_names else [] for index in range(F)],
         "verdicts": [name.verdict if kind.has_names else "" for name in made.names],
+        "tested": ["boat" if kind.has_names and name == "sail" else name for name in names],
         "alternatives": ["puppy" if kind.has_names and name == "dog" else "" for name in names],
         "wpmi_words": [name[:20] for name in names], "spellings": spellings,
         "evidence_dataset": "pets" if kind.has_names else "", "similarity": similarities[:, 0] if kind.has_names else unknown,
@@ -304,12 +305,8 @@ def _write_classes(data: Path, run: int, made: MadeUp, strengths: np.ndarray, we
     n_classes, labels = weight.shape[1], made.labels
     for chunk, first in enumerate(range(0, F, WEIGHT_ROWS)):
         write_chunk(data, f"{run}/weights_{chunk}", {"weight": weight[first : first + WEIGHT_ROWS]})
-    logits = made.logits({}, run)
-    share = np.exp(logits - logits.max(axis=1, keepdims=True))
-    share /= share.sum(axis=1, keepdims=True)
-    predicted = logits.argmax(axis=1)
-    content = {"predicted": predicted.astype(np.int32), "probability": share.max(axis=1).astype(np.float32)}
-    write_chunk(data, f"{run}/predictions", content)
+    predicted = made.logits({}, run).argmax(axis=1)
+    write_chunk(data, f"{run}/predictions", {"predicted": predicted.astype(np.int32)})
     sizes = np.bincount(labels, minlength=n_classes)
     right = np.bincount(labels[predicted == labels], minlength=n_classes)
     mean = np.stack([strengths[labels == number].mean(axis=0) for number in range(n_classes)]) * weight.T

@@ -92,9 +92,7 @@ def test_classes_are_those_of_dense_formulas(tmp_path: Path, n_classes: int) -> 
     z, weight = z.astype(np.float64), weight.astype(np.float64)
     logits = z @ weight
     predicted = logits.argmax(axis=1)
-    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_array_equal(predictions["predicted"], predicted)
-    np.testing.assert_allclose(predictions["probability"], shares.max(axis=1), rtol=1e-5)
     used = np.zeros(F, int)
     for c in range(n_classes):
         rows = np.flatnonzero(labels == c)

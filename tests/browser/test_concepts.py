@@ -298,7 +298,6 @@ def test_the_chunks_of_a_run_hold_what_is_known(whole, tmp_path: Path) -> None:
         if name != "histogram":
             assert (np.isnan(both[0]) if "strengths" in name else both[0] == -1).all()
     np.testing.assert_array_equal(found["tops_1"]["images"], images["top"][:, :6])
-    np.testing.assert_array_equal(found["tops_1"]["strengths"], images["top_strengths"][:, :6])
 
 
 def test_together_is_by_the_images_that_the_probe_classifies_or_by_the_first_there_are(whole, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_concept_shows_its_images_and_its_votes(open_page, made_up) -> None:
         assert np.abs(colour - colours(0)[top[place]]).max() < 30, place
     votes = page.get_by_role("table", name="Votes for").get_by_role("row")
     expect(votes).to_have_text([re.compile(f"{CLASSES[c]}.*{weight[c]:.3f}") for c in np.argsort(-weight) if weight[c] > 0])
-    assert f"Active on {100 * (z > 0).mean():.1f} % of the 60 images" in page.get_by_role("main").inner_text()
+    expect(page.get_by_role("main")).to_contain_text(f"Active on {100 * (z > 0).mean():.1f} % of the 60 images")
     shown.get_by_role("link").first.click()
     settle(page)
     expect(page.get_by_role("heading", level=1)).to_have_text(f"0_{top[0]:03d}.png")
@@ -342,7 +342,7 @@ def test_images_of_a_large_class_are_shown_bit_by_bit(open_page, made_up) -> Non
     page = open_page(made_up(n_classes=1).folder, "#/class/0?images=all")
     images = page.get_by_role("list", name="Images of the class").get_by_role("link")
     expect(images).to_have_count(48)
-    page.get_by_role("button", name=f"Show {N - 48} more of {N - 48}").click()
+    page.get_by_role("button", name=f"Show the other {N - 48}").click()
     expect(images).to_have_count(N)
     expect(images.nth(48)).to_be_focused()
     expect(page.get_by_role("button", name="Show")).to_have_count(0)
@@ -359,15 +359,107 @@ def test_next_and_previous_follow_the_list(open_page, made_up) -> None:
     cards(page).first.click()
     for place, label in enumerate(listed):
         expect(heading).to_have_text(label)
-        expect(page.get_by_role("link", name=f"List ({place + 1} of 4)")).to_be_visible()
+        expect(page.get_by_role("link", name=f"Concepts ({place + 1} of 4)")).to_be_visible()
         page.keyboard.press("ArrowRight")
     expect(heading).to_have_text(listed[-1])  # the list ends
     page.keyboard.press("ArrowLeft")
     expect(heading).to_have_text(listed[-2])
+    page.keyboard.press("Escape")  # to the list, where it was
+    settle(page)
+    assert cards(page).all_text_contents() == listed
+    expect(cards(page).nth(2)).to_be_focused()
     page.evaluate(f"location.hash = '#/concept/{CONFOUND}'")  # not in the list: by number
     expect(heading).to_have_text(NAMES[CONFOUND])
     page.get_by_role("link", name="Next").click()
     expect(heading).to_have_text(NAMES[CONFOUND + 1])
+    page.keyboard.press("Escape")
+    expect(cards(page)).to_have_count(F)
+
+
+def test_next_and_previous_of_a_class_follow_its_list(open_page, made_up) -> None:
+    page = open_page(made_up().folder, "#/classes?sort=name")
+    listed = page.locator("tbody a").all_text_contents()
+    assert listed == sorted(CLASSES, key=str.lower)
+    page.locator("tbody a").first.click()
+    for place, name in enumerate(listed):
+        expect(page.get_by_role("heading", level=1)).to_have_text(name)
+        expect(page.get_by_role("link", name=f"Classes ({place + 1} of 3)")).to_be_visible()
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Escape")
+    settle(page)
+    assert "sort=name" in page.url
+    expect(page.locator("tbody a").last).to_be_focused()
+
+
+def test_next_and_previous_of_an_image_follow_those_of_its_class(open_page, made_up) -> None:
+    made = made_up()
+    wrong = np.flatnonzero((made.labels == 0) & ~made.right({})).tolist()
+    page = open_page(made.folder, "#/class/0?images=wrong")
+    page.get_by_role("list", name="Images of the class").get_by_role("link").first.click()
+    for place, image in enumerate(wrong):
+        page.wait_for_url(f"**/index.html#/image/0/{image}")
+        expect(page.get_by_role("link", name=f"Class {CLASSES[0]} ({place + 1} of {len(wrong)})")).to_be_visible()
+        if place + 1 < len(wrong):
+            page.get_by_role("link", name="Next image").click()
+            settle(page)
+    expect(page.get_by_role("link", name="Next image")).to_have_count(0)
+    page.keyboard.press("Escape")
+    settle(page)
+    expect(page.get_by_role("combobox", name="Show")).to_have_value("wrong")
+    expect(page.get_by_role("list", name="Images of the class").get_by_role("link").last).to_be_focused()
+    page.goto(f"{made.folder.as_uri()}/index.html#/image/0/{wrong[0]}?run=1")  # another run, which lists none
+    settle(page)
+    expect(page.get_by_role("link", name=f"↑ Class {CLASSES[0]}", exact=True)).to_be_visible()
+
+
+@pytest.mark.parametrize(("view", "late", "typed"), [("concepts", "concept_", "searchbox"), ("runs", "classes", "slider")])
+def test_typing_while_the_next_view_loads_leaves_its_address(open_page, made_up, view: str, late: str, typed: str) -> None:
+    page = open_page(made_up().folder, f"#/{view}")
+    page.evaluate(HOLD, late)
+    hash_ = "#/concept/3" if view == "concepts" else "#/classes"
+    page.evaluate(f"location.hash = '{hash_}'")
+    page.get_by_role(typed).first.fill("0.5")
+    page.evaluate("release()")
+    settle(page)
+    assert page.url.endswith(hash_)
+
+
+def test_a_link_that_may_not_be_copied_is_selected(open_page, made_up) -> None:
+    page = open_page(made_up().folder, EDITED)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('forbidden in a frame')); }")
+    page.get_by_role("button", name="Copy the link").click()
+    field = page.get_by_label("Link to what is shown")
+    expect(field).to_have_value(page.url)
+    expect(field).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    ("view", "said"),
+    [
+        (f"#/concept/{DEAD}", "This latent is dead: no training image activates it."),
+        (f"#/concept/{NAMES.index('sail')}", "Tested word"),
+        ("#/image/0/3?edit={silent}:0", "None of the edited concepts is active on this image."),
+        ("#/concepts?sort=monoscore", "MonoScore 0."),
+        ("#/concepts?verdict=bogus", f"{F} concepts"),
+        ("#/runs?at=", "at a cosine of at least 0.90"),
+    ],
+)
+def test_pages_say_what_holds(open_page, made_up, view: str, said: str) -> None:
+    made = made_up()
+    silent = int((made.strengths[0][0][3] == 0).argmax())
+    page = open_page(made.folder, view.format(silent=silent))
+    expect(page.get_by_role("main")).to_contain_text(said)
+
+
+def test_a_print_keeps_what_was_chosen_and_leaves_out_what_cannot_be_pressed(open_page, made_up) -> None:
+    page = open_page(made_up().folder, "#/class/0?images=wrong")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("combobox", name="Show")).to_be_visible()
+    expect(page.locator(".pager")).to_be_hidden()
+    page.goto(page.url.partition("#")[0] + EDITED)
+    settle(page)
+    expect(page.get_by_role("slider")).to_have_count(0)
+    expect(page.locator(".buttons button:visible")).to_have_count(0)
 
 
 def test_back_and_forward_pass_through_the_views(open_page, made_up) -> None:
@@ -611,7 +703,8 @@ def accuracy_table(page: Page) -> dict[str, list[str]]:
     """Part -> images, accuracy before and after."""
     table = page.get_by_role("table", name=re.compile("^Accuracy on"))
     expect(table).to_be_visible()
-    lines = [[cell.inner_text().strip() for cell in row.locator("th, td").all()] for row in table.get_by_role("row").all()]
+    cells = [row.locator("th, td").all() for row in table.get_by_role("row").all()]
+    lines = [[cell.inner_text().strip().replace("\u00a0", " ") for cell in row] for row in cells]
     return {name: values[:3] for name, *values in lines[1:]}
 
 

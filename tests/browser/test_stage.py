@@ -1,5 +1,6 @@
 """The stage that writes a site: its chunks hold what the artifacts hold, and the folder is safe."""
 
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,26 @@ def test_groups_and_their_names(world: World, browse: Callable[..., Outcome], fo
     browse()
     assert chunk(folder, "site")["groups"] == ["on land", "on water", "in air"]
     np.testing.assert_array_equal(chunk(folder, "images_0")["group"], groups[world.keys])
+
+
+def test_images_that_could_not_be_read_are_tried_again_on_request(
+    browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(source: Any) -> Any:
+        raise PermissionError("it may not be read")
+
+    def grey() -> list[int]:
+        found: list[int] = json.loads((folder / "thumbnails/0/made.json").read_text())["grey"]
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(thumbnails, "open_image", fails)
+        browse()
+    assert grey()
+    assert browse() is Outcome.ALREADY_DONE
+    assert browse(overwrite=True) is Outcome.RAN
+    assert grey() == []
+    assert browse(overwrite=True) is Outcome.ALREADY_DONE
 
 
 @pytest.mark.parametrize("edited", ["labels", "groups"])

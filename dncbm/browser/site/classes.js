@@ -50,7 +50,9 @@ async function showClasses(route) {
   const fill = () => {
     const asked = search.value.trim().toLowerCase();
     const shown = facts.filter(({ name }) => name.toLowerCase().includes(asked)).sort(CLASS_ORDERS[sort.value][1]);
-    refill(body, shown.map((one) => classLine(one)));
+    const params = { q: search.value.trim(), sort: sort.value };
+    listed.set("classes", { run: route.run, items: shown.map(({ number }) => number), path: "classes", params });
+    refill(body, shown.map((one) => classLine(route, one)));
     found.textContent = shown.length === facts.length ? counted(facts.length, "class", "classes")
       : `${counted(shown.length, "class", "classes")} of ${facts.length.toLocaleString("en")}`;
   };
@@ -61,10 +63,12 @@ async function showClasses(route) {
   };
   fill();
   const controls = h("div", { class: "controls" }, h("label", {}, "Search", search), h("label", {}, "Order", sort));
-  const of = `The classes of ${site.datasets[Number(site.probed)].name} (${site.split})`;
-  const lead = h("p", {}, of, ": images, share that the probe predicts right, and mean logit of the class over its images.");
+  const { name, n, of } = site.datasets[Number(site.probed)];
+  const sample = n < of ? `, of which ${n.toLocaleString("en")} of ${counted(of, "image")} are here` : "";
+  const what = `The classes of ${name} (${site.split})${sample}`;
+  const lead = h("p", {}, what, ": images, share that the probe predicts right, and mean logit of the class over its images.");
   const top = [h("h1", {}, "Classes"), withoutEdits(route), lead, controls];
-  return h("div", { class: "classes-view" }, top, found, classTable(body));
+  return h("div", {}, top, found, classTable(body));
 }
 
 /** @param {HTMLElement} body */
@@ -75,9 +79,10 @@ function classTable(body) {
   return h("div", region, h("table", { class: "class-table" }, head, body));
 }
 
-/** @param {ClassFacts} facts */
-function classLine({ number, name, size, right, logit }) {
-  const link = h("a", { href: classLink(currentRoute(), number), "data-item": true }, named(name));
+/** @param {Route} route @param {ClassFacts} facts */
+function classLine(route, { number, name, size, right, logit }) {
+  const props = { href: classLink(currentRoute(), number), "data-item": true, "data-focus": isAskedFor(route, number) };
+  const link = h("a", props, named(name));
   const cells = [size.toLocaleString("en"), percent(right), fixed(logit)].map((text) => h("td", { class: "number" }, text));
   return h("tr", {}, h("th", { scope: "row" }, link), cells);
 }
@@ -89,8 +94,10 @@ async function showClass(route) {
   const number = numberIn(route.parts[0], site.classes.length);
   const { run } = route;
   if (!site.runs[run].has_probe) return noProbe(route, "Class");
-  const all = h("a", { rel: "up", href: linkTo(route, "classes", editsOf(route)) }, "↑ Classes");
-  if (number === null) return h("div", {}, h("h1", {}, "There is no such class"), h("p", {}, all));
+  if (number === null) {
+    const all = h("a", { rel: "up", href: linkTo(route, "classes", editsOf(route)) }, "↑ Classes");
+    return h("div", {}, h("h1", {}, "There is no such class"), h("p", {}, all));
+  }
   const per = site.per_chunk.classes;
   /** @type {[ClassFacts[], ClassDetails, Concepts, Predictions, Images]} */
   const [facts, details, { labels }, { predicted }, images] = await Promise.all([
@@ -99,14 +106,17 @@ async function showClass(route) {
   ]);
   /** @type {ShownClass} */
   const shown = { route, facts: facts[number], details, row: number % per, labels, predicted, images };
-  const before = number > 0 && h("a", { rel: "prev", href: classLink(route, number - 1) }, "← Previous class");
-  const last = site.classes.length - 1;
-  const after = number < last && h("a", { rel: "next", href: classLink(route, number + 1) }, "Next class →");
   const { size, right } = shown.facts;
+  const { n, of } = site.datasets[Number(site.probed)];
+  const sample = n < of ? `, in a sample of ${n.toLocaleString("en")} of the split's ${counted(of, "image")}` : "";
   return h(
-    "article", { class: "class-view" }, h("nav", { class: "pager", "aria-label": "Classes" }, before, all, after),
+    "article", { class: "class-view" },
+    pager(route, number, site.classes.length, {
+      list: "classes", label: "Classes", one: "class", path: "classes", title: "Classes",
+      link: (other) => classLink(route, other),
+    }),
     h("h1", {}, named(site.classes[number])), withoutEdits(route),
-    size ? h("p", {}, `${counted(size, "image")}, ${percent(right)} of them predicted right`) : null,
+    size ? h("p", {}, `${counted(size, "image")}, ${percent(right)} of them predicted right${sample}`) : null,
     size ? [classConcepts(shown), classImages(shown), classConfusions(shown)]
       : note("None of the images here is of this class, so nothing is known of it but its weights."),
   );
@@ -150,29 +160,35 @@ function classConcepts(shown) {
 
 /** @param {ShownClass} shown */
 function classImages(shown) {
+  const [{ route, facts }, results] = [shown, h("div")];
+  const path = `class/${facts.number}`;
   const choices = imageChoices(shown);
-  const results = h("div");
   const options = choices.map(({ key, title, found }) => {
     const n = found.length.toLocaleString("en");
-    return h("option", { value: key, selected: key === shown.route.params.get("images") }, `${shortened(title)} (${n})`);
+    return h("option", { value: key, selected: key === route.params.get("images") }, `${shortened(title)} (${n})`);
   });
   const changed = () => {
     changeParam("images", select.value);
-    fill(CLASS_IMAGES);
-    announce(counted(choices[select.selectedIndex].found.length, "image"));
+    announce(counted(fill(CLASS_IMAGES), "image"));
   };
   const select = h("select", { onchange: changed }, options);
+  const before = listed.get("class");
   const fill = (/** @type {number} */ n) => {
-    const found = choices[select.selectedIndex].found;
+    const { key, found } = choices[select.selectedIndex];
+    listed.set("class", { run: route.run, items: found, path, params: { images: key }, shown: n });
     const more = () => {
       fill(n + CLASS_IMAGES);
       results.querySelectorAll("a")[n].focus();
     };
-    const left = Math.min(found.length - n, CLASS_IMAGES);
-    const button = left > 0 && h("button", { type: "button", onclick: more }, `Show ${left} more of ${found.length - n}`);
+    const [left, next] = [found.length - n, Math.min(found.length - n, CLASS_IMAGES)];
+    const said = left > next ? `Show ${next} more of ${left.toLocaleString("en")}` : `Show the other ${left}`;
+    const button = left > 0 && h("button", { type: "button", onclick: more }, said);
     refill(results, found.length ? classGallery(shown, found.slice(0, n)) : note("There are none."), button);
+    return found.length;
   };
-  fill(CLASS_IMAGES);
+  const asked = choices[select.selectedIndex].found.findIndex((image) => isAskedFor(route, image));
+  fill(Math.max(CLASS_IMAGES, asked + 1, (before?.path === path && before.shown) || 0)); // "back" finds all that were shown
+  results.querySelectorAll("a")[asked]?.setAttribute("data-focus", "");
   return h(
     "section", {}, h("h2", {}, "Images"), h("div", { class: "controls" }, h("label", {}, "Show", select)),
     h("p", {}, "Below each is what the probe predicts."), results,

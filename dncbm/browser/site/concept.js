@@ -6,18 +6,10 @@
 
 /** What a verdict says. @type {Record<string, string>} */
 const CONCEPT_VERDICTS = {
-  named: "Its nearest word stands out more than those of random directions do. That does not make the name right.",
+  named: "The word nearest to it stands out more than those of random directions do. That does not make the name right.",
   collision: "It holds a word, but another latent holds the same one.",
-  abstains: "It failed the test of whether it holds a word: its name is only the nearest word.",
+  abstains: "It is dead, or failed the test of whether it holds a word: its name is only the nearest word.",
 };
-/** Address of the list of concepts as it was left, and the concepts in it once a view has asked for them.
- * @type {{ hash: string, found?: number[] }} */
-let leftList = { hash: "" };
-
-addEventListener("hashchange", ({ oldURL }) => {
-  const { hash } = new URL(oldURL);
-  if (/^#\/concepts(\?|$)/.test(hash)) leftList = { hash };
-});
 
 /** @type {View} */
 async function showConcept(route) {
@@ -53,41 +45,20 @@ function cardDataset(run) {
   return run.has_strengths[dataset] && site.datasets[dataset].thumbnails ? dataset : null;
 }
 
-/** Whether a concept is dead: it fires on no training image or, where that is not known, on no kept image.
+/** Whether a concept is known to be dead: it fires on no training image or, where that is not known, on no kept image.
  * @param {Concepts} concepts @param {number} concept */
 function isDead(concepts, concept) {
-  const rate = concepts.rate[concept];
-  return Number.isNaN(rate) ? !concepts.activity.row(concept).some((share) => share > 0) : rate === 0;
+  const [rate, activity] = [concepts.rate[concept], concepts.activity.row(concept)];
+  const known = Number.isFinite(rate) ? [rate] : activity.filter(Number.isFinite);
+  return known.length > 0 && known.every((share) => share === 0);
 }
 
-/** Links to the list and to the concepts before and after this one: in the list as it was left, or else by number.
- * @param {ShownConcept} shown */
-function conceptPager(shown) {
-  const { route, run, concept } = shown;
-  const list = new URLSearchParams(leftList.hash.split("?")[1]);
-  const found = leftConcepts(shown, list);
-  const place = found.indexOf(concept);
-  const [before, after] = place < 0 ? [concept - 1, concept + 1] : [found[place - 1] ?? -1, found[place + 1] ?? run.n_latents];
-  const edit = route.params.get("edit");
-  list.delete("focus");
-  if (edit) list.set("edit", edit);
-  else list.delete("edit");
-  const counts = [place + 1, found.length].map((n) => n.toLocaleString("en"));
-  const up = place < 0 ? "All concepts" : `↑ List (${counts.join(" of ")})`;
-  return h(
-    "nav", { class: "pager", "aria-label": "Concepts" },
-    before >= 0 && h("a", { rel: "prev", href: conceptLink(route, before) }, "← Previous"),
-    h("a", { rel: "up", href: linkTo(route, "concepts", list) }, up),
-    after < run.n_latents && h("a", { rel: "next", href: conceptLink(route, after) }, "Next →"),
-  );
-}
-
-/** The concepts of the list that was left, in its order; none if that was of another run, or none was shown.
- * @param {ShownConcept} shown @param {URLSearchParams} list its parameters */
-function leftConcepts({ route, run, concepts }, list) {
-  if (!leftList.hash || Number(list.get("run") ?? 0) !== route.run) return [];
-  leftList.found ??= foundConcepts(listingOf(run, concepts, list));
-  return leftList.found;
+/** @param {ShownConcept} shown */
+function conceptPager({ route, run, concept }) {
+  return pager(route, concept, run.n_latents, {
+    list: "concepts", label: "Concepts", one: "concept", path: "concepts", title: "Concepts",
+    link: (other) => conceptLink(route, other),
+  });
 }
 
 /** @param {ShownConcept} shown */
@@ -96,12 +67,13 @@ function conceptHead({ run, concept, concepts }) {
   const facts = [
     `Latent ${concept} of ${run.n_latents.toLocaleString("en")}`,
     Number.isFinite(rate) && `active on ${shareOfImages(rate)} of the SAE's training images`,
-    run.has_probe && classes > 0 && `a leading concept of ${counted(classes, "class", "classes")}`,
+    run.has_probe && classes > 0 && `among the ten leading concepts of ${counted(classes, "class", "classes")}`,
   ];
   return [
     h("h1", {}, named(concepts.labels[concept])),
     h("p", {}, run.has_names && [badge(concepts.verdicts[concept]), " "], facts.filter(Boolean).join(" · ")),
-    isDead(concepts, concept) ? note("This latent is dead: no image activates it.") : null,
+    isDead(concepts, concept)
+      ? note(`This latent is dead: no ${Number.isFinite(rate) ? "training image" : "image here"} activates it.`) : null,
   ];
 }
 
@@ -142,11 +114,6 @@ function factList(rows) {
   ]));
 }
 
-/** A small number, such as a q-value. @param {number} value */
-function smallNumber(value) {
-  return value < 0.001 ? "< 0.001" : fixed(value, 3);
-}
-
 /** @param {ShownConcept} shown */
 function nameSection({ route, run, concept, concepts }) {
   const heading = h("h2", {}, "Its name");
@@ -169,12 +136,15 @@ function nameSection({ route, run, concept, concepts }) {
 function nameFacts(route, concepts, concept) {
   const [q, z, margin] = [concepts.q[concept], concepts.z[concept], concepts.margin[concept]];
   const [shared, verdict, other] = [concepts.shared[concept], concepts.verdicts[concept], concepts.alternatives[concept]];
+  const tested = concepts.tested[concept];
   const same = h("a", { href: searchLink(route, concepts.names[concept]) }, counted(shared, "latent"));
   return [
     verdict !== "" && ["Verdict", badge(verdict), CONCEPT_VERDICTS[verdict]],
+    tested !== "" && tested !== concepts.names[concept] && ["Tested word", named(tested),
+      "The nearest one once words and latents are centred, which verdict, q-value and z are about."],
     Number.isFinite(q) && ["q-value", smallNumber(q),
       "Of all names with a q this low or lower, about this share belong to directions that hold no word."],
-    Number.isFinite(z) && ["z", fixed(z, 1), "How far its nearest word stands out from all words, in standard deviations."],
+    Number.isFinite(z) && ["z", fixed(z, 1), "How far the tested word stands out of all words, in standard deviations."],
     Number.isFinite(margin) && ["Margin", fixed(margin, 3), "How much nearer its name is than the second word (cosine)."],
     shared > 1 && ["Same name", same, "This many latents have this name, this one included."],
     other !== "" && ["More specific", named(other), "Of its nearest words, the one that the fewest other latents are near."],
@@ -289,9 +259,11 @@ function classBars(route, title, classes, weights) {
 
 /** @param {ShownConcept} shown */
 function neighboursSection(shown) {
-  const { row, details: { alike, alike_cosine, together, together_share } } = shown;
+  const { row, run, details: { alike, alike_cosine, together, together_share } } = shown;
   const [cosines, shares] = [alike_cosine.row(row), together_share.row(row)];
-  const meaning = "Of the images where one of the two is active, both are in this share.";
+  const from = site.datasets[run.has_probe ? Number(site.probed) : run.has_strengths.indexOf(true)];
+  const which = from && [" of ", named(from.name)];
+  const meaning = ["Of the images", which, " where one of the two is active, both are in this share."];
   return h(
     "section", {}, h("h2", {}, "Concepts near it"),
     h("h3", {}, "Most alike"), h("p", { class: "faint" }, "By the cosine of their decoder columns."),

@@ -13,10 +13,10 @@ const ROWS_PER_PAGE = 100;
 const CONCEPT_COLUMNS = [
   { key: "similarity", title: "Similarity", about: "Cosine of the name and the concept", text: fixed,
     values: (all) => all.similarity },
-  { key: "z", title: "z", about: "How far the nearest word stands out of all words, in standard deviations", text: fixed,
+  { key: "z", title: "z", about: "How far the tested word stands out of all words, in standard deviations", text: fixed,
     values: (all) => all.z },
   { key: "q", title: "q", about: "q-value of the test of whether the concept holds a word", ascending: true,
-    text: (value) => fixed(value, 3), values: (all) => all.q },
+    text: smallNumber, values: (all) => all.q },
   { key: "margin", title: "Margin", about: "Similarity less that of the second word", text: (value) => fixed(value, 3),
     values: (all) => all.margin },
   { key: "auc", title: "AUC", about: "How well the name tells the images that activate the concept from others", text: fixed,
@@ -29,7 +29,7 @@ const CONCEPT_COLUMNS = [
     text: shareOfImages, values: (all, dataset) => columnOf(all.activity, dataset) },
   { key: "most", title: "Largest strength", about: "Over the images of the data set", text: strength,
     values: (all, dataset) => columnOf(all.most, dataset) },
-  { key: "classes", title: "Classes", about: "Classes that have it among their leading concepts", text: String,
+  { key: "classes", title: "Classes", about: "Classes with it among their ten leading concepts", text: String,
     values: (all) => all.n_classes },
   { key: "index", title: "Index", about: "Number of the concept", ascending: true,
     values: (all) => all.labels.map((_, index) => index) },
@@ -38,15 +38,15 @@ const CONCEPT_COLUMNS = [
 
 /**
  * What an address may filter by. `keeps` gives the test for a value of the address, or null if the value says nothing.
- * @typedef {{ key: string, title: string, choices?: [string, string][], known: (list: Listing) => boolean,
- *   keeps: (list: Listing, value: string) => ((concept: number) => boolean) | null }} ConceptFilter
+ * @typedef {{ key: string, title: string, choices?: [string, string][], known: (list: ConceptList) => boolean,
+ *   keeps: (list: ConceptList, value: string) => ((concept: number) => boolean) | null }} ConceptFilter
  * @type {ConceptFilter[]}
  */
 const CONCEPT_FILTERS = [
   { key: "verdict", title: "Verdict", known: ({ run }) => verdictsOf(run).length > 1,
-    keeps: ({ concepts }, value) => {
-      const kept = new Set(value.split(","));
-      return (concept) => kept.has(concepts.verdicts[concept] || "untested");
+    keeps: ({ concepts, run }, value) => {
+      const kept = verdictsOf(run).filter((verdict) => value.split(",").includes(verdict || "untested"));
+      return kept.length ? (concept) => kept.includes(concepts.verdicts[concept]) : null;
     } },
   { key: "active", title: "Activity", known: (list) => isOffered(list, "activity"),
     choices: [["some", "active"], ["none", "on no image"], ["rare", "on up to 1 %"], ["often", "on 1 to 10 %"],
@@ -65,7 +65,7 @@ const CONCEPT_FILTERS = [
       const q = concepts.auc_q[concept];
       return value === "unknown" ? Number.isNaN(q) : value === "yes" ? q <= site.criteria.fdr : q > site.criteria.fdr;
     } },
-  { key: "uses", title: "Leading concept of", known: (list) => isOffered(list, "classes"),
+  { key: "uses", title: "Among the ten leading concepts of", known: (list) => isOffered(list, "classes"),
     choices: [["0", "no class"], ["1-2", "1 or 2 classes"], ["3-", "3 or more classes"]],
     keeps: ({ concepts }, value) => (concept) => {
       const n = concepts.n_classes[concept];
@@ -77,45 +77,42 @@ const CONCEPT_FILTERS = [
 const ACTIVITY_RANGES = { some: [0, 1], none: [-1, 0], rare: [0, 0.01], often: [0.01, 0.1], mostly: [0.1, 1] };
 
 /**
- * Which concepts an address lists, and in which order.
- * @typedef {object} Listing
+ * @typedef {object} ConceptList
+ * @property {Route} route
  * @property {URLSearchParams} params what the address says, without what does not concern the list
  * @property {Run} run
  * @property {Concepts} concepts
  * @property {number} dataset whose images and activity are shown
+ * @property {Tops | null} tops
  * @property {ConceptColumn[]} columns of which something is known
  * @property {ConceptFilter[]} filters that this run has anything for
  * @property {Map<string, number[]>} orders sort -> all concepts in its order
- *
- * @typedef {Listing & { route: Route, tops: Tops | null, sort: HTMLSelectElement, direction: HTMLButtonElement,
- *   summary: HTMLElement, results: HTMLElement }} ConceptList
+ * @property {HTMLSelectElement} sort
+ * @property {HTMLButtonElement} direction
+ * @property {HTMLElement} summary
+ * @property {HTMLElement} results
  */
 
 /** @type {View} */
 async function showConcepts(route) {
   /** @type {Concepts} */
   const concepts = await ofRun(route.run, "concepts");
-  const listing = listingOf(site.runs[route.run], concepts, route.params);
+  const run = site.runs[route.run];
+  const params = new URLSearchParams(route.params);
+  params.delete("focus");
+  const dataset = shownDataset(run, params);
   /** @type {ConceptList} */
   const list = {
-    ...listing, route, tops: await topsOf(route.run, listing.dataset), sort: h("select"),
-    direction: h("button", { type: "button", class: "quiet" }), summary: h("summary"), results: h("div"),
+    route, params, run, concepts, dataset, tops: await topsOf(route.run, dataset), columns: [], filters: [], orders: new Map(),
+    sort: h("select"), direction: h("button", { type: "button", class: "quiet" }), summary: h("summary"), results: h("div"),
   };
+  list.columns = CONCEPT_COLUMNS.filter((column) => isKnown(list, column));
+  list.filters = CONCEPT_FILTERS.filter((filter) => filter.known(list));
   const page = h(
     "div", {}, h("h1", {}, "Concepts"), conceptControls(list), filterControls(list), columnMeanings(list), list.results,
   );
   fillResults(list);
   return page;
-}
-
-/** @param {Run} run @param {Concepts} concepts @param {URLSearchParams} asked the address @returns {Listing} */
-function listingOf(run, concepts, asked) {
-  const params = new URLSearchParams(asked);
-  params.delete("focus");
-  const listing = { params, run, concepts, dataset: shownDataset(run, params), orders: new Map() };
-  const columns = CONCEPT_COLUMNS.filter((column) => isKnown(listing, column));
-  const withColumns = { ...listing, columns, filters: [] };
-  return { ...withColumns, filters: CONCEPT_FILTERS.filter((filter) => filter.known(withColumns)) };
 }
 
 /** @param {ConceptList} list */
@@ -153,13 +150,13 @@ function nameRanks({ names, verdicts }) {
   return names.map((name, concept) => (name && verdicts[concept] !== "abstains" ? Number(ranks.get(name)) : NaN));
 }
 
-/** @param {Pick<Listing, "concepts" | "run" | "dataset">} list @param {ConceptColumn} column */
+/** @param {ConceptList} list @param {ConceptColumn} column */
 function isKnown({ concepts, run, dataset }, column) {
   if (column.key === "classes") return run.has_probe;
   return Array.prototype.some.call(column.values(concepts, dataset), Number.isFinite);
 }
 
-/** @param {Listing} list @param {string} key */
+/** @param {ConceptList} list @param {string} key */
 function isOffered(list, key) {
   return list.columns.some((column) => column.key === key);
 }
@@ -174,13 +171,13 @@ function minimumFilter(key) {
     } };
 }
 
-/** Column and direction of the address, or else the first column. @param {Listing} list */
+/** Column and direction of the address, or else the first column. @param {ConceptList} list */
 function sorting({ params, columns }) {
   const column = columns.find(({ key }) => key === params.get("sort")) ?? columns[0];
   return { column, ascending: Boolean(column.ascending) !== (params.get("order") === "reversed") };
 }
 
-/** All concepts in the order of the address; unknown values last. @param {Listing} list */
+/** All concepts in the order of the address; unknown values last. @param {ConceptList} list */
 function conceptOrder(list) {
   const { column, ascending } = sorting(list);
   const key = [column.key, ascending, list.dataset].join();
@@ -197,7 +194,7 @@ function conceptOrder(list) {
   return order;
 }
 
-/** The tests of the filters with a value that they know. @param {Listing} list */
+/** The tests of the filters with a value that they know. @param {ConceptList} list */
 function filterTests(list) {
   return list.filters.flatMap(({ key, choices, keeps }) => {
     const value = list.params.get(key);
@@ -206,7 +203,7 @@ function filterTests(list) {
   });
 }
 
-/** The concepts of the address, in its order. @param {Listing} list */
+/** The concepts of the address, in its order. @param {ConceptList} list */
 function foundConcepts(list) {
   const tests = [...filterTests(list), searchTest(list) ?? []].flat();
   return conceptOrder(list).filter((concept) => tests.every((test) => test(concept)));
@@ -217,7 +214,7 @@ function searched(params) {
   return (params.get("q") ?? "").trim().toLowerCase();
 }
 
-/** "#12" is a concept's number, "12" may be a part of a word too. @param {Listing} list */
+/** "#12" is a concept's number, "12" may be a part of a word too. @param {ConceptList} list */
 function searchTest({ params, concepts }) {
   const text = searched(params);
   const number = /^#?\d+$/.test(text) ? Number(text.replace("#", "")) : -1;
@@ -247,6 +244,7 @@ function haystackOf(concepts) {
 /** Change what is listed. "back" does not undo it, but leaves the list. @param {ConceptList} list
  * @param {Record<string, string>} changes */
 function changeList(list, changes) {
+  if (isLeft()) return;
   list.params.delete("page");
   for (const [key, value] of Object.entries(changes)) {
     if (value) list.params.set(key, value);
@@ -261,7 +259,7 @@ function conceptControls(list) {
   const { params, route } = list;
   const search = h("input", {
     type: "search", value: params.get("q") ?? "", placeholder: "name or #number", autocomplete: "off", spellcheck: "false",
-    "data-focus": route.params.get("focus") === "search",
+    "data-focus": isAskedFor(route, "search"),
     oninput: () => changeList(list, { q: search.value }),
     onkeydown: (/** @type {KeyboardEvent} */ event) => toFirstResult(list, event),
   });
@@ -302,7 +300,7 @@ function datasetControl(list) {
 /** @param {ConceptList} list @param {HTMLSelectElement} select */
 async function changeDataset(list, select) {
   const dataset = Number(select.value);
-  const isLate = () => !select.isConnected || Number(select.value) !== dataset; // something else was chosen meanwhile
+  const isLate = () => isLeft() || !select.isConnected || Number(select.value) !== dataset; // something else is asked for
   try {
     const tops = await topsOf(list.route.run, dataset);
     if (isLate()) return;
@@ -383,10 +381,12 @@ function fillResults(list) {
   const pages = Math.max(Math.ceil(found.length / per), 1);
   const page = Math.min(Math.max((numberIn(params.get("page") ?? "1", 1e6) ?? 1) - 1, 0), pages - 1);
   const shown = found.slice(page * per, (page + 1) * per);
+  listed.set("concepts", { run: list.route.run, items: found, path: "concepts", params, per });
   const { column, ascending } = sorting(list);
   sort.value = column.key;
   direction.textContent = ascending ? "↑" : "↓";
-  direction.title = direction.ariaLabel = ascending ? "Ascending" : "Descending";
+  direction.title = ascending ? "Ascending" : "Descending";
+  direction.setAttribute("aria-label", direction.title);
   const filtered = filterTests(list).length;
   summary.textContent = filtered ? `Filters (${filtered})` : "Filters";
   refill(
@@ -424,13 +424,24 @@ function conceptCard(list, concept) {
   const facts = [];
   if (isTested(run)) facts.push(badge(concepts.verdicts[concept]), " ");
   if (Number.isFinite(similarity)) facts.push(h("span", {}, `similarity ${fixed(similarity)} `));
-  if (Number.isFinite(activity)) facts.push(h("span", {}, `active on ${activity ? shareOfImages(activity) : "no image"}`));
+  const often = activity ? shareOfImages(activity) : "no image";
+  if (Number.isFinite(activity)) facts.push(h("span", {}, `active on ${often} `));
+  const { column: { key, title, text, values } } = sorting(list);
+  const sorted = values(concepts, dataset)[concept];
+  if (text && !["similarity", "activity"].includes(key)) facts.push(h("span", {}, `${title} ${text(sorted)}`));
   return h(
     "li", { class: "card" },
-    h("a", { class: "title", href: conceptLink(list.route, concept), "data-item": true }, named(concepts.labels[concept])),
+    conceptLine(list, concept, "title"),
     h("p", { class: "card-facts" }, facts), matchedWord(list, concept),
     tops ? cardImages(dataset, tops, concept) : null,
   );
+}
+
+/** @param {ConceptList} list @param {number} concept @param {string} [kind] */
+function conceptLine({ route, concepts }, concept, kind) {
+  const focus = isAskedFor(route, concept);
+  const props = { class: kind, href: conceptLink(route, concept), "data-item": true, "data-focus": focus };
+  return h("a", props, named(concepts.labels[concept]));
 }
 
 /** The images that activate a concept most. The link beside them says more to those who cannot see them.
@@ -461,8 +472,8 @@ function isTested(run) {
 
 /** Rare is not never. @param {number} share */
 function shareOfImages(share) {
-  if (share === 0) return "0 %";
-  return share > 0 && share < 0.001 ? "< 0.1 %" : percent(share);
+  if (share === 0) return percent(0, 0);
+  return share > 0 && share < 0.001 ? `< ${percent(0.001)}` : percent(share);
 }
 
 /** @param {ConceptList} list @param {number[]} concepts */
@@ -471,11 +482,10 @@ function conceptTable(list, concepts) {
   const values = shown.map((column) => column.values(list.concepts, list.dataset));
   const tested = isTested(list.run);
   const rows = concepts.map((concept) => {
-    const { labels, verdicts, words } = list.concepts;
-    const link = h("a", { href: conceptLink(list.route, concept), "data-item": true }, named(labels[concept]));
+    const { verdicts, words } = list.concepts;
     const others = words[concept].slice(1).map((word) => h("span", {}, named(word)));
     return h(
-      "tr", {}, h("td", { class: "number" }, `#${concept}`), h("th", { scope: "row" }, link),
+      "tr", {}, h("td", { class: "number" }, `#${concept}`), h("th", { scope: "row" }, conceptLine(list, concept)),
       tested ? h("td", {}, badge(verdicts[concept])) : null,
       shown.map(({ text }, place) => h("td", { class: "number" }, text?.(values[place][concept]))),
       list.run.has_names ? h("td", {}, h("div", { class: "candidates" }, others)) : null,

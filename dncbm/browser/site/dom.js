@@ -50,9 +50,14 @@ function fixed(value, digits = 2) {
   return value.toFixed(digits).replace(/^-(0(\.0*)?)$/, "$1").replace("-", "−");
 }
 
-/** A fraction in percent; a dash if it is unknown. @param {number} value @param {number} [digits] */
+/** A fraction in percent, which no line breaks; a dash if it is unknown. @param {number} value @param {number} [digits] */
 function percent(value, digits = 1) {
-  return Number.isFinite(value) ? `${fixed(100 * value, digits)} %` : "–";
+  return Number.isFinite(value) ? `${fixed(100 * value, digits)}\u00a0%` : "–";
+}
+
+/** A small number, such as a q-value. @param {number} value */
+function smallNumber(value) {
+  return value < 0.001 ? "< 0.001" : fixed(value, 3);
 }
 
 /** A strength, with three digits. @param {number} value */
@@ -80,6 +85,44 @@ function badge(verdict) {
  * @param {string} text @param {string} [command] */
 function note(text, command) {
   return h("p", { class: "note" }, text, command ? [" To make it, run ", h("code", {}, command), "."] : null);
+}
+
+// ------------------------------------------------------------------------------------------------------- from one to the next
+
+/** View -> the list that it showed last: what is in it, in its order, and its address; `per` of them are on a page, or the
+ * first ones are `shown`.
+ * @type {Map<string, { run: number, items: number[], path: string, params: URLSearchParams | Record<string, string>,
+ *   per?: number, shown?: number }>} */
+const listed = new Map();
+
+/**
+ * Links from one of n things to the ones before and after it, and up to where it is listed. They follow the list that a view
+ * showed last, if that holds it; or else they go by number, and up to `path`.
+ * @param {Route} route @param {number} item @param {number} n
+ * @param {{ list: string, label: string, one: string, path: string, title: Child, link: (item: number) => string }} options
+ *   the view, and what links are called
+ */
+function pager(route, item, n, { list, label, one, path, title, link }) {
+  const shown = listed.get(list);
+  const items = shown?.run === route.run ? shown.items : [];
+  const place = items.indexOf(item);
+  const [before, after] = place < 0 ? [item - 1, item + 1] : [items[place - 1] ?? -1, items[place + 1] ?? n];
+  const counts = [place + 1, items.length].map((number) => number.toLocaleString("en"));
+  const up = place < 0 || !shown ? linkTo(route, path, editsOf(route)) : linkTo(route, shown.path, {
+    ...Object.fromEntries(new URLSearchParams(shown.params)), ...editsOf(route), focus: item,
+    page: shown.per && place >= shown.per ? 1 + Math.floor(place / shown.per) : null,
+  });
+  return h(
+    "nav", { class: "pager", "aria-label": label },
+    before >= 0 && h("a", { rel: "prev", href: link(before) }, `← Previous ${one}`),
+    h("a", { rel: "up", href: up }, "↑ ", title, place < 0 ? null : ` (${counts.join(" of ")})`),
+    after < n && h("a", { rel: "next", href: link(after) }, `Next ${one} →`),
+  );
+}
+
+/** Whether an address asks for the focus on one thing of a list. @param {Route} route @param {number | string} item */
+function isAskedFor(route, item) {
+  return route.params.get("focus") === String(item);
 }
 
 // ------------------------------------------------------------------------------------------------------------ images

@@ -269,7 +269,8 @@ function editList(edits, concepts, measure) {
       h("button", { type: "button", onclick: restore, "aria-label": `Remove this edit of ${label}` }, "Remove this edit"),
     );
   });
-  const link = copyButton("Copy the link", () => location.href, "Copy it from the address bar");
+  const field = h("input", { readonly: true, hidden: true, "aria-label": "Link to what is shown" });
+  const link = [copyButton("Copy the link", () => location.href, field), field];
   return [
     h("ul", { class: "edit-list" }, rows),
     h(
@@ -280,14 +281,18 @@ function editList(edits, concepts, measure) {
   ];
 }
 
-/** @param {string} title @param {() => string} text @param {string} otherwise what to do where the browser forbids to copy */
-function copyButton(title, text, otherwise) {
+/** Copies a text; where the browser forbids that, as in a frame, it selects the text in a field instead.
+ * @param {string} title @param {() => string} text @param {HTMLInputElement | HTMLTextAreaElement} field */
+function copyButton(title, text, field) {
   const button = h("button", { type: "button", onclick: async () => {
     try {
       await navigator.clipboard.writeText(text());
       button.textContent = "Copied";
     } catch {
-      button.textContent = otherwise;
+      button.textContent = "Now copy what is selected";
+      field.hidden = false;
+      field.value = text();
+      field.select();
     }
     announce(button.textContent);
     setTimeout(() => (button.textContent = title), 2500);
@@ -386,7 +391,7 @@ function exportPart(route, edits, concepts, open) {
     h(
       "div", { class: "actions" },
       h("button", { type: "button", onclick: () => download(file, text) }, `Download ${file}`),
-      copyButton("Copy the list", () => text, "Select the text and copy it"),
+      copyButton("Copy the list", () => text, area),
     ),
   );
 }

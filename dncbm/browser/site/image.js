@@ -48,13 +48,10 @@ async function filledOrNoted(filling, place) {
 function imagePager(route, dataset, image, images) {
   const ofClass = dataset === site.probed && site.runs[route.run].has_probe;
   const label = images.label[image];
-  const before = h("a", { rel: "prev", href: imageLink(route, dataset, image - 1) }, "← Previous image");
-  const after = h("a", { rel: "next", href: imageLink(route, dataset, image + 1) }, "Next image →");
-  const up = ofClass
-    ? h("a", { rel: "up", href: classLink(route, label) }, "↑ Class ", named(images.classes[label]))
-    : h("a", { rel: "up", href: linkTo(route, "concepts", editsOf(route)) }, "↑ Concepts");
-  const last = site.datasets[dataset].n - 1;
-  return h("nav", { class: "pager", "aria-label": "Images" }, image > 0 && before, up, image < last && after);
+  return pager(route, image, site.datasets[dataset].n, {
+    list: ofClass ? "class" : "", label: "Images", one: "image", link: (other) => imageLink(route, dataset, other),
+    path: ofClass ? `class/${label}` : "concepts", title: ofClass ? ["Class ", named(images.classes[label])] : "Concepts",
+  });
 }
 
 /** @param {Route} route @param {number} dataset @param {number} image @param {Images} images */
@@ -173,17 +170,19 @@ function predictionPart(found) {
     const now = predictedOf(logits);
     if (last !== null && now !== last) announce(`Predicted now: ${site.classes[now]}.`);
     last = now;
+    const edited = found.concepts.some((concept) => edits.has(concept));
     refill(
-      said, predictionLine(found, edits.size ? "Without edits" : "Predicted", first, was[first]),
-      edits.size ? predictionLine(found, "With edits", now, probabilities[now]) : null,
+      said, predictionLine(found, edited ? "Without edits" : "Predicted", first, was[first]),
+      edited ? predictionLine(found, "With edits", now, probabilities[now]) : null,
+      edits.size && !edited ? note("None of the edited concepts is active on this image.") : null,
     );
     const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a] || a - b).slice(0, TOP_CLASSES);
     const rows = order.map((number) => {
       const [before, after] = [percent(was[number]), percent(probabilities[number])];
-      const text = before === after ? after : `${before.replace(" %", "")} → ${after}`;
+      const text = before === after ? after : `${before.replace("\u00a0%", "")} → ${after}`;
       return { label: classNamed(found, number), value: probabilities[number], text };
     });
-    refill(top, bars(`Most probable classes${edits.size ? ", without → with edits" : ""}`, rows, { most: 1 }));
+    refill(top, bars(`Most probable classes${edited ? ", without → with edits" : ""}`, rows, { most: 1 }));
     table.update();
   };
   return { element: h("div", {}, said, top, table.element), update };
@@ -325,7 +324,7 @@ function contributionRow(found, at, chosen) {
   const toggle = button("Remove", "", () => found.edit(concept, found.edits.has(concept) ? 1 : 0));
   const link = h("a", { href: conceptLink(currentRoute(), concept) }, named(label));
   const element = h(
-    "li", { "data-concept": concept, "data-weight": weightFor(found.weightOf(concept), chosen.number, chosen.minus) },
+    "li", { "data-concept": concept },
     h("div", { class: "who" }, link), h("div", { class: "drawn", "aria-hidden": "true" }, bar), sum,
     h("div", { class: "slide" }, slider, factor),
     h(
@@ -351,11 +350,9 @@ function updateRows({ concepts, strengths, weightOf, edits, labels }, { number, 
     said.textContent = `${factor.toFixed(2)} ×`;
     element.classList.toggle("edited", factor !== 1);
     toggle.textContent = factor === 1 ? "Remove" : "Restore";
-    toggle.ariaLabel = `${toggle.textContent} ${labels[concepts[at]]}`;
-    element.dataset.contribution = String(values[at]);
+    toggle.setAttribute("aria-label", `${toggle.textContent} ${labels[concepts[at]]}`);
   }
   const total = values.reduce((a, b) => a + b, 0);
-  sum.dataset.sum = String(total);
   const said = `${counted(values.length, "contribution adds", "contributions add")} up to `;
   refill(sum, said, h("strong", {}, fixed(total, 3)), ", ", text, ".");
 }

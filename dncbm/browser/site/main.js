@@ -47,8 +47,10 @@ async function show() {
   document.title = [...new Set([heading?.textContent, site.title])].filter(Boolean).join(" · ");
   heading?.setAttribute("tabindex", "-1");
   scrollTo(0, place?.y ?? 0);
-  const first = found.querySelectorAll("[data-item]")[place?.item ?? -1] ?? found.querySelector("[data-focus]");
+  const asked = found.querySelector("[data-focus]");
+  const first = found.querySelectorAll("[data-item]")[place?.item ?? -1] ?? asked;
   if (first instanceof HTMLElement) first.focus({ preventScroll: true });
+  if (first && first === asked && !place) first.scrollIntoView({ block: "center" });
   else if (turn > 1) heading?.focus({ preventScroll: true });
   main.dataset.shown = location.hash || "#/start";
 }

@@ -87,6 +87,7 @@ function pairList(compared) {
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.value === choice.show));
   };
   const change = (/** @type {Partial<PairChoice>} */ changes) => {
+    if (isLeft()) return;
     update({ page: 0, ...changes });
     replaceAddress(linkTo(route, "runs", pairParams(runs, choice)));
     announce(list.querySelector(".count")?.textContent ?? "");
@@ -104,7 +105,7 @@ function pairList(compared) {
 /** @param {URLSearchParams} params @returns {PairChoice} */
 function pairChoice(params) {
   const { cosine } = site.criteria;
-  const [at, show] = [Number(params.get("at") ?? cosine), params.get("show") ?? ""];
+  const [at, show] = [Number(params.get("at") || cosine), params.get("show") ?? ""];
   return {
     at: at >= 0 && at <= 1 ? at : cosine,
     show: ["a", "b"].includes(show) ? show : "matched",

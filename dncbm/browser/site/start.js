@@ -56,8 +56,8 @@ function howToRead(run) {
     h("h2", {}, "How to read this"),
     h("p", {}, "An image encoder turns an image into a vector whose numbers mean nothing by themselves. A sparse autoencoder"
       + " rewrites the vector as a sum of a few out of many directions, the concepts, each with a strength.", names, probe),
-    h("p", {}, "Every view has its own address, and what you edit is part of it. Once the folder is on a web host, you can"
-      + " send these addresses to others. Press ",
+    h("p", {}, "Every view has its own address, and what you edit is part of it, so going back also takes back the edits made"
+      + " since. Once the folder is on a web host, you can send these addresses to others. Press ",
       h("kbd", {}, "?"), " for the keyboard shortcuts."),
   ];
 }
@@ -67,7 +67,7 @@ function runFigures({ figures, n_silent, n_latents }) {
   const all = [...figures];
   if (n_silent !== null) {
     const silent = `${n_silent.toLocaleString("en")} of ${n_latents.toLocaleString("en")}`;
-    all.push(["Concepts that none of these images activates", silent]);
+    all.push(["Concepts that no image of this folder activates", silent]);
   }
   const rows = all.map(([title, value]) => factRow(title, value));
   return h("section", {}, h("h3", {}, "Figures"), h("table", {}, h("tbody", {}, rows)));
