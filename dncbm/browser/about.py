@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-import dncbm
 from dncbm.browser.concepts import N_PARTS
 from dncbm.browser.shown import (
     CLASSES_PER_CHUNK,
@@ -40,13 +39,12 @@ from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Browse, Explained, ProbeRun, SAERun
 from dncbm.runs.errors import StaleArtifact, UserError
 from dncbm.runs.manifests import check_chain, file_hash, fingerprint, manifest_path, package_versions, read_manifest, text_hash
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import ROOT, Settings, public_path
 from dncbm.runs.stage import Command
 
 INDIRECT = (", train", ", train_val")
 """How the artifacts end that reach a report through the SAE and the probe alone."""
 RESULTS = "results of the probe and its baselines"
-ROOT = Path(dncbm.__file__).resolve().parents[1]
 Made = Mapping[str, tuple[Path, Mapping[str, Any]]]
 
 
@@ -173,14 +171,7 @@ def _lack(settings: Settings, run: SAERun, probe: ProbeRun, what: str, command: 
 def _command(settings: Settings, run: SAERun, probe: ProbeRun, command: Command, *more: str) -> str:
     """A command line that means this run, with the config if it is not the default one."""
     text = Ways(settings, run, probe).command(command, *more).text
-    return text if settings.path == ROOT / "config.py" else f"DNCBM_CONFIG={shlex.quote(_public(settings.path))} {text}"
-
-
-def _public(path: Path) -> str:
-    """A path as a site that is published shows it: without where things lie on this machine."""
-    if path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).as_posix()
-    return f"/path/to/{path.name}" if path.is_absolute() else path.as_posix()
+    return text if settings.path == ROOT / "config.py" else f"DNCBM_CONFIG={shlex.quote(public_path(settings.path))} {text}"
 
 
 def _missing_names(settings: Settings, shown: ShownRun, probe: ProbeRun) -> Iterator[dict[str, str]]:
@@ -332,6 +323,6 @@ def _dataset(settings: Settings, kept: Kept, thumbnails: Mapping[str, int] | str
 def command_again(settings: Settings, run: SAERun, probe: ProbeRun, explained: Explained, browse: Browse) -> str:
     """The command line that makes a site again."""
     more = ["--probe_split", explained.split]
-    more += ["--browser_folder", shlex.quote(_public(browse.output))] if browse.output else []
+    more += ["--browser_folder", shlex.quote(public_path(browse.output))] if browse.output else []
     more += ["--beside", *map(shlex.quote, browse.beside)] if browse.beside else []
     return _command(settings, run, probe, commands.BROWSE, *more)

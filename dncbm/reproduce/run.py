@@ -15,14 +15,14 @@ from dncbm.reproduce.estimates import Estimate, estimate, how_measured
 from dncbm.reproduce.plan import Plan, Step, plan_of, words_of
 from dncbm.reproduce.record import duration, estimated_seconds, record_estimates, record_seconds, said_and_took, size
 from dncbm.reproduce.report import write_report
-from dncbm.reproduce.slurm import ROOT, write_jobs
+from dncbm.reproduce.slurm import write_jobs
 from dncbm.reproduce.state import EXPLAINS, State, blocked, not_needed, state_of, what_is_missing
 from dncbm.runs import commands
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Comparison, Grid
 from dncbm.runs.errors import UserError, first_line
 from dncbm.runs.manifests import Outcome, verifying
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import ROOT, Settings
 from dncbm.stages import STAGES
 from sparse_autoencoder import CheckpointError, NonFiniteError
 from sparse_autoencoder.declare import values

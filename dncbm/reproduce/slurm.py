@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dncbm.reproduce.plan import Step
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import ROOT, Settings
 from sparse_autoencoder.files import whole_file
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB = """\
 #!/bin/bash
 # {name}

@@ -15,6 +15,8 @@ from dncbm.runs.errors import UserError, first_line
 from sparse_autoencoder.declare import flags
 
 ROOTS = ("data_dir", "sae_dir", "probe_dir", "vocab_dir", "analysis_dir")
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, which holds the default config.py and scripts/."""
 LOCAL_DIR = "local-dir:"
 OPEN_CLIP = "openclip:"
 PIPE = "pipe"
@@ -117,10 +119,17 @@ class Settings:
         return entries[name]
 
 
+def public_path(path: Path) -> str:
+    """A path as something that is published shows it: without where things lie on this machine."""
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return f"/path/to/{path.name}" if path.is_absolute() else path.as_posix()
+
+
 def config_path() -> Path:
     """The config file in use: the one $DNCBM_CONFIG names, else config.py beside the dncbm package."""
     named = os.environ.get("DNCBM_CONFIG")
-    path = Path(named).absolute() if named else Path(__file__).resolve().parents[2] / "config.py"
+    path = Path(named).absolute() if named else ROOT / "config.py"
     if path.is_dir():
         raise UserError(f"DNCBM_CONFIG names the folder {path}: name the config file in it, for example {path / 'config.py'}")
     if not path.is_file():

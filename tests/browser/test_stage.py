@@ -582,6 +582,7 @@ def test_a_site_holds_a_copy_of_its_report(world: World, browse: Callable[..., O
     assert report in read_manifest(folder)["outputs"]
     original = world.artifacts.report(world.run, world.probe) / "report.html"
     assert (folder / report).read_bytes() == original.read_bytes()
+    assert str(folder.parent) not in original.read_text()
 
 
 def test_the_command_line(script: Callable[..., None], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from dncbm.explain.report.document import Block, Code, Heading, Name, Section, T
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SPLITS, ProbeFeatures, ProbeRun, SAERun
 from dncbm.runs.manifests import ALIGNED, fingerprint, manifest_path, read_manifest
-from dncbm.runs.settings import Settings
+from dncbm.runs.settings import Settings, public_path
 from sparse_autoencoder.declare import flags, values
 
 HASH = 12
@@ -21,8 +21,8 @@ def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: Prob
     made = artifacts_made(settings, run, probe, baseline)
     sae = made["SAE"][1] if "SAE" in made else {"stage": ""}
     blocks: list[Block] = [
-        said("The config is ", Code(str(settings.path)), ". If it is not the default one, the commands in this report need ",
-             Code("DNCBM_CONFIG"), " set to it."),
+        said("The config is ", Code(public_path(settings.path)), ". If it is not the default one, the commands in this report ",
+             "need ", Code("DNCBM_CONFIG"), " set to it."),
         *_settings("SAE", run),
         *(_aligned(sae) if sae["stage"] == ALIGNED else ()),
         *_settings("probe", probe),
