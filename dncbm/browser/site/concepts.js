@@ -413,26 +413,28 @@ function missingImages({ run, dataset }) {
 
 /** @param {ConceptList} list @param {number[]} concepts */
 function conceptCards(list, concepts) {
-  return h("ul", { class: "cards arrows", "aria-label": "Concepts" }, concepts.map((concept) => conceptCard(list, concept)));
+  const { key, title, text, values } = sorting(list).column;
+  const isNew = text && !["similarity", "activity"].includes(key); // which all cards say
+  const sorted = isNew ? values(list.concepts, list.dataset) : [];
+  const cards = concepts.map((concept) => conceptCard(list, concept, isNew && `${title} ${text(sorted[concept])}`));
+  return h("ul", { class: "cards arrows", "aria-label": "Concepts" }, cards);
 }
 
-/** @param {ConceptList} list @param {number} concept */
-function conceptCard(list, concept) {
+/** @param {ConceptList} list @param {number} concept @param {string | false | undefined} sorted what it is sorted by */
+function conceptCard(list, concept, sorted) {
   const { concepts, dataset, run, tops } = list;
   const similarity = concepts.similarity[concept];
   const activity = concepts.activity.row(concept)[dataset];
-  const facts = [];
-  if (isTested(run)) facts.push(badge(concepts.verdicts[concept]), " ");
-  if (Number.isFinite(similarity)) facts.push(h("span", {}, `similarity ${fixed(similarity)} `));
-  const often = activity ? shareOfImages(activity) : "no image";
-  if (Number.isFinite(activity)) facts.push(h("span", {}, `active on ${often} `));
-  const { column: { key, title, text, values } } = sorting(list);
-  const sorted = values(concepts, dataset)[concept];
-  if (text && !["similarity", "activity"].includes(key)) facts.push(h("span", {}, `${title} ${text(sorted)}`));
+  const facts = [
+    isTested(run) && badge(concepts.verdicts[concept]),
+    Number.isFinite(similarity) && h("span", {}, `similarity ${fixed(similarity)}`),
+    Number.isFinite(activity) && h("span", {}, `active on ${activity ? shareOfImages(activity) : "no image"}`),
+    sorted && h("span", {}, sorted),
+  ];
   return h(
     "li", { class: "card" },
     conceptLine(list, concept, "title"),
-    h("p", { class: "card-facts" }, facts), matchedWord(list, concept),
+    h("p", { class: "card-facts" }, facts.filter(Boolean).map((fact) => [fact, " "])), matchedWord(list, concept),
     tops ? cardImages(dataset, tops, concept) : null,
   );
 }
