@@ -52,7 +52,7 @@ const CONCEPT_FILTERS = [
     choices: [["some", "active"], ["none", "on no image"], ["rare", "on up to 1 %"], ["often", "on 1 to 10 %"],
       ["mostly", "on over 10 %"]],
     keeps: ({ concepts, dataset }, value) => {
-      const [above, upTo] = ACTIVITY_RANGES[value];
+      const [above, upTo] = ACTIVITY_RANGES[value].map(Math.fround); // as activity is stored
       const activity = columnOf(concepts.activity, dataset);
       return (concept) => activity[concept] > above && activity[concept] <= upTo;
     } },
@@ -167,7 +167,8 @@ function minimumFilter(key) {
   return { key: `min-${key}`, title: `${column.title} at least`, known: (list) => isOffered(list, key),
     keeps: ({ concepts, dataset }, value) => {
       const values = column.values(concepts, dataset);
-      return Number.isFinite(Number(value)) ? (concept) => values[concept] >= Number(value) : null;
+      const least = Math.fround(Number(value)); // as values are stored
+      return Number.isFinite(least) ? (concept) => values[concept] >= least : null;
     } };
 }
 
