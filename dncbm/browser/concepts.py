@@ -103,9 +103,7 @@ def name_columns(settings: Settings, shown: ShownRun) -> dict[str, object]:
     unknown, blank = np.full(n, np.nan), [""] * n
     times = Counter(name.name for name in names or ())
     return {
-        "labels": [
-            label or f"latent {index}" for index, label in enumerate(blank if names is None else concept_labels(names))
-        ],
+        "labels": [f"latent {index}" for index in range(n)] if names is None else concept_labels(names),
         "names": blank if names is None else [name.name for name in names],
         "words": [[]] * n if tests is None else tests.words,
         "verdicts": blank if names is None else [name.verdict or "" for name in names],

@@ -84,13 +84,13 @@ def write_browser(
     }  # fmt: skip
     manifest = manifest_path(folder)
     earlier = manifest.read_bytes() if manifest.is_file() else None
-    if overwrite and any(isinstance(found, Pictures) and found.grey for found in pictures):
-        manifest.unlink(missing_ok=True)  # not done: images that could not be read are tried again
+    has_grey = any(isinstance(found, Pictures) and found.grey for found in pictures)
     with making(
         folder, BROWSE.name, recipe, _inputs(settings, runs, split, kept), overwrite=overwrite,
         run=values(run) | values(probe) | values(explained) | {"beside": list(browse.beside)},
         files=lambda: (),  # a site stays until the new one takes its place
         before=partial(resolve_device, device),
+        again=overwrite and has_grey,  # images that could not be read are tried again
     ) as work:  # fmt: skip
         if work.needed:
             command = about.command_again(settings, run, probe, explained, browse)

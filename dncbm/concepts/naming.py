@@ -359,13 +359,15 @@ def _row_without_header(line: str) -> ConceptName:
 def concept_labels(names: Sequence[ConceptName]) -> list[str]:
     """The label of each latent wherever it is shown: its name, with its index if latents share the name (`dog #17`).
 
-    A latent that abstains is never shown as a plain word, but as `latent 123 (melon?)`.
+    A latent that abstains is never shown as a plain word, but as `latent 123 (melon?)`; one with a blank name is `latent 123`.
     """
     times = Counter(name.name for name in names if name.verdict != ABSTAINS)
     return [_label(name, times[name.name]) for name in names]
 
 
 def _label(name: ConceptName, times: int) -> str:
+    if not name.name.strip():
+        return f"latent {name.index}"
     if name.verdict == ABSTAINS:
         return f"latent {name.index} ({name.name}?)"
     return name.name if times == 1 else f"{name.name} #{name.index}"

@@ -85,6 +85,7 @@ def making(
     scratch: Iterable[Path] = (),
     parts_hold: Callable[[], bool] = lambda: False,
     before: Callable[[], object] = lambda: None,
+    again: bool = False,
     shared: bool = False,
     waits: bool = False,
 ) -> Iterator[Work]:
@@ -107,6 +108,7 @@ def making(
         parts_hold: whether the parts of an interrupted run stay valid although the inputs have changed, because each part
             records what it was made from.
         before: called if there is work, before anything is removed; it may raise what would end the work.
+        again: make it even if it is finished and whole.
         shared: let other processes that pass this, too, make other parts of the artifact meanwhile, from the same settings and
             inputs. They begin and finish one after another. Whichever finds all parts there ends with `work.done(...)`.
         waits: wait for another process that makes the artifact, instead of refusing. It takes seconds to make.
@@ -124,7 +126,9 @@ def making(
     # Through JSON, so that it compares with a recipe that was read: tuples become lists.
     recipe = json.loads(json.dumps({"stage": stage, "settings": dict(settings), "inputs": prints}))
     unfinished, scratch = unfinished_path(artifact), tuple(scratch)
-    if _is_done(artifact, recipe):  # asked without the lock, which a folder that cannot be written does not allow
+    if not again and _is_done(
+        artifact, recipe
+    ):  # asked without the lock, which a read-only folder does not allow
         print(f"already done: {artifact}")
         with suppress(OSError, UserError):  # what a process left that was killed after it had finished
             for path in (unfinished, *scratch):
@@ -136,7 +140,7 @@ def making(
     with ExitStack() as held:
         with turn(artifact) if shared else nullcontext():
             lock = held.enter_context(locked(artifact, shared=shared, patience=PATIENCE_S if waits else 0))
-            work = Work(_begin(artifact, recipe, overwrite, files, parts_hold, lock.take_alone))
+            work = Work(_begin(artifact, recipe, overwrite, again, files, parts_hold, lock.take_alone))
             lock.share_again()
         yield work
         if not (work.needed and work.outputs):
@@ -208,6 +212,7 @@ def _begin(
     artifact: Path,
     recipe: dict[str, Any],
     overwrite: bool,
+    again: bool,
     files: Callable[[], Iterable[Path]] | None,
     parts_hold: Callable[[], bool],
     take_alone: Callable[[], None],
@@ -257,7 +262,7 @@ def _begin(
         missing, changed = _damaged(finished, made)
         if changed and not overwrite:
             raise _changed(artifact, changed[0], "pass --overwrite to make it again")
-        if not missing and not changed:  # another process has just finished it
+        if not missing and not changed and not again:  # another process has just finished it
             return Outcome.ALREADY_DONE
         take_alone()
         for path in changed:  # or a stage would take it for a finished part

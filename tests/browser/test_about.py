@@ -17,10 +17,13 @@ import scipy.sparse
 
 from dncbm.bottleneck.run import run_of_flags
 from dncbm.browser.about import about_run, about_site, command_again, optional_inputs
-from dncbm.browser.shown import kept_images, read_run
+from dncbm.browser.concepts import N_PARTS
+from dncbm.browser.shown import CLASSES_PER_CHUNK, CONCEPTS_PER_CHUNK, IMAGES_PER_CHUNK, kept_images, read_run
 from dncbm.cli import main, parse
+from dncbm.concepts.evidence.prediction import FDR
+from dncbm.explain.report.claims import STABLE
 from dncbm.explain.report.probe import read_probed
-from dncbm.explain.report.provenance import artifacts_made
+from dncbm.explain.report.provenance import artifacts_made, written_time
 from dncbm.explain.report.stage import CLAIMS, FILES, read_claims
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Browse, Explained, ProbeRun, SAERun
@@ -102,13 +105,19 @@ def test_a_run_says_what_its_artifacts_hold(complete: Settings) -> None:
     assert numbers["Concepts less raw features, in points, with the 95 % interval"][0] == pytest.approx(
         top1 - on_features[0], abs=0.11
     )
-    assert "Top-1 on val, zero-shot" in figures
+    with Artifacts(complete).probe_results().open(newline="") as file:
+        (zero_shot,) = [float(row["val_top1"]) for row in csv.DictReader(file) if row["method"] == "zero_shot"]
+    assert numbers["Top-1 on val, zero-shot"] == pytest.approx([100 * zero_shot], abs=0.051)
+    assert len(figures) == len(found["figures"])
     told = dict(values(run)) | values(probe)
     for title, rows in found["settings"]:
         for flag, value in rows:
             assert value == str(told[flag])
             assert ("differ" in title) == (flag in complete.defaults), (title, flag)
     sources = {title: fingerprint for title, _, fingerprint in found["provenance"]}
+    made = {title: time for title, time, _ in found["provenance"]}
+    assert made["SAE"] == written_time(read_manifest(Artifacts(complete).sae(run))["made"])
+    assert made["probe"] == written_time(read_manifest(Artifacts(complete).probe(run, probe))["made"])
     assert {"SAE", "names", "probe", "probe on raw features", "zero-shot baseline", "stability over seeds"} <= set(sources)
     assert all(re.fullmatch("[0-9a-f]{12}", one) for one in sources.values())
     assert found["missing"] == []
@@ -218,6 +227,7 @@ def test_what_is_missing_is_said_with_a_command_that_finds_the_run(
     words = [shlex.split(one["command"].removeprefix("DNCBM_CONFIG=/path/to/config.py ")) for one in found["missing"]]
     assert [one[1].removeprefix("scripts/") for one in words] == LACKING[what]
     assert all(one["what"].endswith(".") for one in found["missing"])
+    assert bool(found["verdicts"]) == (what not in ("names", "tests"))
     monkeypatch.setenv("DNCBM_CONFIG", str(copy.path))
     by_script = {command.script: command for command in COMMANDS.values()}
     for _, script, *flags in words:
@@ -241,6 +251,27 @@ def test_what_is_out_of_date_is_no_input_and_said(copy: Settings, what: str) -> 
     assert before.keys() - after.keys() == {titles[what]}
     (lack,) = said(copy)["missing"]
     assert f"out of date and left out: {path.name} has changed." in lack["what"]
+
+
+def test_evidence_is_out_of_date_if_that_of_no_data_set_holds(copy: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names the data set, unless it is the SAE's own."""
+    run, _ = of(copy)
+    monkeypatch.setenv("DNCBM_CONFIG", str(copy.path))
+    main("names", ["--evidence_dataset", "pets"])
+    paths = {dataset: Artifacts(copy).name_evidence(run, dataset) for dataset in ("photos", "pets")}
+
+    def lacks() -> list[str]:
+        return [one["command"] for one in said(copy)["missing"] if "held-out images say" in one["what"]]
+
+    paths["photos"].write_text(paths["photos"].read_text() + "\n")
+    assert lacks() == []
+    paths["pets"].write_text(paths["pets"].read_text() + "\n")
+    (command,) = lacks()
+    assert "04_assign_names.py" in command
+    assert "--evidence_dataset" not in command
+    manifest_path(paths["photos"]).unlink()
+    (command,) = lacks()
+    assert "--evidence_dataset pets" in command
 
 
 def test_what_was_run_since_changes_the_inputs(copy: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +333,7 @@ def test_a_site_says_in_one_sentence_what_it_is(complete: Settings) -> None:
     for runs, in_it, not_in_it in (
         ([one], ["A sparse autoencoder", "tiny", "24 latents", "photos", "word nearest", "classifies the images of pets"], []),
         ([one, one], ["2 sparse autoencoders each", "into latents"], ["24"]),
+        ([one, one | {"has_names": False, "has_probe": False}], ["word nearest", "classifies the images of pets"], []),
         ([one | {"has_names": False}], ["classifies the images of pets"], ["word"]),
         ([one | {"has_names": False, "has_probe": False}], ["24 latents"], ["word", "classifies", ";"]),
     ):
@@ -310,6 +342,20 @@ def test_a_site_says_in_one_sentence_what_it_is(complete: Settings) -> None:
         assert not any(part in lead for part in not_in_it), lead
         assert re.fullmatch(r"[A-Z0-9][^.]*\.", lead), lead
     assert site(complete, [one | {"has_probe": False}])["probed"] is None
+    assert site(complete, [one | {"has_probe": False}, one])["probed"] == 0
+
+
+def test_a_site_says_how_its_chunks_are_divided_and_what_counts(complete: Settings) -> None:
+    (run, probe), one = of(complete), said(complete)
+    found = site(complete, [one])
+    sizes = {"concepts": CONCEPTS_PER_CHUNK, "classes": CLASSES_PER_CHUNK, "images": IMAGES_PER_CHUNK}
+    assert found["per_chunk"] == sizes
+    assert len(set(sizes.values())) == 3
+    assert found["range_parts"] == N_PARTS
+    assert found["criteria"] == {"cosine": STABLE, "fdr": FDR}
+    kept = [replace(kept_images(complete, run, "val", "pets")[0], n_split=99)]
+    (dataset,) = about_site(complete, run, probe, Explained("val"), kept, [one], [NO_PICTURES], [], "", None)["datasets"]
+    assert (dataset["n"], dataset["of"]) == (21, 99)
 
 
 def test_its_command_makes_it_again(complete: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Runs side by side: which SAEs are meant, what they are called, and their matches against brute force."""
 
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from dncbm.browser.shown import ShownRun
 from dncbm.cli import main, parse
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import SAERun
+from dncbm.runs.manifests import manifest_path
 from dncbm.runs.settings import Settings, load_settings
 from dncbm.stages import COMMANDS
 from sparse_autoencoder import TopK, TrainingSettings
@@ -67,6 +69,31 @@ def test_the_settings_are_those_that_were_recorded(several: Settings, tmp_path: 
         main("sae", ["--seed", "50", "--lr_warmup_steps", "3"])
     ((other, _),) = runs_beside(settings, run, probe, ["seed=50"])
     assert other == replace(run, training=replace(run.training, seed=50, lr_warmup_steps=3))
+
+
+@pytest.fixture
+def copy(several: Settings, tmp_path: Path) -> Settings:
+    """A copy that a test may change."""
+    shutil.copytree(several.path.parent, tmp_path, dirs_exist_ok=True)
+    return load_settings(tmp_path / "config.py")
+
+
+def test_a_manifest_that_records_another_sae_is_not_followed(copy: Settings) -> None:
+    run, probe = run_of_flags(copy, {"seed": 49})
+    other = replace(run, training=replace(run.training, seed=50))
+    manifest = manifest_path(Artifacts(copy).sae(other))
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(made | {"run": made["run"] | {"lr": 0.5}}))
+    assert runs_beside(copy, run, probe, ["seed=50"]) == [(other, replace(probe, seed=50))]
+
+
+def test_an_sae_on_another_encoder_is_refused(copy: Settings, refusal: Callable) -> None:
+    run, probe = run_of_flags(copy, {"seed": 49})
+    manifest = manifest_path(Artifacts(copy).sae(replace(run, training=replace(run.training, seed=50))))
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(made | {"settings": made["settings"] | {"model": "another"}}))
+    with refusal("--beside seed=50", "come from different encoders"):
+        runs_beside(copy, run, probe, ["seed=50"])
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from dncbm.browser import concepts
 from dncbm.browser.concepts import (
     N_BARS,
     alike,
+    evidence_columns,
     histograms,
     images_of,
+    name_columns,
     sampled_images,
     strongest,
     together,
@@ -33,6 +35,7 @@ from dncbm.concepts.evidence.images import name_evidence, read_evidence
 from dncbm.concepts.evidence.stability import read_stability, seed_stability
 from dncbm.concepts.naming import ConceptName, Naming, assign_names, read_name_tests, read_names
 from dncbm.explain.explanations import top_activating
+from dncbm.explain.report.names import read_images_of_names
 from dncbm.runs.artifacts import Artifacts
 from dncbm.runs.declarations import Evidence, SAERun, Seeds
 from dncbm.runs.manifests import making
@@ -274,6 +277,7 @@ def test_the_chunks_of_a_run_hold_what_is_known(whole, tmp_path: Path) -> None:
     assert columns["words"] == tests.words
     assert columns["verdicts"] == tests.verdicts
     assert {"named", "abstains"} <= set(columns["verdicts"])
+    assert columns["tested"] == tests.centred_names
     assert columns["alternatives"] == tests.alternatives
     assert columns["wpmi_words"] == list(evidence.wpmi_name)
     assert columns["evidence_dataset"] == "birds"
@@ -298,6 +302,44 @@ def test_the_chunks_of_a_run_hold_what_is_known(whole, tmp_path: Path) -> None:
         if name != "histogram":
             assert (np.isnan(both[0]) if "strengths" in name else both[0] == -1).all()
     np.testing.assert_array_equal(found["tops_1"]["images"], images["top"][:, :6])
+
+
+def test_the_columns_of_names_are_those_of_their_latents(whole) -> None:
+    """The word that was tested is not the name, and a blank name is no label."""
+    settings, shown = whole
+    blank, verdicts = {3: "", 4: "", 5: " "}, {5: "abstains"}
+    names = [
+        replace(name, name=blank.get(index, name.name), verdict=verdicts.get(index)) for index, name in enumerate(shown.names)
+    ]
+    tested = ["" if index == DEAD else f"tested {index}" for index in range(F)]
+    columns = name_columns(settings, replace(shown, names=names, tests=replace(shown.tests, centred_names=tested)))
+    assert columns["tested"] == tested
+    assert columns["labels"][3:6] == ["latent 3", "latent 4", "latent 5"]
+    assert columns["names"][3:6] == ["", "", " "]
+
+
+def test_the_similarity_of_names_is_computed_where_it_is_not_stored(whole) -> None:
+    """But not if a name that was edited by hand is no word of the vocabulary."""
+    settings, shown = whole
+    expected = shown.tests.similarity
+    unknown = [replace(name, similarity=float("nan")) for name in shown.names]
+    edited = [replace(shown.names[0], name="no word"), *unknown[1:]]
+    for names, similarity in (
+        (shown.names, expected), (unknown, expected), (edited, [expected[0], *[np.nan] * (F - 1)]),
+    ):  # fmt: skip
+        found = name_columns(settings, replace(shown, names=names))["similarity"]
+        np.testing.assert_allclose(found, similarity, rtol=1e-5)
+
+
+def test_evidence_is_that_of_the_data_set_that_comes_first(whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, shown = whole
+    expected = evidence_columns(settings, shown)
+    (birds,) = read_images_of_names(settings, RUN)
+    others = replace(birds, dataset="others", auc=birds.auc / 2)
+    monkeypatch.setattr(concepts, "read_images_of_names", lambda *_: [birds, others])
+    found = evidence_columns(settings, shown)
+    assert found["evidence_dataset"] == "birds"
+    np.testing.assert_array_equal(found["auc"], expected["auc"])
 
 
 def test_together_is_by_the_images_that_the_probe_classifies_or_by_the_first_there_are(whole, tmp_path: Path) -> None:

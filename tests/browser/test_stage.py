@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,32 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
+from scipy.optimize import linear_sum_assignment
 
 from dncbm.browser import images, shown, stage, thumbnails
+from dncbm.browser.images import write_strengths
+from dncbm.browser.shown import Kept, ShownRun
 from dncbm.cli import parse
 from dncbm.concepts.naming import ConceptName, write_names
+from dncbm.concepts.sae import load_sae
 from dncbm.explain.report.stage import write_report
 from dncbm.features.datasets.probe import display_name
 from dncbm.runs.declarations import Browse, Explained, ProbeRun, Report
 from dncbm.runs.errors import UserError
+from dncbm.runs.locks import locked
 from dncbm.runs.manifests import Outcome, manifest_path, read_manifest, write_json
+from dncbm.runs.settings import load_settings
 from dncbm.stages import COMMANDS
-from sparse_autoencoder.declare import build
+from sparse_autoencoder import SparseAutoencoder, save_checkpoint
+from sparse_autoencoder.declare import build, values
 from tests.browser.test_pack import read_chunk
 from tests.explain import conftest as explained
 from tests.explain.conftest import CLASSES, MINE, NAMES, F, N, World, strengths
 
 template, world, script = explained.template, explained.world, explained.script
 DATASETS = ["places365", "mine"]
+SEVEN = replace(explained.RUN, training=replace(explained.RUN.training, seed=7))
 
 
 @pytest.fixture
@@ -126,6 +136,16 @@ def test_of_many_images_a_sample_is_kept(
     np.testing.assert_array_equal(chunk(folder, "0/predictions")["predicted"], world.logits[rows].argmax(1))
 
 
+@pytest.mark.parametrize(("n_latents", "dtype"), [(65_535, np.uint16), (65_536, np.uint32), (65_537, np.uint32)])
+def test_strengths_name_the_last_of_many_latents(folder: Path, n_latents: int, dtype: type) -> None:
+    z = scipy.sparse.csr_matrix(([1.0, 2.0], ([0, 1], [0, n_latents - 1])), (2, n_latents), dtype=np.float32)
+    kept = Kept("a", np.arange(2), 2, np.zeros(2, np.int64), ("x",), None, ())
+    run = ShownRun(explained.RUN, torch.zeros(n_latents, 1), None, None, (z,), None, None, None)
+    write_strengths(run, [kept], folder / "data", 0)
+    assert chunk(folder, "0/strengths_0_0")["indices"].dtype == dtype
+    np.testing.assert_array_equal(stored(folder, 0, 0, 2, n_latents), z.toarray())
+
+
 def test_groups_and_their_names(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
     split, groups = world.artifacts.probe_split("places365"), np.arange(N + 1) % 3
     np.save(world.artifacts.groups("places365", "val"), groups)
@@ -156,6 +176,53 @@ def test_images_that_could_not_be_read_are_tried_again_on_request(
     assert browse(overwrite=True) is Outcome.ALREADY_DONE
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError, UserError])
+def test_an_earlier_site_with_grey_images_stays_until_they_are_tried_again(
+    failure: type[BaseException], browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure("no space left")
+
+    def cannot_read(_: Any) -> None:
+        raise PermissionError("it may not be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thumbnails, "open_image", cannot_read)
+        browse()
+    first = tree(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_concepts", fail)
+        with pytest.raises(failure):
+            browse(overwrite=True)
+    assert tree(folder) == first
+    assert browse() is Outcome.ALREADY_DONE
+    assert browse(overwrite=True) is Outcome.RAN
+
+
+@pytest.mark.parametrize("refused", ["by a lock", "for its device", "for stale names"])
+def test_a_refused_attempt_at_grey_images_leaves_the_site_as_it_was(
+    world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def cannot_read(_: Any) -> None:
+        raise PermissionError("it may not be read")
+
+    def no_device(_: Any) -> None:
+        raise UserError("there is no such device")
+
+    names = world.make_names(NAMES)
+    with monkeypatch.context() as patch:
+        patch.setattr(thumbnails, "open_image", cannot_read)
+        browse()
+    first = tree(folder)
+    if refused == "for its device":
+        monkeypatch.setattr(stage, "resolve_device", no_device)
+    elif refused == "for stale names":
+        names.write_text(names.read_text().replace("sand", "gravel"))
+    with pytest.raises(UserError), locked(folder) if refused == "by a lock" else nullcontext():
+        browse(overwrite=True)
+    assert tree(folder) == first
+
+
 @pytest.mark.parametrize("edited", ["labels", "groups"])
 def test_a_site_does_not_outlive_the_labels_and_groups_it_shows(
     world: World, browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any], edited: str
@@ -170,6 +237,68 @@ def test_a_site_does_not_outlive_the_labels_and_groups_it_shows(
     assert browse(overwrite=True) is Outcome.RAN
     shown_now = chunk(folder, "images_0")["label" if edited == "labels" else "group"]
     np.testing.assert_array_equal(shown_now, np.load(path)[world.keys])
+
+
+def fewer_images(world: World, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(stage, "MOST_IMAGES", 7)
+
+
+def another_license(world: World, patch: pytest.MonkeyPatch) -> None:
+    path = world.settings.path
+    path.write_text(path.read_text() + "probe_datasets['mine'] = {'path': 'mine', 'license': 'CC0, nobody'}\n")
+    patch.setitem(world.settings.probe_datasets, "mine", load_settings(path).probe_datasets["mine"])
+
+
+def other_pages(world: World, patch: pytest.MonkeyPatch) -> None:
+    pages = world.settings.path.parent / "pages"
+    shutil.copytree(stage.SITE, pages)
+    (pages / "style.css").write_text("")
+    patch.setattr(stage, "SITE", pages)
+
+
+def other_classes(world: World, patch: pytest.MonkeyPatch) -> None:
+    path = world.artifacts.probe_split("mine")
+    explained.make(path, lambda: write_json(path, {"class_names": [*MINE[::-1]]}))
+
+
+def other_probe(world: World, patch: pytest.MonkeyPatch) -> None:
+    world.save_probe(world.weight * 2)
+
+
+def new_report(world: World, patch: pytest.MonkeyPatch) -> None:
+    write_report(world.settings, world.run, world.probe, device="cpu")
+
+
+def other_names_beside(world: World, patch: pytest.MonkeyPatch) -> None:
+    world.save_names([*NAMES[:-1], "renamed"], SEVEN)
+
+
+def other_strengths_beside(world: World, patch: pytest.MonkeyPatch) -> None:
+    world.save_strengths(world.z * 2, world.keys, run=SEVEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (fewer_images, "most_images was"), (another_license, "licenses of mine changed"),
+        (other_pages, "code of the pages has changed"), (other_classes, "mine split has changed"),
+        (other_probe, "probe has changed"), (new_report, "report is new"),
+        (other_names_beside, "names of seed 7 has changed"),
+        (other_strengths_beside, "places365 val strengths of seed 7 has changed"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_a_site_does_not_outlive_what_it_shows(
+    change: Callable[..., None], said: str, world: World, browse: Callable[..., Outcome], folder: Path,
+    refusal: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    world.save_sae(SEVEN)
+    browse(("seed=7",))
+    first = tree(folder)
+    change(world, monkeypatch)
+    with refusal(folder, said, "--overwrite"):
+        browse(("seed=7",))
+    assert tree(folder) == first
 
 
 def lose_probe(world: World) -> None:
@@ -220,7 +349,7 @@ EXPORT = '{"stage": "export", "settings": {}, "inputs": {}, "outputs": {"a": {"b
 
 
 @pytest.mark.parametrize("text", [EXPORT, '{"name": "a web app"}'])
-@pytest.mark.parametrize("held", ["index.html", "data/notes.txt", "style.css", "manifest.json", ""])
+@pytest.mark.parametrize("held", ["index.html", "data/notes.txt", "thumbnails/1.webp", "style.css", "manifest.json", ""])
 def test_a_folder_of_something_else_is_refused(
     held: str, text: str, browse: Callable[..., Outcome], folder: Path
 ) -> None:  # fmt: skip
@@ -240,6 +369,27 @@ def test_a_link_to_nothing_is_refused(browse: Callable[..., Outcome], folder: Pa
     folder.symlink_to("nowhere")
     with refusal("--browser_folder", folder, "link"):
         browse()
+
+
+@pytest.mark.parametrize("to", ["nowhere", "elsewhere"])
+def test_a_link_where_a_new_site_would_be_made_is_refused(
+    browse: Callable[..., Outcome], folder: Path, refusal: Callable[..., Any], to: str
+) -> None:  # fmt: skip
+    elsewhere = folder.with_name("elsewhere")
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "data" / "notes.txt").write_text("mine")
+    for has_site in (False, True):
+        if has_site:
+            browse()
+        folder.mkdir(exist_ok=True)
+        (folder / ".new_site").symlink_to(folder.with_name(to))
+        first = tree(folder)
+        for overwrite in (False, True):
+            with refusal(folder / ".new_site", "link"):
+                browse(overwrite=overwrite)
+        assert tree(folder) == first
+        (folder / ".new_site").unlink()
+    assert tree(elsewhere) == {"data/notes.txt": b"mine"}
 
 
 def test_files_of_others_stay(
@@ -373,6 +523,8 @@ def test_another_probed_data_set_or_order_is_another_site(
         browse(("seed=8", "seed=7"))
     with refusal("probe_dataset was 'places365', now 'imagenet'"):
         browse(("seed=7", "seed=8"), probe=ProbeRun("imagenet"))
+    with refusal("probe was"):
+        browse(("seed=7", "seed=8"), probe=replace(world.probe, seed=50))
     browse(("seed=8", "seed=7"), overwrite=True)
     assert [run["label"] for run in chunk(folder, "site")["runs"]] == ["seed 49", "seed 8", "seed 7"]
 
@@ -465,6 +617,31 @@ def test_an_earlier_site_stays_until_a_new_one_is_whole(
     assert chunk(folder, "0/concepts")["names"][-1] == "renamed"
 
 
+@pytest.mark.parametrize("done", [0, 3])
+def test_half_a_site_does_not_open(
+    done: int, world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Interrupted while chunks are replaced, or when some pages are there."""
+    browse()
+    lose_probe(world)
+    pages, copy = list[Path](), shutil.copyfile
+
+    def interrupt(source: Path, to: Path) -> None:
+        pages.append(source)
+        if len(pages) > done:
+            raise KeyboardInterrupt
+        copy(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dncbm.browser.folder.shutil.copyfile", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            browse(overwrite=True)
+    assert not (folder / "index.html").exists()
+    assert browse() is Outcome.RAN
+    assert not {"0/weights_0", "0/class_0", "0/classes", "0/predictions"} & chunks(folder)
+    assert read_manifest(folder)["outputs"].keys() == {*tree(folder)} - {"manifest.json"}
+
+
 def test_an_interrupted_run_resumes(
     world: World, browse: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,6 +722,8 @@ def test_runs_side_by_side_show_the_same_images(
     np.testing.assert_array_equal(stored(folder, 1, 0, 512), world.z * 2)
     assert "1/strengths_1_0" not in chunks(folder)
     assert site["matches"] == [[0, 1]]
+    commands = [one["command"] for one in site["runs"][1]["missing"] if "strengths of mine" in one["what"]]
+    assert ["--probe_dataset mine" in command for command in commands] == [True]
     assert "match_0_1" in chunks(folder)
 
     before = tree(folder)
@@ -552,6 +731,21 @@ def test_runs_side_by_side_show_the_same_images(
     with refusal("lack 2 of the images", other.config_name):
         browse(("seed=7",), overwrite=True)
     assert tree(folder) == before
+
+
+def test_matches_lead_from_a_run_to_the_one_beside_it(world: World, browse: Callable[..., Outcome], folder: Path) -> None:
+    world.save_sae(SEVEN)
+    path = world.artifacts.sae(SEVEN)
+    explained.make(path, lambda: save_checkpoint(SparseAutoencoder(7, F, seed=2), path), values(SEVEN))
+    browse(("seed=7",))
+    units = []
+    for run in (world.run, SEVEN):
+        decoder = load_sae(world.settings, run).dictionary.detach().numpy()
+        apart = decoder - decoder.mean(axis=0)
+        units.append(apart / np.linalg.norm(apart, axis=1, keepdims=True))
+    _, partner = linear_sum_assignment(units[0] @ units[1].T, maximize=True)
+    assert (partner[partner] != np.arange(F)).any(), "the other way round is another permutation"
+    np.testing.assert_array_equal(chunk(folder, "match_0_1")["partner"], partner)
 
 
 def test_contact_sheets_link_to_the_browser(script: Callable[..., None], world: World) -> None:
@@ -583,6 +777,18 @@ def test_a_site_holds_a_copy_of_its_report(world: World, browse: Callable[..., O
     original = world.artifacts.report(world.run, world.probe) / "report.html"
     assert (folder / report).read_bytes() == original.read_bytes()
     assert str(folder.parent) not in original.read_text()
+
+
+def test_a_site_holds_no_report_that_is_out_of_date(
+    world: World, browse: Callable[..., Outcome], folder: Path
+) -> None:  # fmt: skip
+    write_report(world.settings, world.run, world.probe, device="cpu")
+    browse()
+    manifest = manifest_path(world.make_names([*NAMES[:-1], "renamed"]))
+    write_json(manifest, json.loads(manifest.read_text()) | {"made": "2100-01-01T00:00:00+00:00"})
+    browse(overwrite=True)
+    assert chunk(folder, "site")["report"] is None
+    assert not (folder / "data" / "report.html").exists()
 
 
 def test_the_command_line(script: Callable[..., None], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

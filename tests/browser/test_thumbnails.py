@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ class Photos:
 
     def path(self, index: int) -> Path:
         return next((self.root / "val").glob(f"*/{index:03d}.*"))
+
+    def whole(self) -> list[bytes]:
+        """The sheets of a site that is made at once, while all images can be read."""
+        apart = replace(self, site=self.site.with_name("apart"))
+        apart.write()
+        return [path.read_bytes() for path in apart.sheets]
 
     @property
     def sheets(self) -> list[Path]:
@@ -217,6 +224,62 @@ def test_an_interrupted_run_resumes(photos: Photos, read: list[int], monkeypatch
     assert json.loads((photos.site / "thumbnails/3/made.json").read_text())["grey"] == [0]
 
 
+@pytest.mark.parametrize("when", ["nothing", "record", "sheet"])
+def test_no_interruption_makes_a_grey_sheet_count_as_whole(
+    photos: Photos, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:  # fmt: skip
+    """Interrupted before the record of the grey sheets, after the first of them, or once all is there."""
+    photos.remove_features()  # published ones are of any images
+    whole = photos.whole()
+    content = {index: photos.path(index).read_bytes() for index in (2, 20)}
+    for index in content:
+        photos.path(index).write_bytes(b"no image")
+    records, record, place = list[Path](), thumbnails.write_json, thumbnails._place
+
+    def stopped(path: Path, value: Any) -> None:
+        records.append(path)
+        if when == "record" and len(records) == 2:
+            raise KeyboardInterrupt
+        record(path, value)
+
+    def gone(top: Path, sheet: int) -> Path:
+        if when == "sheet" and sheet == 1 and sheets_in(photos.site / NEW)[:1] == [place(top, 0)]:
+            raise KeyboardInterrupt
+        return place(top, sheet)
+
+    found = photos.find()
+    assert isinstance(found, Pictures)
+    with monkeypatch.context() as during:
+        during.setattr(thumbnails, "default_cores", lambda: 1)
+        during.setattr(thumbnails, "write_json", stopped)
+        during.setattr(thumbnails, "_place", gone)
+        with nullcontext() if when == "nothing" else pytest.raises(KeyboardInterrupt):
+            write_thumbnails(photos.settings, RUN, photos.kept, "val", photos.site, 3, found)
+    for index in content:
+        photos.path(index).write_bytes(content[index])
+    photos.write()
+    assert [path.read_bytes() for path in photos.sheets] == whole
+
+
+def test_a_sheet_that_an_interrupted_run_has_made_whole_is_not_tried_again(photos: Photos, read: list[int]) -> None:
+    photos.remove_features()
+    content, whole = photos.path(20).read_bytes(), photos.whole()
+    photos.path(20).write_bytes(b"no image")
+    photos.write()
+    photos.path(20).write_bytes(content)
+    found = photos.find()
+    assert isinstance(found, Pictures)
+    assert found.grey == {1}
+    write_thumbnails(photos.settings, RUN, photos.kept, "val", photos.site, 3, found)  # not put in its place
+    found = photos.find()
+    assert isinstance(found, Pictures)
+    assert found.grey == set()
+    read.clear()
+    photos.write()
+    assert read == []
+    assert [path.read_bytes() for path in photos.sheets] == whole
+
+
 def test_images_that_cannot_be_read_are_grey(photos: Photos, caplog: pytest.LogCaptureFixture) -> None:
     photos.path(2).write_bytes(b"no image")
     cut = photos.path(10)
@@ -235,6 +298,7 @@ def test_images_that_could_not_be_read_are_tried_again(
     photos: Photos, read: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     photos.remove_features()  # published ones are of any images
+    whole = photos.whole()
     content = photos.path(20).read_bytes()
     photos.path(20).write_bytes(b"no image")
     photos.write()
@@ -248,7 +312,7 @@ def test_images_that_could_not_be_read_are_tried_again(
     read.clear()
     photos.write()
     assert len(read) == 9
-    assert not (np.abs(photos.tiles(64) - 128).mean(axis=(1, 2, 3)) < 3).any()
+    assert [path.read_bytes() for path in photos.sheets] == whole
     photos.write()
     assert len(read) == 9
 

@@ -21,8 +21,8 @@ def run_section(settings: Settings, run: SAERun, probe: ProbeRun, baseline: Prob
     made = artifacts_made(settings, run, probe, baseline)
     sae = made["SAE"][1] if "SAE" in made else {"stage": ""}
     blocks: list[Block] = [
-        said("The config is ", Code(public_path(settings.path)), ". If it is not the default one, the commands in this report ",
-             "need ", Code("DNCBM_CONFIG"), " set to it."),
+        said("The config is ", Code(public_path(settings.path)), ". If it is not the default one, the commands in this ",
+             "report need ", Code("DNCBM_CONFIG"), " set to it."),
         *_settings("SAE", run),
         *(_aligned(sae) if sae["stage"] == ALIGNED else ()),
         *_settings("probe", probe),
