@@ -126,9 +126,7 @@ def making(
     # Through JSON, so that it compares with a recipe that was read: tuples become lists.
     recipe = json.loads(json.dumps({"stage": stage, "settings": dict(settings), "inputs": prints}))
     unfinished, scratch = unfinished_path(artifact), tuple(scratch)
-    if not again and _is_done(
-        artifact, recipe
-    ):  # asked without the lock, which a read-only folder does not allow
+    if not again and _is_done(artifact, recipe):  # asked without the lock, which a read-only folder does not allow
         print(f"already done: {artifact}")
         with suppress(OSError, UserError):  # what a process left that was killed after it had finished
             for path in (unfinished, *scratch):
