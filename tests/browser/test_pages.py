@@ -335,6 +335,7 @@ def test_a_class_shows_all_of_its_images_or_some_by_what_is_predicted(open_page,
     wanted = np.flatnonzero(kept).tolist()
     page = open_page(made.folder, "#/class/0")
     page.get_by_role("combobox", name="Show").select_option(chosen)
+    assert page.locator(".class-view option[value^=group-]").count() == len(set(made.groups[made.labels == 0]))
     images = page.get_by_role("list", name="Images of the class").get_by_role("link")
     expect(images).to_have_count(len(wanted))
     for _ in range(2):

@@ -211,7 +211,7 @@ function imageChoices({ facts, details, row, predicted, images }) {
     ...confused.map((number) =>
       choice(`taken-${number}`, `taken for ${site.classes[number]}`, (image) => predicted[image] === number)),
     ...(images.group.length ? site.groups : []).map((name, group) =>
-      choice(`group-${group}`, `group ${name}`, (image) => images.group[image] === group)),
+      choice(`group-${group}`, `group ${name}`, (image) => images.group[image] === group)).filter(({ found }) => found.length),
   ];
 }
 
