@@ -95,7 +95,7 @@ def _line(index: int, label: str, known: Mapping[str, set[int]]) -> str:
     is_whole = label == label.rstrip() and not set(label) & set("\t\n\r") and not re.search("[\ud800-\udfff]", label)
     if not is_whole or known[label] != {index}:
         return next((digits for n in range(1, DIGITS + 1) if (digits := f"{index:0{n}d}") not in known), f"{index}")
-    return ESCAPE + label if not label or label.isdigit() or label[0].isspace() or label[0] in SPECIAL else label
+    return ESCAPE + label if label.isdigit() or label[0].isspace() or label[0] in SPECIAL else label
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -160,7 +160,7 @@ def test_a_list_writes_labels_wherever_it_can() -> None:
     assert lines_of(NAMES) == ["sea", "dog #1", "salt, pepper", "dog #3", "\\#1", "\\2020", "\\\\o/", "dog #7"]
     odd = ["sea ", "0", "00", " dog", "", "a\tb", "a\rb", "\ud800", "²", "\ufeffcat"]
     lines = lines_of([ConceptName(index, name, 0.5) for index, name in enumerate(odd)])
-    assert lines == ["000", "\\0", "\\00", "\\ dog", "\\", "5", "6", "7", "\\²", "\\\ufeffcat"]
+    assert lines == ["000", "\\0", "\\00", "\\ dog", "latent 4", "5", "6", "7", "\\²", "\\\ufeffcat"]
 
 
 @pytest.mark.parametrize(
