@@ -438,6 +438,9 @@ def test_a_link_that_may_not_be_copied_is_selected(open_page, made_up) -> None:
     field = page.get_by_label("Link to what is shown")
     expect(field).to_have_value(page.url)
     expect(field).to_be_focused()
+    page.get_by_role("button", name="Keyboard shortcuts").click()
+    page.get_by_role("dialog").get_by_role("button", name="Copy the link").click()
+    expect(page.get_by_role("dialog").get_by_label("Link to what is shown")).to_have_value(page.url)
 
 
 @pytest.mark.parametrize(

@@ -269,14 +269,12 @@ function editList(edits, concepts, measure) {
       h("button", { type: "button", onclick: restore, "aria-label": `Remove this edit of ${label}` }, "Remove this edit"),
     );
   });
-  const field = h("input", { readonly: true, hidden: true, "aria-label": "Link to what is shown" });
-  const link = [copyButton("Copy the link", () => location.href, field), field];
   return [
     h("ul", { class: "edit-list" }, rows),
     h(
       "div", { class: "actions" },
       h("button", { type: "button", class: "main", onclick: measure }, "Accuracy of the split with these edits"),
-      h("button", { type: "button", onclick: () => changeEdits(new Map()) }, "Restore all"), link,
+      h("button", { type: "button", onclick: () => changeEdits(new Map()) }, "Restore all"), linkButton(),
     ),
   ];
 }
@@ -298,6 +296,12 @@ function copyButton(title, text, field) {
     setTimeout(() => (button.textContent = title), 2500);
   } }, title);
   return button;
+}
+
+/** Copies the address of what is shown, which a site within the frame of another does not show. */
+function linkButton() {
+  const field = h("input", { readonly: true, hidden: true, "aria-label": "Link to what is shown" });
+  return [copyButton("Copy the link", () => location.href, field), field];
 }
 
 /** Compute the accuracy, with its progress and a way to stop. Leaving the view stops it, too.

@@ -106,7 +106,8 @@ function showHelp() {
   const help = /** @type {HTMLDialogElement} */ (byId("help"));
   const rows = KEYS.map(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)]);
   const close = h("button", { type: "button", onclick: () => help.close() }, "Close");
-  refill(help, h("h2", { id: "help-title" }, "Keyboard shortcuts"), h("dl", {}, rows), close);
+  const actions = h("div", { class: "actions" }, close, linkButton());
+  refill(help, h("h2", { id: "help-title" }, "Keyboard shortcuts"), h("dl", {}, rows), actions);
   help.showModal();
 }
 
